@@ -1,0 +1,22 @@
+"""BlockMasks for FlexAttention, built from per-query choices of key groups.
+
+A *tile* here is one ``BLOCK_SIZE`` rectangle of queries x keys, what PyTorch calls a "block" of a ``BlockMask``.
+The package knows tiles and ``BlockMask``; it knows nothing of video or of how a choice was made, and imports
+torch alone.
+"""
+
+from block_masks.group_mask import group_mask, group_tiles
+from block_masks.pairs import pack_bits, pair_lookup
+from block_masks.realize import realize
+from block_masks.tiles import TileMap, block_mask_from_tiles, tile_lists
+
+__all__ = [
+    "TileMap",
+    "block_mask_from_tiles",
+    "group_mask",
+    "group_tiles",
+    "pack_bits",
+    "pair_lookup",
+    "realize",
+    "tile_lists",
+]

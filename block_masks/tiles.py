@@ -1,0 +1,73 @@
+"""From bool maps over tiles to the eight index tensors of a ``BlockMask``."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class TileMap:
+    """Which tiles must run, and which of them need no mask.
+
+    Attributes:
+        some: bool ``(B, H, query tiles, key tiles)``, True where at least one pair of the tile is attended.
+        every: the same shape, True where the tile is whole (not cut by the end of the sequence) and all its pairs are
+            attended. A subset of ``some``.
+    """
+
+    some: Tensor
+    every: Tensor
+
+
+def tile_lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Lists the True columns of each row, in rising order and without duplicates.
+
+    The tail of a list holds the False columns, also in rising order, so that each list is a permutation of the
+    columns and any entry is safe to read: the same lists as ``create_block_mask`` makes by a stable sort.
+
+    Args:
+        tiles: bool ``(..., rows, columns)``.
+
+    Returns:
+        counts, int32 ``(..., rows)``, and columns, int32 ``(..., rows, columns)``, both contiguous.
+    """
+    seen = tiles.cumsum(-1)
+    counts = seen[..., -1:]
+    columns = torch.arange(tiles.shape[-1], device=tiles.device)
+    # A False column goes behind all True ones, after the False columns to its left.
+    place = torch.where(tiles, seen - 1, counts + columns - seen)
+    listed = torch.zeros_like(place).scatter(-1, place, columns.expand_as(place))
+    return counts.squeeze(-1).to(torch.int32).contiguous(), listed.to(torch.int32).contiguous()
+
+
+def block_mask_from_tiles(
+    tiles: TileMap, mask_mod: MaskMod, lengths: tuple[int, int], tile_size: tuple[int, int]
+) -> BlockMask:
+    """Builds a ``BlockMask`` with all eight index tensors, without ``create_block_mask`` and without a host read.
+
+    Args:
+        tiles: the tiles to run, maps of shape ``(B, H, query tiles, key tiles)``.
+        mask_mod: says for each pair whether it is attended. It must be right on its own, also outside the tiles that
+            run: eager ``flex_attention`` and some backends look at nothing else. Tensors that it captures must be
+            realised, see ``realize``.
+        lengths: queries and keys in tokens.
+        tile_size: queries and keys in one tile.
+
+    Returns:
+        A ``BlockMask`` of shape ``(B, H, *lengths)``.
+    """
+    partial = tiles.some & ~tiles.every
+    return BlockMask(
+        lengths,
+        *tile_lists(partial),
+        *tile_lists(tiles.every),
+        *tile_lists(partial.transpose(-1, -2)),
+        *tile_lists(tiles.every.transpose(-1, -2)),
+        BLOCK_SIZE=tile_size,
+        mask_mod=mask_mod,
+    )

@@ -1,0 +1,24 @@
+"""Hypothesis profiles, and the device that each test runs on."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_SHARED = {
+    "deadline": None,
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.differing_executors],
+}
+settings.register_profile("default", max_examples=40, **_SHARED)
+settings.register_profile("ci", max_examples=40, derandomize=True, **_SHARED)
+settings.register_profile("thorough", max_examples=1000, **_SHARED)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

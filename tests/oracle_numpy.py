@@ -1,0 +1,161 @@
+"""The whole of VMoBA in plain NumPy and float64, written to be read rather than run fast.
+
+An independent oracle: it imports NumPy alone and shares no code with the library that it checks. It reads in the order
+in which the data flows: grid -> block ids -> gate -> selection -> mask -> attention. Source: arXiv 2506.23858; the
+exact rules, where the paper leaves room, are those that ``vmoba_flex.rules`` states.
+
+Symbols: B samples, H query heads, Hkv key heads, S video tokens in raster order, N blocks, D head dim, P and Q prefix
+and suffix tokens, L = P + S + Q. A "row" is one (head, query), a "pair" one (head, query, block).
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+EPS = 1e-6  # of the published threshold rule: the least span it divides by, and the guard added to the total
+
+
+def block_ids(grid: tuple[int, int, int], block: tuple[int, int, int]) -> NDArray[np.int64]:
+    """Block id of every token, (T*H*W,), for a grid (T, H, W) cut into cells of at most ``block`` tokens."""
+    t, y, x = np.indices(grid).reshape(3, -1)
+    cells_y, cells_x = -(-grid[1] // block[1]), -(-grid[2] // block[2])  # ceil
+    return (t // block[0] * cells_y + y // block[1]) * cells_x + x // block[2]
+
+
+def gate(query: ArrayLike, key: ArrayLike, ids: ArrayLike, num_blocks: int) -> NDArray[np.float64]:
+    """Score of every block for every query: the dot product with the block's mean key, without 1/sqrt(D).
+
+    Args:
+        query: (B, H, S, D), video tokens only.
+        key: (B, Hkv, S, D), video tokens only; query head h reads key head h // (H // Hkv).
+        ids: (S,) block id of each token.
+        num_blocks: N, the last size of the (B, H, S, N) result.
+    """
+    query, key, ids = np.asarray(query, np.float64), np.asarray(key, np.float64), np.asarray(ids)
+    samples, heads, tokens, _ = query.shape
+    group = heads // key.shape[1]
+    result = np.empty((samples, heads, tokens, num_blocks))
+    with np.errstate(invalid="ignore", over="ignore"):  # non-finite keys are a case that tests mean to reach
+        for b, h, n in np.ndindex(samples, heads, num_blocks):
+            result[b, h, :, n] = query[b, h] @ key[b, h // group, ids == n].mean(axis=0)
+    return result
+
+
+def select(
+    gate: ArrayLike,
+    ids: ArrayLike,
+    *,
+    pool: str,
+    k: int | None = None,
+    tau: float | None = None,
+    max_density: float | None = None,
+) -> NDArray[np.bool_]:
+    """Selected pairs, (B, H, S, N): in each pool the own ones, then the best of the others as far as the rule goes.
+
+    Best means: higher score (NaN above all numbers), then lower block id, then lower query index, then lower head.
+
+    Args:
+        gate: (B, H, S, N) scores.
+        ids: (S,) block id of each token.
+        pool: what competes: "query", "block", "head" or "global"; never across samples.
+        k: blocks per row, own included, summed over the rows of the pool; not with pool "block".
+        tau: share of the pool's normalised score to reach. A pool with a non-finite score takes everything.
+        max_density: with tau, the largest share of the pool's pairs to select; own ones are in even beyond it.
+
+    Raises:
+        ValueError: the pool is unknown, or the rule is not one of those above.
+    """
+    if (k is None) == (tau is None):
+        raise ValueError(f"exactly one of k and tau must be given, got k={k}, tau={tau}")
+    if k is not None and pool == "block":
+        raise ValueError(f"k has no meaning with pool 'block', got k={k}")
+    if k is not None and max_density is not None:
+        raise ValueError(f"max_density goes with tau only, got max_density={max_density} with k={k}")
+    gate, ids = np.asarray(gate, np.float64), np.asarray(ids)
+    head, query, block = np.meshgrid(*map(np.arange, gate.shape[1:]), indexing="ij")
+    own = ids[query] == block
+    result = np.empty(gate.shape, bool)
+    for b in range(gate.shape[0]):
+        for where in _pools(pool, *gate.shape[1:]):
+            score, mine = gate[b][where].ravel(), own[where].ravel()
+            ties = (head[where].ravel(), query[where].ravel(), block[where].ravel())
+            nan = np.isnan(score)
+            order = np.lexsort((*ties, -np.where(nan, 0, score), ~nan))  # the last key is the first to decide
+            others = order[~mine[order]]
+            if k is not None:
+                count = k * (score.size // gate.shape[3]) - mine.sum()  # such a pool holds whole rows of N pairs
+            else:
+                count = _threshold_count(score, mine, others, tau)
+            if max_density is not None:
+                count = min(count, int(np.floor(max_density * score.size + 0.5)) - mine.sum())
+            chosen = mine.copy()
+            chosen[others[: max(0, count)]] = True
+            result[b][where] = chosen.reshape(result[b][where].shape)
+    return result
+
+
+def _pools(pool: str, heads: int, tokens: int, blocks: int) -> list[tuple[slice, slice, slice]]:
+    """The pools of one sample, each as the slices of heads, queries and blocks that compete."""
+    every = slice(None)
+    if pool == "query":
+        return [(slice(h, h + 1), slice(s, s + 1), every) for h in range(heads) for s in range(tokens)]
+    if pool == "block":
+        return [(every, every, slice(n, n + 1)) for n in range(blocks)]
+    if pool == "head":
+        return [(slice(h, h + 1), every, every) for h in range(heads)]
+    if pool == "global":
+        return [(every, every, every)]
+    raise ValueError(f"pool must be 'query', 'block', 'head' or 'global', got {pool!r}")
+
+
+def _threshold_count(score: NDArray, own: NDArray, others: NDArray, tau: float) -> int:
+    """How many of ``others`` (indices into ``score``, best first) it takes, beside the own pairs, to reach tau."""
+    if not np.isfinite(score).all():
+        return others.size
+    span = score.max() - score.min()
+    share = (score - score.min()) / (span if span > EPS else 1.0)
+    total = share.sum()
+    rest = max(0.0, tau - share[own].sum() / (total + EPS))
+    if rest == 0:
+        return 0
+    reached = np.cumsum(share[others]) / (total + EPS) >= rest
+    return int(reached.argmax()) + 1 if reached.any() else others.size
+
+
+def attention_mask(selection: NDArray[np.bool_], ids: ArrayLike, prefix: int, suffix: int) -> NDArray[np.bool_]:
+    """Which query may see which key, (B, H, L, L), for a selection (B, H, S, N); prefix and suffix see and are seen."""
+    samples, heads, tokens, _ = selection.shape
+    length = prefix + tokens + suffix
+    mask = np.ones((samples, heads, length, length), bool)
+    video = slice(prefix, prefix + tokens)
+    mask[:, :, video, video] = selection[..., np.asarray(ids)]
+    return mask
+
+
+def attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, mask: NDArray[np.bool_], scale: float | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Softmax attention over the allowed keys alone: what is masked out has no influence, not even as NaN.
+
+    Args:
+        query: (B, H, L, D).
+        key: (B, Hkv, L, D); query head h reads key and value head h // (H // Hkv).
+        value: (B, Hkv, L, Dv).
+        mask: (B, H, L, L) bool, true where the query may see the key.
+        scale: factor on the scores; 1/sqrt(D) by default.
+
+    Returns:
+        Output (B, H, L, Dv) and natural log-sum-exp of the scaled scores (B, H, L), both float64. A query that may
+        see nothing gets 0 and -inf.
+    """
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    group = query.shape[1] // key.shape[1]
+    factor = float(1 / np.sqrt(query.shape[-1])) if scale is None else scale
+    output = np.zeros((*query.shape[:3], value.shape[-1]))
+    lse = np.full(query.shape[:3], -np.inf)
+    for b, h, s in np.ndindex(*query.shape[:3]):
+        allowed = mask[b, h, s]
+        if allowed.any():
+            score = factor * (key[b, h // group, allowed] @ query[b, h, s])
+            lse[b, h, s] = score.max() + np.log(np.exp(score - score.max()).sum())
+            output[b, h, s] = np.exp(score - lse[b, h, s]) @ value[b, h // group, allowed]
+    return output, lse

@@ -1,0 +1,86 @@
+"""Every way to run VMoBA, as functions of one problem, for the properties that all of them must have."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from tests.strategies import Problem
+from vmoba_flex import reference, vmoba_attention, vmoba_mask, vmoba_selection
+
+Path = Callable[[Problem], Tensor]
+
+
+def through_mask(token_order: str, tile_size: int = 16) -> Path:
+    """``flex_attention`` with ``vmoba_mask``, on tokens in ``token_order``."""
+
+    def path(problem: Problem) -> Tensor:
+        partition, tensors = problem.partition, (problem.query, problem.key, problem.value)
+        if token_order == "block":
+            tensors = tuple(partition.to_block_order(x) for x in tensors)
+        query, key, value = tensors
+        mask = vmoba_mask(query, key, partition, problem.rule, token_order=token_order, tile_size=tile_size)
+        output = flex_attention(query, key, value, block_mask=mask, scale=problem.scale, enable_gqa=problem.gqa)
+        assert isinstance(output, Tensor)
+        return partition.to_raster_order(output) if token_order == "block" else output
+
+    return path
+
+
+def through_attention(dispatch: str) -> Path:
+    """``vmoba_attention`` with one dispatch."""
+
+    def path(problem: Problem) -> Tensor:
+        return vmoba_attention(
+            problem.query,
+            problem.key,
+            problem.value,
+            problem.partition,
+            problem.rule,
+            scale=problem.scale,
+            enable_gqa=problem.gqa,
+            dispatch=dispatch,
+        )
+
+    return path
+
+
+SPARSE_PATHS: dict[str, Path] = {
+    "mask, raster order": through_mask("raster"),
+    "mask, block order": through_mask("block"),
+    "attention, tiles": through_attention("tiles"),
+    "attention, auto": through_attention("auto"),
+}
+
+
+def expected_mask(problem: Problem) -> Tensor:
+    """The reference's mask for the library's own selection, which the selection's tests hold to the oracles."""
+    selection = vmoba_selection(problem.query, problem.key, problem.partition, problem.rule)
+    return reference.attention_mask(selection, problem.partition)
+
+
+def low_precision(problem: Problem, mask: Tensor) -> Tensor:
+    """Dense masked attention in the inputs' own dtype: its error is the budget of the paths in that dtype."""
+    return torch.nn.functional.scaled_dot_product_attention(
+        problem.query, problem.key, problem.value, attn_mask=mask, scale=problem.scale, enable_gqa=problem.gqa
+    )
+
+
+def outputs_and_gradients(path: Path, problem: Problem, upstream: Tensor) -> list[Tensor]:
+    """The output of a path and its gradients in query, key and value, for one upstream gradient."""
+    problem = problem.with_leaves()
+    output = path(problem)
+    grads = torch.autograd.grad(output, (problem.query, problem.key, problem.value), upstream.to(output.dtype))
+    return [output.detach(), *grads]
+
+
+def assert_within_budget(actual: list[Tensor], low: list[Tensor], exact: list[Tensor], factor: float = 2.0) -> None:
+    """Holds each tensor's error to ``factor`` times the low-precision reference's own, both in the maximum norm.
+
+    Rounding the exact result to the tensor's dtype is always granted: a lucky reference may hit it exactly.
+    """
+    for name, x, reference_low, truth in zip(("output", "dquery", "dkey", "dvalue"), actual, low, exact, strict=False):
+        error, budget = (x.double() - truth).abs().max(), (reference_low.double() - truth).abs().max()
+        rounding = torch.finfo(x.dtype).eps * truth.abs().max()
+        assert error <= factor * (budget + rounding), f"{name}: error {error:.3g}, budget {budget:.3g} + {rounding:.3g}"

@@ -1,0 +1,112 @@
+"""What the properties draw from: partitions, rules, gate scores, queries, keys and values.
+
+Strategies construct and never filter. Block counts and block shapes are drawn and multiplied, raggedness is drawn
+apart, and tokens are capped by the sizes drawn. Integer values make ties common and float32 arithmetic exact.
+"""
+
+import dataclasses
+import math
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vmoba_flex import BlockPartition, Threshold, TopK
+from vmoba_flex.rules import POOLS, Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Inputs of one attention call."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    partition: BlockPartition
+    rule: Rule
+    scale: float | None = None
+
+    def with_leaves(self) -> "Problem":
+        """The same problem on copies of query, key and value that require gradients."""
+        leaves = {name: getattr(self, name).detach().clone().requires_grad_() for name in ("query", "key", "value")}
+        return dataclasses.replace(self, **leaves)
+
+    def to(self, target: torch.device | torch.dtype) -> "Problem":
+        """The same problem on another device or in another dtype."""
+        return dataclasses.replace(self, **{name: getattr(self, name).to(target) for name in ("query", "key", "value")})
+
+    @property
+    def gqa(self) -> bool:
+        return self.query.shape[1] != self.key.shape[1]
+
+
+@st.composite
+def partitions(draw: st.DrawFn, text: bool = True) -> BlockPartition:
+    """1 to 12 blocks of 1 to 12 tokens before the last block of each axis is cut short."""
+    counts = draw(
+        st.sampled_from([(1, 1, 1), (4, 1, 1), (3, 1, 1), (1, 2, 3), (1, 3, 2), (2, 2, 2), (2, 1, 3), (3, 2, 2)])
+    )
+    block = draw(st.sampled_from([(1, 1, 1), (1, 2, 2), (2, 2, 3), (2, 3, 1), (3, 1, 2), (1, 3, 4)]))
+    cut = draw(st.tuples(*(st.integers(0, size - 1) for size in block)))
+    grid = tuple(max(count * size - less, size) for count, size, less in zip(counts, block, cut, strict=True))
+    prefix, suffix = draw(st.sampled_from([(0, 0), (0, 0), (3, 0), (0, 2), (1, 4)])) if text else (0, 0)
+    return BlockPartition(grid, block, prefix=prefix, suffix=suffix)
+
+
+@st.composite
+def rules(draw: st.DrawFn, num_blocks: int) -> Rule:
+    """Both rules over all of their pools, with the extremes k = 1, k = N and tau = 1 common."""
+    if draw(st.booleans()):
+        pool = draw(st.sampled_from([pool for pool in POOLS if pool != "block"]))
+        if draw(st.booleans()):
+            return TopK(draw(st.integers(1, num_blocks)), pool=pool)
+        return TopK(density=draw(shares()), pool=pool)
+    max_density = draw(st.none() | shares())
+    return Threshold(draw(shares()), pool=draw(st.sampled_from(POOLS)), max_density=max_density)
+
+
+def shares() -> st.SearchStrategy[float]:
+    """Numbers in (0, 1]: round ones, at which sums hit the target exactly, and any others."""
+    return st.sampled_from([0.25, 0.5, 1.0]) | st.floats(0.01, 1.0)
+
+
+def generators() -> st.SearchStrategy[torch.Generator]:
+    return st.integers(0, 2**32 - 1).map(lambda seed: torch.Generator().manual_seed(seed))
+
+
+@st.composite
+def gates(draw: st.DrawFn, partition: BlockPartition) -> Tensor:
+    """float32 gate scores ``(B, H, video tokens, N)``: small integers with many ties, constants, or reals."""
+    batch, heads = draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 3)]))
+    shape = (batch, heads, partition.num_video_tokens, partition.num_blocks)
+    generator = draw(generators())
+    levels = draw(st.sampled_from([1, 2, 4, None]))
+    if levels is None:
+        return torch.randn(shape, generator=generator) * draw(st.sampled_from([1e-9, 1.0, 1e4]))
+    return torch.randint(levels, shape, generator=generator).float() - levels // 2
+
+
+@st.composite
+def problems(
+    draw: st.DrawFn, dtype: torch.dtype = torch.float32, exact: bool = False, heads: int | None = None
+) -> Problem:
+    """Inputs of one call.
+
+    With ``exact``, queries and keys are integers, and so are the block means: float32 computes the gate exactly, ties
+    included. ``heads`` fixes the query and key heads.
+    """
+    partition = draw(partitions())
+    rule = draw(rules(partition.num_blocks))
+    batch = draw(st.integers(1, 2))
+    key_heads, groups = draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2)])) if heads is None else (heads, 1)
+    generator = draw(generators())
+    shape = (partition.num_tokens, 8)
+
+    def tensor(heads: int, scale: int = 1) -> Tensor:
+        if exact:
+            return torch.randint(-2, 3, (batch, heads, *shape), generator=generator).to(dtype) * scale
+        return torch.randn((batch, heads, *shape), generator=generator).to(dtype)
+
+    common = math.lcm(*partition.block_sizes().tolist())
+    query, key, value = tensor(key_heads * groups), tensor(key_heads, common), tensor(key_heads)
+    return Problem(query, key, value, partition, rule, scale=draw(st.sampled_from([None, None, 0.05, 1.0])))

@@ -1,0 +1,181 @@
+"""The same properties on a CUDA GPU, where compiled kernels differ from the CPU's, and what only a GPU can show."""
+
+import functools
+import gc
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from tests.paths import (
+    assert_within_budget,
+    expected_mask,
+    low_precision,
+    outputs_and_gradients,
+    through_attention,
+    through_mask,
+)
+from tests.strategies import Problem, problems
+from tests.test_block_masks import INDEX_TENSORS
+from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_attention, vmoba_mask, vmoba_selection
+from vmoba_flex.rules import Rule
+
+pytestmark = pytest.mark.gpu
+
+GRID = (5, 14, 18)
+CASES = {
+    "temporal-gqa": (BlockPartition.temporal(GRID, 2, prefix=100, suffix=30), TopK(2), 2, 128, torch.bfloat16),
+    "spatial": (BlockPartition.spatial(GRID, (6, 6)), Threshold(0.25), 4, 128, torch.bfloat16),
+    "spatiotemporal-d64": (
+        BlockPartition(GRID, (2, 5, 7), suffix=77),
+        Threshold(0.3, pool="global"),
+        4,
+        64,
+        torch.float16,
+    ),
+    "many-blocks": (BlockPartition(GRID, (2, 3, 4)), TopK(density=0.2, pool="head"), 4, 64, torch.bfloat16),
+    "float32": (
+        BlockPartition(GRID, (3, 7, 9), prefix=1),
+        Threshold(0.3, pool="block", max_density=0.5),
+        4,
+        64,
+        torch.float32,
+    ),
+}
+
+
+def problem(case: str, seed: int = 0) -> Problem:
+    partition, rule, key_heads, head_dim, dtype = CASES[case]
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(heads: int) -> torch.Tensor:
+        x = torch.randn(2, heads, partition.num_tokens, head_dim, generator=generator)
+        return x.to("cuda", dtype)
+
+    return Problem(tensor(4), tensor(key_heads), tensor(key_heads), partition, rule)
+
+
+@functools.cache
+def compiled(path):
+    return torch.compile(path, fullgraph=True, dynamic=False)
+
+
+def exact(case: Problem, mask: torch.Tensor) -> torch.Tensor:
+    return reference.attention(case.query, case.key, case.value, mask, case.scale)[0]
+
+
+tiles = through_attention("tiles")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("path", [tiles, compiled(tiles)], ids=["eager", "compiled"])
+def test_outputs_and_gradients_equal_dense_masked_attention(case: str, path):
+    given_problem = problem(case)
+    mask = expected_mask(given_problem)
+    upstream = torch.randn_like(given_problem.query)
+    actual = outputs_and_gradients(path, given_problem, upstream)
+    low = outputs_and_gradients(functools.partial(low_precision, mask=mask), given_problem, upstream)
+    truth = outputs_and_gradients(functools.partial(exact, mask=mask), given_problem.to(torch.float64), upstream)
+    assert_within_budget(actual, low, truth)
+
+
+@pytest.mark.parametrize("order", ["raster", "block"])
+@pytest.mark.parametrize("case", ["temporal-gqa", "spatiotemporal-d64"])
+def test_the_plain_way_compiled_equals_dense_masked_attention(case: str, order: str):
+    given_problem = problem(case)
+    mask = expected_mask(given_problem)
+    with torch.no_grad():
+        output = compiled(through_mask(order, tile_size=128))(given_problem)
+    assert_within_budget([output], [low_precision(given_problem, mask)], [exact(given_problem, mask)])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_selections_and_masks_equal_eager_ones(case: str):
+    given_problem = problem(case)
+    arguments = (given_problem.query, given_problem.key, given_problem.partition, given_problem.rule)
+    # Bit for bit on one gate; the gate itself may round otherwise when compiled, so integers make it exact.
+    arguments = (*(x.mul(2).round() for x in arguments[:2]), *arguments[2:])
+    # mul(2).round() leaves block means inexact, but in the same way wherever they are computed in float32.
+    selection = vmoba_selection(*arguments)
+    flips = (compiled(vmoba_selection)(*arguments) ^ selection).float().mean()
+    assert flips < 1e-4
+
+    def index_tensors(query, key, partition, rule):
+        mask = vmoba_mask(query, key, partition, rule, token_order="block")
+        return [getattr(mask, name) for name in INDEX_TENSORS]
+
+    if flips == 0:
+        for x, y in zip(compiled(index_tensors)(*arguments), index_tensors(*arguments), strict=True):
+            assert torch.equal(x, y)
+
+
+@given(problems(exact=True))
+@settings(max_examples=200)
+def test_selections_equal_the_cpu_ones_where_arithmetic_is_exact(case: Problem):
+    expected = vmoba_selection(case.query, case.key, case.partition, case.rule)
+    on_gpu = case.to(torch.device("cuda"))
+    assert torch.equal(vmoba_selection(on_gpu.query, on_gpu.key, case.partition, case.rule).cpu(), expected)
+
+
+@pytest.mark.parametrize("rule", [TopK(2), TopK(2, pool="global"), Threshold(0.25), Threshold(0.25, max_density=0.3)])
+@pytest.mark.parametrize("path", [tiles, compiled(tiles)], ids=["eager", "compiled"])
+def test_no_host_reads(rule: Rule, path):
+    partition = CASES["spatial"][0]
+    query, key, value = torch.randn(3, 1, 2, partition.num_tokens, 64, device="cuda", dtype=torch.bfloat16)
+    case = Problem(query, key, value, partition, rule)
+    outputs_and_gradients(path, case, query)  # compiles, which may read the device
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outputs_and_gradients(path, case, query)
+        vmoba_attention(query, key, value, partition, rule, return_stats=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_same_bits_twice():
+    case, upstream = problem("spatial"), torch.randn_like(problem("spatial").query)
+    for x, y in zip(*(outputs_and_gradients(tiles, case, upstream) for _ in range(2)), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_non_finite_values_stay_in_their_sample(bad: float):
+    case = problem("spatial")
+    before = tiles(case)
+    for x in (case.query, case.key):
+        x[0, 0, 700, 3] = bad
+    after = tiles(case)
+    assert after[0, 0, 700].isnan().all()
+    assert torch.equal(after[1], before[1])
+
+
+@pytest.mark.parametrize(
+    "partition",
+    [
+        BlockPartition.temporal((24, 36, 64), 3),
+        BlockPartition.spatial((24, 36, 64), (6, 8)),
+        BlockPartition.spatiotemporal((24, 36, 64), (8, 12, 8)),
+    ],
+    ids=["temporal", "spatial", "spatiotemporal"],
+)
+def test_memory_at_55296_tokens_holds_no_square(partition: BlockPartition):
+    heads, tokens = 12, partition.num_tokens
+    leaves = [
+        torch.randn(1, heads, tokens, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+    ]
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    vmoba_attention(*leaves, partition, Threshold(0.25)).sum().backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    # One bit per query and key, far below any S x S tensor of scores, would be 4.6 GB.
+    assert peak < heads * tokens**2 / 8, f"peak {peak / 1e9:.2f} GB"
+    rows = torch.randperm(tokens, device="cuda")[:64]
+    selection = vmoba_selection(leaves[0], leaves[1], partition, Threshold(0.25))
+    mask = selection[:, :, rows][..., partition.block_ids("cuda")]
+    query, key, value = (x.detach() for x in leaves)
+    output = vmoba_attention(query, key, value, partition, Threshold(0.25))[:, :, rows]
+    truth = reference.attention(query[:, :, rows], key, value, mask)[0]
+    low = torch.nn.functional.scaled_dot_product_attention(query[:, :, rows], key, value, attn_mask=mask)
+    assert_within_budget([output], [low], [truth])

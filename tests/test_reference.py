@@ -1,0 +1,42 @@
+"""The two oracles, written apart from each other, agree."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import oracle_numpy
+from tests.strategies import Problem, gates, partitions, problems, rules
+from vmoba_flex import TopK, reference
+
+
+def numpy_selection(scores, ids, rule):
+    """The NumPy oracle's selection for a rule object."""
+    if isinstance(rule, TopK):
+        return oracle_numpy.select(scores, ids, pool=rule.pool, k=rule.blocks_per_query(scores.shape[-1]))
+    return oracle_numpy.select(scores, ids, pool=rule.pool, tau=rule.tau, max_density=rule.max_density)
+
+
+@given(st.data())
+def test_oracles_select_the_same(data: st.DataObject):
+    partition = data.draw(partitions(text=False))
+    rule = data.draw(rules(partition.num_blocks))
+    scores = data.draw(gates(partition))
+    ids = reference.block_ids(partition.grid, partition.block)
+    expected = numpy_selection(scores.numpy(), ids.numpy(), rule)
+    assert np.array_equal(reference.select(scores, ids, rule), expected)
+
+
+@given(problems())
+def test_oracles_attend_the_same(problem: Problem):
+    p = problem.partition
+    output, selection = reference.vmoba(problem.query, problem.key, problem.value, p, problem.rule, scale=0.3)
+    ids = oracle_numpy.block_ids(p.grid, p.block)
+    mask = oracle_numpy.attention_mask(selection.numpy(), ids, p.prefix, p.suffix)
+    assert np.array_equal(reference.attention_mask(selection, p), mask)
+    query, key, value = problem.query.numpy(), problem.key.numpy(), problem.value.numpy()
+    expected, lse = oracle_numpy.attention(query, key, value, mask, scale=0.3)
+    np.testing.assert_allclose(output, expected, rtol=1e-11, atol=1e-11)
+    _, reference_lse = reference.attention(
+        problem.query, problem.key, problem.value, reference.attention_mask(selection, p), scale=0.3
+    )
+    np.testing.assert_allclose(reference_lse, lse, rtol=1e-11, atol=1e-11)

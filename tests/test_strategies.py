@@ -1,0 +1,67 @@
+"""The strategies reach the edge cases that the properties are about."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import find, given
+from hypothesis import strategies as st
+
+from tests.strategies import Problem, gates, partitions, problems
+from vmoba_flex import BlockPartition, Threshold, TopK
+from vmoba_flex.gate import gate
+
+
+@pytest.mark.parametrize(
+    "edge",
+    [
+        lambda p: p.num_blocks == 1,
+        lambda p: p.num_blocks > 8,
+        lambda p: p.num_video_tokens == 1,
+        lambda p: any(g % b for g, b in zip(p.grid, p.block, strict=True)),
+        lambda p: all(g % b for g, b in zip(p.grid, p.block, strict=True)),
+        lambda p: all(c > 1 for c in p.cells),
+        lambda p: p.prefix and not p.suffix,
+        lambda p: p.prefix and p.suffix,
+        lambda p: 1 in p.block_sizes() and p.num_blocks > 1,
+    ],
+)
+def test_partitions_reach(edge):
+    find(partitions(), edge)
+
+
+@pytest.mark.parametrize(
+    "edge",
+    [
+        lambda p: p.gqa and p.key.shape[1] > 1,
+        lambda p: p.query.shape[0] > 1,
+        lambda p: isinstance(p.rule, TopK) and p.rule.k == p.partition.num_blocks > 1,
+        lambda p: isinstance(p.rule, TopK) and p.rule.density is not None and p.rule.pool == "head",
+        lambda p: isinstance(p.rule, Threshold) and p.rule.tau == 1,
+        lambda p: isinstance(p.rule, Threshold) and p.rule.max_density is not None and p.rule.pool == "block",
+        lambda p: isinstance(p.rule, Threshold) and p.rule.tau < 0.3 and p.rule.pool == "global",
+    ],
+)
+def test_problems_reach(edge):
+    find(problems(), edge)
+
+
+def test_gates_have_ties_and_constants():
+    partition = BlockPartition((2, 2, 2), (1, 1, 2))
+    find(gates(partition), lambda g: g.unique().numel() == 1)
+    find(gates(partition), lambda g: 1 < g.unique().numel() <= 4)
+    find(gates(partition), lambda g: g.unique().numel() == g.numel())
+
+
+@given(problems(exact=True))
+def test_exact_problems_have_exact_gates(problem: Problem):
+    scores = gate(problem.query, problem.key, problem.partition)
+    assert torch.equal(scores, scores.round())
+    assert scores.abs().max() * 2 < 2**24
+
+
+@given(st.data())
+def test_partitions_stay_small(data: st.DataObject):
+    partition = data.draw(partitions())
+    assert partition.num_tokens <= 200
+    assert math.prod(partition.block) <= 12

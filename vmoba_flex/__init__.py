@@ -1,0 +1,26 @@
+"""VMoBA sparse attention (arXiv 2506.23858) for video diffusion transformers, on PyTorch's FlexAttention.
+
+A *block* here is a VMoBA key block, one cell of the latent video grid. What FlexAttention calls a block (the 128 x 128
+rectangle that it runs or skips) is called a *tile*.
+
+    out = flex_attention(q, k, v, block_mask=vmoba_mask(q, k, partition, rule))     # the plain way
+    out = vmoba_attention(q, k, v, partition, rule)                                 # the fast way, same result
+"""
+
+from vmoba_flex.attention import AttentionStats, vmoba_attention
+from vmoba_flex.mask import vmoba_mask
+from vmoba_flex.partition import BlockPartition
+from vmoba_flex.rules import Threshold, TopK
+from vmoba_flex.selection import vmoba_selection
+from vmoba_flex.version import __version__
+
+__all__ = [
+    "AttentionStats",
+    "BlockPartition",
+    "Threshold",
+    "TopK",
+    "__version__",
+    "vmoba_attention",
+    "vmoba_mask",
+    "vmoba_selection",
+]

@@ -1,0 +1,49 @@
+"""Exact masked attention in plain PyTorch, for training on a CPU, where FlexAttention has no backward."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Scores held at a time, over samples, heads, queries of the chunk and keys: 256 MiB in float32.
+_CHUNK_SCORES = 2**26
+
+
+def chunked_attention(
+    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, key_group: Tensor, scale: float | None
+) -> Tensor:
+    """Attention of each query over the keys of its selected groups, a chunk of queries at a time.
+
+    Costs as much as full attention. Backward recomputes each chunk, so that memory grows linearly with the tokens.
+
+    Args:
+        query: ``(B, H, S, D)``.
+        key: ``(B, key heads, S, D)``.
+        value: ``(B, key heads, S, value dim)``.
+        selected: bool ``(B, H, S, G)``.
+        key_group: int64 ``(S,)``.
+        scale: ``1 / sqrt(D)`` if None.
+
+    Returns:
+        ``(B, H, S, value dim)``, in query's dtype; accumulated in float32, or float64 for float64 inputs.
+    """
+    batch, heads, tokens, head_dim = query.shape
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+    rows = max(1, _CHUNK_SCORES // (batch * heads * tokens))
+    chunks = [
+        checkpoint(_masked_attention, q, key, value, chosen, key_group, scale, use_reentrant=False)
+        for q, chosen in zip(query.split(rows, 2), selected.split(rows, 2), strict=True)
+    ]
+    return torch.cat(chunks, dim=2)
+
+
+def _masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, key_group: Tensor, scale: float
+) -> Tensor:
+    exact = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        scores = (query.to(exact) @ key.to(exact).mT) * scale
+        scores = scores.masked_fill(~selected[..., key_group], -torch.inf)
+        return (scores.softmax(-1) @ value.to(exact)).to(query.dtype)

@@ -1,0 +1,33 @@
+"""One compiled FlexAttention for all calls that do not come from a compiled caller."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+# Shapes, dtypes and grad mode each need a kernel of their own. Past torch's default of 8 a compiled function runs
+# eagerly, and eager flex_attention builds the S x S scores: 137 GiB at 55,296 tokens and 12 heads.
+_MAX_KERNELS = 128
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    # With fullgraph, running out of kernels is an error, never a fallback to eager.
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+
+def compiled_flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, block_mask: BlockMask, scale: float | None, enable_gqa: bool
+) -> Tensor:
+    """``flex_attention``, compiled: as part of the caller's graph if there is one, and by itself otherwise.
+
+    Raises:
+        torch._dynamo.exc.FailOnRecompileLimitHit: after 128 combinations of shape, dtype and grad mode in one process.
+    """
+    options = {"block_mask": block_mask, "scale": scale, "enable_gqa": enable_gqa}
+    if torch.compiler.is_compiling():
+        return flex_attention(query, key, value, **options)
+    with torch.compiler.config.patch(recompile_limit=_MAX_KERNELS):  # pyright: ignore[reportAttributeAccessIssue]
+        return _compiled()(query, key, value, **options)

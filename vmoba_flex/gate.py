@@ -1,0 +1,53 @@
+"""The gate: how well each query likes the mean key of each block."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vmoba_flex.partition import BlockPartition
+
+
+def block_means(key: Tensor, partition: BlockPartition) -> Tensor:
+    """Mean key of each block, accumulated in float32 (float64 for float64 keys).
+
+    Args:
+        key: ``(B, H, S, D)`` in raster order, with prefix and suffix.
+        partition: the blocks.
+
+    Returns:
+        float32 or float64 ``(B, H, N, D)``.
+    """
+    (frames, height, width), (bt, bh, bw) = partition.grid, partition.block
+    video = key[..., partition.prefix : partition.prefix + partition.num_video_tokens, :]
+    # Zeros fill the cells at the far edges: they add nothing, and each sum is divided by its cell's true size.
+    cells = F.pad(video.unflatten(-2, partition.grid), (0, 0, 0, -width % bw, 0, -height % bh, 0, -frames % bt))
+    nt, ny, nx = partition.cells
+    cells = cells.unflatten(-2, (nx, bw)).unflatten(-4, (ny, bh)).unflatten(-6, (nt, bt))
+    sums = cells.sum((-6, -4, -2), dtype=_accumulator(key)).flatten(-4, -2)
+    return sums / partition.block_sizes(key.device)[:, None]
+
+
+@torch.no_grad()
+def gate(query: Tensor, key: Tensor, partition: BlockPartition) -> Tensor:
+    """Products of each video query with the mean key of each block (arXiv 2506.23858, Sec. 3).
+
+    Not scaled by 1/sqrt(D). No gradient flows through it.
+
+    Args:
+        query: ``(B, H, S, D)`` in raster order, with prefix and suffix.
+        key: ``(B, key heads, S, D)``; query head h uses key head ``h // (H // key heads)``.
+        partition: the blocks.
+
+    Returns:
+        ``(B, H, video tokens, N)``, float32, or float64 for float64 inputs.
+    """
+    means = block_means(key, partition)
+    video = query[..., partition.prefix : partition.prefix + partition.num_video_tokens, :]
+    grouped = video.unflatten(1, (key.shape[1], -1)).to(means.dtype)
+    # Under autocast the product would be rounded to 16 bits, and close blocks would tie.
+    with torch.autocast(query.device.type, enabled=False):
+        return (grouped @ means.mT[:, :, None]).flatten(1, 2)
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,78 @@
+"""Checks of user input, made once at the public door, before any kernel runs."""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from vmoba_flex.partition import BlockPartition
+from vmoba_flex.rules import Rule, Threshold, TopK
+
+
+def check_query_key(query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless a selection can be made from these."""
+    if not isinstance(partition, BlockPartition):
+        raise TypeError(f"partition must be a BlockPartition, got {type(partition).__name__}")
+    if not isinstance(rule, TopK | Threshold):
+        raise TypeError(f"rule must be a TopK or a Threshold, got {type(rule).__name__}")
+    _check_tensor("query", query)
+    _check_tensor("key", key)
+    if query.shape[0] < 1 or query.shape[1] < 1 or query.shape[3] < 1:
+        raise ValueError(f"query must have no empty dim, got shape {tuple(query.shape)}")
+    partition.check_tokens("query", query, -2)
+    _check_like_query("key", key, query, heads=None)
+    if query.shape[1] % max(key.shape[1], 1) or not key.shape[1]:
+        raise ValueError(f"key heads must divide query heads {query.shape[1]}, got {key.shape[1]}")
+    if isinstance(rule, TopK):
+        rule.blocks_per_query(partition.num_blocks)
+    entries = query.shape[0] * query.shape[1] * partition.num_video_tokens * partition.num_blocks
+    if entries >= 2**31:
+        raise ValueError(
+            "query and partition must give a selection of fewer than 2**31 entries (B * H * video tokens * num_blocks),"
+            f" got {query.shape[0]} * {query.shape[1]} * {partition.num_video_tokens} * {partition.num_blocks} = "
+            f"{entries}"
+        )
+
+
+def check_value(value: Tensor, query: Tensor, key: Tensor) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless ``value`` goes with ``query`` and ``key``."""
+    _check_tensor("value", value)
+    _check_like_query("value", value, query, heads=key.shape[1])
+
+
+def check_scale(scale: Any) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless ``scale`` is None or a finite number."""
+    if scale is None:
+        return
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale must be a number or None, got {scale!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale!r}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises ``ValueError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def _check_tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+    if x.dim() != 4:
+        raise ValueError(f"{name} must have 4 dims (B, H, S, D), got shape {tuple(x.shape)}")
+
+
+def _check_like_query(name: str, x: Tensor, query: Tensor, heads: int | None) -> None:
+    if x.dtype != query.dtype:
+        raise TypeError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
+    if x.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {x.device}")
+    heads = x.shape[1] if heads is None else heads
+    # The head dim of value is free, as in scaled_dot_product_attention.
+    head_dim = query.shape[3] if name == "key" else x.shape[3]
+    expected = (query.shape[0], heads, query.shape[2], head_dim)
+    if tuple(x.shape) != expected:
+        raise ValueError(f"{name} must have shape {expected} to go with query, got {tuple(x.shape)}")

@@ -1,0 +1,85 @@
+"""A VMoBA selection as a BlockMask."""
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from block_masks import group_mask
+from vmoba_flex.inputs import check_choice, check_query_key
+from vmoba_flex.partition import BlockPartition
+from vmoba_flex.rules import Rule
+from vmoba_flex.selection import vmoba_selection
+
+TOKEN_ORDERS = ("raster", "block")
+
+
+def vmoba_mask(
+    query: Tensor,
+    key: Tensor,
+    partition: BlockPartition,
+    rule: Rule,
+    *,
+    token_order: str = "raster",
+    tile_size: int = 128,
+) -> BlockMask:
+    """Chooses blocks and returns the choice as a per-head ``BlockMask`` for ``flex_attention``.
+
+    Nothing is read back to the host and no S x S tensor is made. Inside ``torch.compile`` it becomes part of the graph.
+
+    Args:
+        query: ``(B, H, S, D)`` in ``token_order``, prefix and suffix included; floating point.
+        key: ``(B, key heads, S, D)``; pass ``enable_gqa=True`` to ``flex_attention`` where it has fewer heads.
+        partition: the blocks; ``S`` is its ``num_tokens``.
+        rule: ``TopK`` or ``Threshold``.
+        token_order: the order of the tokens in query, key and value, and so in the mask: ``"raster"`` or ``"block"``
+            (see ``BlockPartition.to_block_order``). Block order leaves fewer tiles to run.
+        tile_size: FlexAttention's ``BLOCK_SIZE``, for queries and keys. Compiled kernels on Hopper GPUs need a multiple
+            of 128.
+
+    Returns:
+        A ``BlockMask`` of shape ``(B, H, S, S)``.
+
+    Raises:
+        TypeError: if an argument has a wrong type or dtype.
+        ValueError: if shapes, devices or values do not fit, or the selection has 2**31 entries or more.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.attention.flex_attention import flex_attention
+        >>> from vmoba_flex import BlockPartition, TopK, vmoba_mask
+        >>> q, k, v = torch.randn(3, 1, 2, 4 * 8 * 8, 16)
+        >>> partition = BlockPartition.spatial((4, 8, 8), (4, 4))
+        >>> flex_attention(q, k, v, block_mask=vmoba_mask(q, k, partition, TopK(2))).shape
+        torch.Size([1, 2, 256, 16])
+    """
+    check_choice("token_order", token_order, TOKEN_ORDERS)
+    if token_order == "block":
+        check_query_key(query, key, partition, rule)
+        query, key = partition.to_raster_order(query), partition.to_raster_order(key)
+    return selection_mask(vmoba_selection(query, key, partition, rule), partition, token_order, tile_size)
+
+
+def selection_mask(selection: Tensor, partition: BlockPartition, token_order: str, tile_size: int = 128) -> BlockMask:
+    """Turns a selection ``(B, H, video tokens, N)`` in raster order into a mask for tokens in ``token_order``."""
+    selection, groups = key_groups(selection, partition)
+    if token_order == "block":
+        selection = partition.to_block_order(selection)
+        groups = partition.to_block_order(groups, dim=0)
+    return group_mask(selection, groups, tile_size=tile_size)
+
+
+def key_groups(selection: Tensor, partition: BlockPartition) -> tuple[Tensor, Tensor]:
+    """Extends a selection by prefix and suffix, which attend all and which all attend, as one more group of keys.
+
+    Args:
+        selection: bool ``(B, H, video tokens, N)`` in raster order.
+        partition: the blocks.
+
+    Returns:
+        bool ``(B, H, S, G)`` and the group of each key, int64 ``(S,)``, both in raster order.
+    """
+    ids = partition.block_ids(selection.device)
+    if not partition.prefix + partition.suffix:
+        return selection, ids
+    text = (partition.prefix, partition.suffix)
+    return F.pad(selection, (0, 1, *text), value=True), F.pad(ids, text, value=partition.num_blocks)

@@ -1,0 +1,205 @@
+"""Cuts the latent video grid into key blocks and sorts tokens by block."""
+
+import dataclasses
+import math
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from block_masks import realize
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockPartition:
+    """A latent video grid cut into key blocks (arXiv 2506.23858, Sec. 3).
+
+    Block ``(t // bt, y // bh, x // bw)`` holds token ``(t, y, x)``; block ids count these cells in raster order. Cells
+    at the far edges are smaller where the block shape does not divide the grid. ``temporal``, ``spatial`` and
+    ``spatiotemporal`` are names for the paper's 1D, 2D and 3D partitions, which are one function of the block shape.
+
+    Attributes:
+        grid: latent video size ``(frames, height, width)`` in tokens; tokens are row-major, frames outermost.
+        block: block shape ``(bt, bh, bw)`` in tokens.
+        prefix: tokens before the video's (text in joint attention): they attend all, and all attend them.
+        suffix: tokens behind the video's, likewise.
+
+    Raises:
+        TypeError: if a size is not an int.
+        ValueError: if a size is out of range, or the block is larger than the grid.
+
+    Example:
+        >>> partition = BlockPartition.spatial((21, 30, 52), (5, 13))
+        >>> partition.num_blocks, partition.num_tokens
+        (24, 32760)
+    """
+
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    prefix: int = dataclasses.field(default=0, kw_only=True)
+    suffix: int = dataclasses.field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        # Lists are welcome (a config read from JSON has them), but a frozen object must be hashable.
+        object.__setattr__(self, "grid", _sizes("grid", self.grid))
+        object.__setattr__(self, "block", _sizes("block", self.block))
+        for name in ("prefix", "suffix"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        if any(b > g for b, g in zip(self.block, self.grid, strict=True)):
+            raise ValueError(f"block must not be larger than grid {self.grid}, got {self.block}")
+
+    @classmethod
+    def temporal(cls, grid: tuple[int, int, int], frames: int, *, prefix: int = 0, suffix: int = 0) -> Self:
+        """The 1D partition: slabs of ``frames`` whole frames."""
+        _, height, width = _sizes("grid", grid)
+        return cls(grid, (frames, height, width), prefix=prefix, suffix=suffix)
+
+    @classmethod
+    def spatial(cls, grid: tuple[int, int, int], window: tuple[int, int], *, prefix: int = 0, suffix: int = 0) -> Self:
+        """The 2D partition: windows of ``(bh, bw)`` tokens through all frames."""
+        frames, _, _ = _sizes("grid", grid)
+        height, width = _sizes("window", window, length=2)
+        return cls(grid, (frames, height, width), prefix=prefix, suffix=suffix)
+
+    @classmethod
+    def spatiotemporal(
+        cls, grid: tuple[int, int, int], cube: tuple[int, int, int], *, prefix: int = 0, suffix: int = 0
+    ) -> Self:
+        """The 3D partition: cubes of ``(bt, bh, bw)`` tokens."""
+        return cls(grid, cube, prefix=prefix, suffix=suffix)
+
+    @property
+    def cells(self) -> tuple[int, int, int]:
+        """Blocks along frames, height and width."""
+        return _ceil_div(self.grid, self.block)
+
+    @property
+    def num_blocks(self) -> int:
+        """N, the number of key blocks."""
+        return math.prod(self.cells)
+
+    @property
+    def num_video_tokens(self) -> int:
+        """Tokens of the grid, without prefix and suffix."""
+        return math.prod(self.grid)
+
+    @property
+    def num_tokens(self) -> int:
+        """S, all tokens: prefix, video and suffix."""
+        return self.prefix + self.num_video_tokens + self.suffix
+
+    def block_ids(self, device: torch.device | str | None = None) -> Tensor:
+        """Block id of each video token in raster order, int64 ``(video tokens,)``."""
+        _, height, width = self.grid
+        _, cells_y, cells_x = self.cells
+        bt, bh, bw = self.block
+        token = torch.arange(self.num_video_tokens, device=device)
+        t, y, x = token // (height * width), token // width % height, token % width
+        return (t // bt * cells_y + y // bh) * cells_x + x // bw
+
+    def block_sizes(self, device: torch.device | str | None = None) -> Tensor:
+        """Video tokens in each block, int64 ``(N,)``."""
+        t, y, x = (
+            torch.clamp(g - torch.arange(c, device=device) * b, max=b)
+            for g, b, c in zip(self.grid, self.block, self.cells, strict=True)
+        )
+        return (t[:, None, None] * y[:, None] * x).flatten()
+
+    def to_block_order(self, x: Tensor, dim: int = -2) -> Tensor:
+        """Sorts tokens by block id, stably; prefix and suffix stay where they are. Differentiable.
+
+        Args:
+            x: any dtype; ``x.shape[dim]`` is ``num_tokens``, in raster order.
+            dim: the token dim.
+
+        Raises:
+            ValueError: if ``x.shape[dim]`` is not ``num_tokens``.
+        """
+        self.check_tokens("x", x, dim)
+        return _Reorder.apply(x, self._raster_index(x.device), self._block_position(x.device), dim)
+
+    def to_raster_order(self, x: Tensor, dim: int = -2) -> Tensor:
+        """The exact inverse of ``to_block_order``."""
+        self.check_tokens("x", x, dim)
+        return _Reorder.apply(x, self._block_position(x.device), self._raster_index(x.device), dim)
+
+    def check_tokens(self, name: str, x: Tensor, dim: int) -> None:
+        """Raises ``ValueError`` unless ``x.shape[dim]`` is ``num_tokens``."""
+        if x.shape[dim] != self.num_tokens:
+            raise ValueError(
+                f"{name} must have grid + prefix + suffix = {'x'.join(map(str, self.grid))} + {self.prefix} + "
+                f"{self.suffix} = {self.num_tokens} tokens in dim {dim}, got {x.shape[dim]} (shape {tuple(x.shape)})"
+            )
+
+    # The two permutations in closed form: no sort, and nothing to cache per device. Inductor's symbolic index algebra
+    # fails on quotients of quotients, so it is given plain numbers to compute with, and finished indices to read.
+
+    def _block_position(self, device: torch.device) -> Tensor:
+        """Position in block order of each token in raster order."""
+        (frames, height, width), (bt, bh, bw) = self.grid, self.block
+        token = realize(torch.arange(self.num_tokens, device=device) - self.prefix)
+        t, y, x = token // (height * width), token // width % height, token % width
+        first_t, first_y, first_x = t // bt * bt, y // bh * bh, x // bw * bw
+        nt, ny, nx = (frames - first_t).clamp(max=bt), (height - first_y).clamp(max=bh), (width - first_x).clamp(max=bw)
+        before = first_t * height * width + nt * (first_y * width + ny * first_x)
+        return self._keep_text(token, before + ((t - first_t) * ny + y - first_y) * nx + x - first_x)
+
+    def _raster_index(self, device: torch.device) -> Tensor:
+        """Raster index of each token in block order."""
+        (frames, height, width), (bt, bh, bw) = self.grid, self.block
+        token = realize(torch.arange(self.num_tokens, device=device) - self.prefix)
+        # Peel off whole slabs, then whole rows of blocks within the slab, then whole blocks within that row.
+        first_t = token // (bt * height * width) * bt
+        rest, nt = token - first_t * height * width, (frames - first_t).clamp(min=1, max=bt)
+        first_y = rest // (nt * bh * width) * bh
+        rest, ny = rest - nt * first_y * width, (height - first_y).clamp(min=1, max=bh)
+        first_x = rest // (nt * ny * bw) * bw
+        rest, nx = rest - nt * ny * first_x, (width - first_x).clamp(min=1, max=bw)
+        t, y, x = first_t + rest // (ny * nx), first_y + rest // nx % ny, first_x + rest % nx
+        return self._keep_text(token, (t * height + y) * width + x)
+
+    def _keep_text(self, token: Tensor, moved: Tensor) -> Tensor:
+        """Moves the video tokens and leaves prefix and suffix; ``token`` counts from the first video token."""
+        is_video = (token >= 0) & (token < self.num_video_tokens)
+        return realize(torch.where(is_video, moved, token) + self.prefix)
+
+
+class _Reorder(torch.autograd.Function):
+    """A permutation whose gradient is the inverse gather, where ``index_select`` would scatter-add."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, index: Tensor, inverse: Tensor, dim: int) -> Tensor:
+        return x.index_select(dim, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+        _, index, inverse, ctx.dim = inputs
+        ctx.save_for_backward(index, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        index, inverse = ctx.saved_tensors
+        return _Reorder.apply(*grads, inverse, index, ctx.dim), None, None, None
+
+
+def _ceil_div(sizes: tuple[int, int, int], parts: tuple[int, int, int]) -> tuple[int, int, int]:
+    t, y, x = (-(-size // part) for size, part in zip(sizes, parts, strict=True))
+    return t, y, x
+
+
+def _sizes(name: str, value: Any, length: int = 3) -> tuple[int, ...]:
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} must be a tuple of {length} ints, got {value!r}")
+    if any(isinstance(size, bool) or not isinstance(size, int) for size in value):
+        raise TypeError(f"{name} must hold ints, got {value!r}")
+    if len(value) != length:
+        raise ValueError(f"{name} must have {length} sizes, got {value!r}")
+    if any(size < 1 for size in value):
+        raise ValueError(f"{name} must be at least 1 everywhere, got {value!r}")
+    return tuple(value)

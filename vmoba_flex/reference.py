@@ -1,0 +1,145 @@
+"""VMoBA in float64, as written down: the judge of every fast path.
+
+Everything is computed from coordinates, in raster order, pool by pool, with S x S masks. It is slow on purpose and
+imports none of the code that it checks. A partition is read through ``grid``, ``block``, ``prefix`` and ``suffix``,
+and a rule through its fields.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def block_ids(grid: tuple[int, int, int], block: tuple[int, int, int]) -> Tensor:
+    """Block id of each video token in raster order, int64 ``(T * H * W,)``."""
+    t, y, x = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
+    _, cells_y, cells_x = (math.ceil(size / part) for size, part in zip(grid, block, strict=True))
+    ids = t // block[0] * (cells_y * cells_x) + y // block[1] * cells_x + x // block[2]
+    return ids.reshape(-1)
+
+
+def gate(query: Tensor, key: Tensor, ids: Tensor) -> Tensor:
+    """Products of queries with block means, float64 ``(B, H, video tokens, N)``.
+
+    Args:
+        query: ``(B, H, video tokens, D)``.
+        key: ``(B, key heads, video tokens, D)``.
+        ids: block of each token.
+    """
+    query, key = query.double(), _match_heads(key.double(), query.shape[1])
+    means = [key[:, :, ids == n].mean(2) for n in range(int(ids.max()) + 1)]
+    return torch.einsum("bhsd,bhnd->bhsn", query, torch.stack(means, dim=2))
+
+
+def select(scores: Tensor, ids: Tensor, rule: Any) -> Tensor:
+    """The selection that ``rule`` makes from ``scores``, bool like ``scores``.
+
+    Args:
+        scores: ``(B, H, video tokens, N)``.
+        ids: block of each token.
+        rule: has ``pool``, and ``tau`` and ``max_density``, or ``k`` and ``density``.
+    """
+    own = (ids[:, None].to(scores.device) == torch.arange(scores.shape[-1], device=scores.device)).expand_as(scores)
+    selected = own.clone()
+    # Each pool as a view whose dims stand in the order that breaks ties: block, query, head.
+    views = {
+        "query": lambda x: x.flatten(0, 2),
+        "block": lambda x: x.permute(0, 3, 2, 1).flatten(0, 1),
+        "head": lambda x: x.permute(0, 1, 3, 2).flatten(0, 1),
+        "global": lambda x: x.permute(0, 3, 2, 1),
+    }
+    view = views[rule.pool]
+    rows_per_pool = {"query": 1, "block": None, "head": scores.shape[2], "global": scores.shape[1] * scores.shape[2]}
+    result = view(selected).clone()
+    for pool in range(result.shape[0]):
+        flat_scores, flat_own = view(scores)[pool].reshape(-1).double(), view(own)[pool].reshape(-1)
+        chosen = _select_pool(flat_scores, flat_own, rule, rows_per_pool[rule.pool], scores.shape[-1])
+        result[pool] = chosen.view(result[pool].shape)
+    batch, heads, tokens, blocks = scores.shape
+    if rule.pool == "query":
+        return result.view(batch, heads, tokens, blocks)
+    if rule.pool == "head":
+        return result.view(batch, heads, blocks, tokens).transpose(2, 3)
+    return result.reshape(batch, blocks, tokens, heads).permute(0, 3, 2, 1)
+
+
+def _select_pool(scores: Tensor, own: Tensor, rule: Any, rows: int | None, num_blocks: int) -> Tensor:
+    """One pool, entries in the order that breaks ties."""
+    ranked = sorted(range(len(scores)), key=lambda i: (not math.isnan(scores[i]), -scores[i].nan_to_num().item()))
+    others = [i for i in ranked if not own[i]]
+    if hasattr(rule, "tau"):
+        others = others[: _threshold_length(scores, own, others, rule.tau)]
+        if rule.max_density is not None:
+            cap = math.floor(rule.max_density * len(scores) + 0.5)
+            others = others[: max(0, cap - int(own.sum()))]
+    else:
+        assert rows is not None
+        k = rule.k if rule.k is not None else max(1, math.floor(rule.density * num_blocks + 0.5))
+        others = others[: (k - 1) * rows]
+    selected = own.clone()
+    selected[others] = True
+    return selected
+
+
+def _threshold_length(scores: Tensor, own: Tensor, others: list[int], tau: float) -> int:
+    if not scores.isfinite().all():
+        return len(others)
+    spread = scores.max() - scores.min()
+    shares = (scores - scores.min()) / (spread if spread > 1e-6 else 1.0)
+    total = shares.sum() + 1e-6
+    rest = max(0.0, float(tau - shares[own].sum() / total))
+    if rest == 0:
+        return 0
+    reached = shares[others].cumsum(0) / total >= rest
+    return int(reached.int().argmax()) + 1 if reached.any() else len(others)
+
+
+def attention_mask(selection: Tensor, partition: Any) -> Tensor:
+    """Which key each query attends, bool ``(B, H, S, S)`` in raster order; prefix and suffix attend, and are, all."""
+    ids = block_ids(partition.grid, partition.block).to(selection.device)
+    batch, heads, tokens, _ = selection.shape
+    total = partition.prefix + tokens + partition.suffix
+    mask = torch.ones(batch, heads, total, total, dtype=torch.bool, device=selection.device)
+    video = slice(partition.prefix, partition.prefix + tokens)
+    mask[:, :, video, video] = selection[..., ids]
+    return mask
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention in float64 over the keys that ``mask`` allows, differentiable.
+
+    Args:
+        query: ``(B, H, S, D)``.
+        key: ``(B, key heads, keys, D)``.
+        value: ``(B, key heads, keys, value dim)``.
+        mask: bool ``(B, H, S, keys)``; None for all.
+        scale: ``1 / sqrt(D)`` if None.
+
+    Returns:
+        The output ``(B, H, S, value dim)`` and the natural log-sum-exp of the scores ``(B, H, S)``.
+    """
+    key, value = _match_heads(key.double(), query.shape[1]), _match_heads(value.double(), query.shape[1])
+    scores = query.double() @ key.mT * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1) @ value, scores.logsumexp(-1)
+
+
+def vmoba(
+    query: Tensor, key: Tensor, value: Tensor, partition: Any, rule: Any, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The whole of VMoBA: the output in float64 ``(B, H, S, value dim)`` and the selection it used."""
+    ids = block_ids(partition.grid, partition.block).to(query.device)
+    video = slice(partition.prefix, partition.prefix + len(ids))
+    with torch.no_grad():
+        selection = select(gate(query[:, :, video], key[:, :, video], ids), ids, rule)
+    output, _ = attention(query, key, value, attention_mask(selection, partition), scale)
+    return output, selection
+
+
+def _match_heads(x: Tensor, heads: int) -> Tensor:
+    return x.repeat_interleave(heads // x.shape[1], dim=1)

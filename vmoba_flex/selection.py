@@ -1,0 +1,110 @@
+"""Which blocks each query attends: one algorithm over pools, for both rules."""
+
+import torch
+from torch import Tensor
+
+from block_masks import realize
+from vmoba_flex.gate import gate
+from vmoba_flex.inputs import check_query_key
+from vmoba_flex.partition import BlockPartition
+from vmoba_flex.rules import Rule, Threshold
+
+# For each pool, the dims of a (B, H, S, N) gate that stay apart and those that compete. The competing dims stand in
+# the order that breaks ties: block id, then query index, then head.
+_POOL_DIMS = {
+    "query": ((0, 1, 2), (3,)),
+    "block": ((0, 3), (2, 1)),
+    "head": ((0, 1), (3, 2)),
+    "global": ((0,), (3, 2, 1)),
+}
+
+
+def vmoba_selection(query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule) -> Tensor:
+    """Chooses the blocks that each video query attends (arXiv 2506.23858, Sec. 3).
+
+    Every query's own block is chosen. Pools never span samples. Nothing is read back to the host.
+
+    Args:
+        query: ``(B, H, S, D)`` in raster order, prefix and suffix included; floating point.
+        key: ``(B, key heads, S, D)``; where it has fewer heads, query head h uses key head ``h // (H // key heads)``.
+        partition: the blocks; ``S`` is its ``num_tokens``.
+        rule: ``TopK`` or ``Threshold``.
+
+    Returns:
+        bool ``(B, H, video tokens, N)`` in raster order.
+
+    Raises:
+        TypeError: if an argument has a wrong type or dtype.
+        ValueError: if shapes, devices or ``k`` do not fit, or the selection has 2**31 entries or more.
+    """
+    check_query_key(query, key, partition, rule)
+    own = partition.block_ids(query.device)[:, None] == torch.arange(partition.num_blocks, device=query.device)
+    return select(gate(query, key, partition), own, rule)
+
+
+def select(scores: Tensor, own: Tensor, rule: Rule) -> Tensor:
+    """Applies a rule to gate scores.
+
+    Args:
+        scores: floating ``(B, H, S, N)``.
+        own: bool ``(S, N)``, True at each query's own block.
+        rule: ``TopK`` or ``Threshold``.
+
+    Returns:
+        bool ``(B, H, S, N)``.
+    """
+    apart, competing = _POOL_DIMS[rule.pool]
+    order = apart + competing
+    # NaNs with either sign, and the two zeros, compare equal here but not in every sort.
+    scores = torch.where(scores.isnan(), torch.nan, torch.where(scores == 0, 0.0, scores))
+    pooled = scores.permute(order)
+    entries = pooled.shape[len(apart) :]
+    pooled = pooled.flatten(len(apart))
+    own = own.expand_as(scores).permute(order).flatten(len(apart))
+    taken = own | _best_others(pooled, own, rule, num_blocks=scores.shape[-1])
+    # Words and tile lists are both made from the selection, and must see the same one.
+    return realize(taken.unflatten(-1, entries).permute([order.index(dim) for dim in range(4)]))
+
+
+def _best_others(scores: Tensor, own: Tensor, rule: Rule, num_blocks: int) -> Tensor:
+    """The best pairs besides own ones, per pool in the last dim: the shortest prefix that reaches every target.
+
+    A pair belongs to that prefix exactly if what ranks before it falls short of the target, for each criterion.
+    """
+    rank = scores.argsort(dim=-1, descending=True, stable=True)
+    others = (~own).gather(-1, rank)
+    taken = others
+    limit = rule.max_pairs(scores.shape[-1], num_blocks)
+    if limit is not None:
+        taken = taken & (_before(others.long()) < limit - own.sum(-1, keepdim=True))
+    if isinstance(rule, Threshold):
+        weights, rest = _threshold_weights(scores, own, rule.tau)
+        taken = taken & (_before(others * weights.gather(-1, rank)) < rest)
+    return torch.zeros_like(own).scatter(-1, rank, taken)
+
+
+def _before(weights: Tensor) -> Tensor:
+    """Sum of what stands before each entry of the last dim."""
+    return weights.cumsum(-1) - weights
+
+
+def _threshold_weights(scores: Tensor, own: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """Min-max scaled scores, and how much of them the non-own pairs of a pool have to reach.
+
+    Both are int64 fixed point with as many fraction bits as keep a pool's sum below 2**62. Integer sums are the same
+    in any order, so the cut does not depend on how a device, or several of them, add up a pool.
+
+    Returns:
+        weights like ``scores``, and the rest ``(..., 1)``: at most 0 where own pairs reach tau alone, and above any sum
+        where the pool holds a NaN or infinite score.
+    """
+    one = 2.0 ** (62 - scores.shape[-1].bit_length())
+    low = scores.amin(-1, keepdim=True).double()
+    spread = scores.amax(-1, keepdim=True).double() - low
+    finite = spread.isfinite()
+    scaled = (scores.double() - low) / torch.where(spread <= 1e-6, 1.0, spread)
+    weights = torch.where(finite, scaled * one, 0.0).round().long()
+    reach = tau * (weights.sum(-1, keepdim=True).double() + 1e-6 * one)
+    rest = reach.ceil().long() - (own * weights).sum(-1, keepdim=True)
+    everything = ~finite if tau < 1 else torch.ones_like(finite)
+    return weights, torch.where(everything, torch.iinfo(torch.int64).max, rest)
