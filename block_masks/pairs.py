@@ -35,8 +35,8 @@ def pack_bits(selected: Tensor) -> Tensor:
 def pair_lookup(selected: Tensor) -> PairLookup:
     """Returns a function of index tensors ``(b, h, q, g)`` that says whether query ``q`` chose group ``g``.
 
-    One 64-bit word per query is read once per row of a tile instead of once per pair, and the words take an eighth of
-    the bool table's bytes.
+    A query's choices are packed into 64-bit words: an eighth of the bool table's bytes, and loads per row of a tile
+    instead of per pair.
 
     Args:
         selected: bool ``(B, H, S, G)``.
@@ -51,16 +51,14 @@ def pair_lookup(selected: Tensor) -> PairLookup:
             "selected must pack into fewer than 2**31 words (B * H * S * ceil(G / 64)), "
             f"got shape {tuple(selected.shape)} with {num_words} words"
         )
-    words = pack_bits(selected)
-    if words.shape[-1] == 1:
-        word = realize(words.squeeze(-1))
+    words = realize(pack_bits(selected))
 
-        def lookup(b: Tensor, h: Tensor, q: Tensor, g: Tensor) -> Tensor:
-            return ((word[b, h, q] >> g) & 1) == 1
-    else:
-        words = realize(words)
-
-        def lookup(b: Tensor, h: Tensor, q: Tensor, g: Tensor) -> Tensor:
-            return ((words[b, h, q, g >> 6] >> (g & 63)) & 1) == 1
+    def lookup(b: Tensor, h: Tensor, q: Tensor, g: Tensor) -> Tensor:
+        # Each word is one load per row of a tile. Indexing the word by g would be one per pair, more than the shared
+        # memory of a Hopper GPU holds in backward.
+        word = words[b, h, q, 0]
+        for i in range(1, words.shape[-1]):
+            word = torch.where(g >= i * WORD_BITS, words[b, h, q, i], word)
+        return ((word >> (g & (WORD_BITS - 1))) & 1) == 1
 
     return lookup

@@ -34,6 +34,7 @@ CASES = {
         torch.float16,
     ),
     "many-blocks": (BlockPartition(GRID, (2, 3, 4)), TopK(density=0.2, pool="head"), 4, 64, torch.bfloat16),
+    "420-blocks": (BlockPartition(GRID, (1, 1, 3)), Threshold(0.25, pool="query"), 4, 128, torch.bfloat16),
     "float32": (
         BlockPartition(GRID, (3, 7, 9), prefix=1),
         Threshold(0.3, pool="block", max_density=0.5),
@@ -93,10 +94,8 @@ def test_the_plain_way_compiled_equals_dense_masked_attention(case: str, order: 
 def test_compiled_selections_and_masks_equal_eager_ones(case: str):
     given_problem = problem(case)
     arguments = (given_problem.query, given_problem.key, given_problem.partition, given_problem.rule)
-    # Bit for bit on one gate; the gate itself may round otherwise when compiled, so integers make it exact.
-    arguments = (*(x.mul(2).round() for x in arguments[:2]), *arguments[2:])
-    # mul(2).round() leaves block means inexact, but in the same way wherever they are computed in float32.
     selection = vmoba_selection(*arguments)
+    # The compiled gate may round otherwise, and flip pairs at the cut.
     flips = (compiled(vmoba_selection)(*arguments) ^ selection).float().mean()
     assert flips < 1e-4
 
@@ -104,9 +103,8 @@ def test_compiled_selections_and_masks_equal_eager_ones(case: str):
         mask = vmoba_mask(query, key, partition, rule, token_order="block")
         return [getattr(mask, name) for name in INDEX_TENSORS]
 
-    if flips == 0:
-        for x, y in zip(compiled(index_tensors)(*arguments), index_tensors(*arguments), strict=True):
-            assert torch.equal(x, y)
+    flipped = zip(compiled(index_tensors)(*arguments), index_tensors(*arguments), strict=True)
+    assert flips > 0 or all(torch.equal(x, y) for x, y in flipped)
 
 
 @given(problems(exact=True))

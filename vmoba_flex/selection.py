@@ -1,9 +1,10 @@
 """Which blocks each query attends: one algorithm over pools, for both rules."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from block_masks import realize
 from vmoba_flex.gate import gate
 from vmoba_flex.inputs import check_query_key
 from vmoba_flex.partition import BlockPartition
@@ -12,10 +13,10 @@ from vmoba_flex.rules import Rule, Threshold
 # For each pool, the dims of a (B, H, S, N) gate that stay apart and those that compete. The competing dims stand in
 # the order that breaks ties: block id, then query index, then head.
 _POOL_DIMS = {
-    "query": ((0, 1, 2), (3,)),
-    "block": ((0, 3), (2, 1)),
-    "head": ((0, 1), (3, 2)),
-    "global": ((0,), (3, 2, 1)),
+    "query": ([0, 1, 2], [3]),
+    "block": ([0, 3], [2, 1]),
+    "head": ([0, 1], [3, 2]),
+    "global": ([0], [3, 2, 1]),
 }
 
 
@@ -54,19 +55,33 @@ def select(scores: Tensor, own: Tensor, rule: Rule) -> Tensor:
         bool ``(B, H, S, N)``.
     """
     apart, competing = _POOL_DIMS[rule.pool]
-    order = apart + competing
+    max_pairs = rule.max_pairs(math.prod([scores.shape[dim] for dim in competing]), scores.shape[-1])
+    return _select(scores, own, apart, competing, max_pairs, rule.tau if isinstance(rule, Threshold) else None)
+
+
+# Opaque to Inductor, which on torch 2.11 fails to fuse scans as long as a pool with what surrounds them, and which
+# could otherwise compute a selection twice, rounding the gate differently for the tile lists and for the words.
+@torch.library.custom_op("vmoba_flex::select", mutates_args=())
+def _select(
+    scores: Tensor, own: Tensor, apart: list[int], competing: list[int], max_pairs: int | None, tau: float | None
+) -> Tensor:
+    order = [*apart, *competing]
     # NaNs with either sign, and the two zeros, compare equal here but not in every sort.
     scores = torch.where(scores.isnan(), torch.nan, torch.where(scores == 0, 0.0, scores))
     pooled = scores.permute(order)
     entries = pooled.shape[len(apart) :]
     pooled = pooled.flatten(len(apart))
     own = own.expand_as(scores).permute(order).flatten(len(apart))
-    taken = own | _best_others(pooled, own, rule, num_blocks=scores.shape[-1])
-    # Words and tile lists are both made from the selection, and must see the same one.
-    return realize(taken.unflatten(-1, entries).permute([order.index(dim) for dim in range(4)]))
+    selected = own | _best_others(pooled, own, max_pairs, tau)
+    return selected.unflatten(-1, entries).permute([order.index(dim) for dim in range(4)]).contiguous()
 
 
-def _best_others(scores: Tensor, own: Tensor, rule: Rule, num_blocks: int) -> Tensor:
+@_select.register_fake
+def _(scores: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
+
+
+def _best_others(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None) -> Tensor:
     """The best pairs besides own ones, per pool in the last dim: the shortest prefix that reaches every target.
 
     A pair belongs to that prefix exactly if what ranks before it falls short of the target, for each criterion.
@@ -74,11 +89,10 @@ def _best_others(scores: Tensor, own: Tensor, rule: Rule, num_blocks: int) -> Te
     rank = scores.argsort(dim=-1, descending=True, stable=True)
     others = (~own).gather(-1, rank)
     taken = others
-    limit = rule.max_pairs(scores.shape[-1], num_blocks)
-    if limit is not None:
-        taken = taken & (_before(others.long()) < limit - own.sum(-1, keepdim=True))
-    if isinstance(rule, Threshold):
-        weights, rest = _threshold_weights(scores, own, rule.tau)
+    if max_pairs is not None:
+        taken = taken & (_before(others.long()) < max_pairs - own.sum(-1, keepdim=True))
+    if tau is not None:
+        weights, rest = _threshold_weights(scores, own, tau)
         taken = taken & (_before(others * weights.gather(-1, rank)) < rest)
     return torch.zeros_like(own).scatter(-1, rank, taken)
 

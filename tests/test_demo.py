@@ -1,0 +1,252 @@
+"""The demo: clip, model, measures, command line."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_mask, vmoba_selection
+from vmoba_flex.cli import main
+from vmoba_flex.demo import DemoError, run
+from vmoba_flex.demo.clip import BUNNY, read_clip
+from vmoba_flex.demo.model import VideoBlock, rotary_angles, rotate
+
+GRID = (4, 6, 8)
+
+
+def write_video(path: Path, images: np.ndarray) -> Path:
+    """A lossless video of grey images, uint8 (frames, height, width)."""
+    with av.open(str(path), "w") as writer:
+        stream = writer.add_stream("libx264", rate=25)
+        stream.height, stream.width = images.shape[1:]
+        stream.pix_fmt, stream.options = "yuv420p", {"qp": "0"}
+        for image in images:
+            frame = av.VideoFrame.from_ndarray(image[..., None].repeat(3, axis=-1), format="rgb24")
+            writer.mux(stream.encode(frame))
+        writer.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def projected() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        return VideoBlock()(read_clip(BUNNY, 16, 96, 128))
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the test the compilation: eager flex_attention computes the same."""
+    monkeypatch.setattr(run, "_compiled_flex", lambda: lambda q, k, v, mask: flex_attention(q, k, v, block_mask=mask))
+    monkeypatch.setattr(run, "REPEATS", 1)
+
+
+def test_command_line_loads_no_extras():
+    # torch itself loads tqdm where it finds it.
+    code = "import sys, torch; before = set(sys.modules); import vmoba_flex.cli; print(*set(sys.modules) - before)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "vmoba_flex.cli" in loaded
+    assert not {"av", "matplotlib", "tqdm"} & set(loaded)
+
+
+def test_clip_ships_and_decodes():
+    assert BUNNY.stat().st_size <= 300_000
+    frames = read_clip(BUNNY, 64, 288, 512)
+    assert frames.shape == (64, 3, 288, 512)
+    assert frames.dtype == torch.float32
+    assert frames.min() >= 0
+    assert frames.max() <= 1
+    # The bunny moves: no two frames are the same.
+    assert (frames.diff(dim=0).abs().amax((1, 2, 3)) > 0).all()
+
+
+def test_clip_is_sampled_evenly(tmp_path: Path):
+    path = write_video(
+        tmp_path / "steps.mp4", np.arange(0, 120, 10, dtype=np.uint8)[:, None, None].repeat(32, 1).repeat(32, 2)
+    )
+    levels = read_clip(path, 4, 16, 16).mean((1, 2, 3)) * 255
+    torch.testing.assert_close(levels, torch.tensor([0.0, 40, 70, 110]), atol=3, rtol=0)
+
+
+def test_clip_is_cropped_at_the_centre(tmp_path: Path):
+    image = np.full((2, 32, 96), 255, dtype=np.uint8)
+    image[:, :, 24:72] = 0
+    frames = read_clip(write_video(tmp_path / "bars.mp4", image), 2, 16, 16)
+    assert frames.shape == (2, 3, 16, 16)
+    assert frames.max() < 0.05
+
+
+@pytest.mark.parametrize("name", ["missing.mp4", "text.mp4", "short.mp4", "sound.wav"])
+def test_unusable_clip_is_refused(tmp_path: Path, name: str):
+    (tmp_path / "text.mp4").write_text("no video")
+    write_video(tmp_path / "short.mp4", np.zeros((3, 32, 32), dtype=np.uint8))
+    with av.open(str(tmp_path / "sound.wav"), "w") as writer:
+        stream = writer.add_stream("pcm_s16le", rate=8000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), dtype=np.int16), layout="mono")
+        sound.rate = 8000
+        writer.mux(stream.encode(sound))
+        writer.mux(stream.encode())
+    with pytest.raises(DemoError, match=name) as caught:
+        read_clip(tmp_path / name, 4, 16, 16)
+    assert "\n" not in str(caught.value)
+
+
+def test_rotary_embedding_depends_on_relative_position_alone():
+    grid, head_dim = (3, 4, 5), 32
+    angles = rotary_angles(grid, head_dim).double()
+    query, key = torch.randn(2, head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scores = rotate(query.expand(60, -1), angles) @ rotate(key.expand(60, -1), angles).T
+    scores = scores.view(grid + grid)
+    for axis in range(3):
+        size = grid[axis]
+        moved = scores.narrow(axis, 1, size - 1).narrow(axis + 3, 1, size - 1)
+        torch.testing.assert_close(moved, scores.narrow(axis, 0, size - 1).narrow(axis + 3, 0, size - 1))
+        # A step of the query alone must show, on every axis.
+        step = scores.narrow(axis, 1, size - 1) - scores.narrow(axis, 0, size - 1)
+        assert step.abs().amax(axis).min() > 1e-6
+
+
+def test_rotation_keeps_lengths():
+    x = torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(rotate(x, rotary_angles((3, 4, 5), 32)).norm(dim=-1), x.norm(dim=-1))
+
+
+def test_block_is_reproducible_and_loadable(projected: tuple[torch.Tensor, ...]):
+    state = torch.random.get_rng_state()
+    block = VideoBlock(seed=1)
+    assert (torch.random.get_rng_state() == state).all()
+    frames = read_clip(BUNNY, 16, 96, 128)
+    with torch.no_grad():
+        assert not torch.equal(block(frames)[0], projected[0])
+        block.load_state_dict(VideoBlock(seed=0).state_dict())
+        for ours, theirs in zip(block(frames), projected, strict=True):
+            assert ours.shape == (1, 4, 192, 64)
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("rule", [Threshold(0.25), TopK(density=0.25)], ids=str)
+def test_measures(projected: tuple[torch.Tensor, ...], rule: Threshold | TopK):
+    steps = []
+    kinds = run.layer_kinds(GRID)
+    results = run.run_layers(*projected, kinds, rule, steps.append)
+    assert len(steps) == 3 * len(kinds)
+    assert [result.kind for result in results] == ["full", "1D", "2D", "3D"]
+    assert (results[0].density, results[0].tile_density) == (1, 1)
+    assert results[0].recall == pytest.approx(1)
+    probabilities = torch.softmax(projected[0].double() @ projected[1].double().mT / 8, dim=-1)
+    for result in results:
+        assert result.error < 1e-5
+        selection = vmoba_selection(projected[0], projected[1], result.partition, rule)
+        assert torch.equal(result.selection, selection[0])
+        assert result.density == pytest.approx(selection.float().mean().item())
+        kept = probabilities * reference.attention_mask(selection, result.partition)
+        assert result.recall == pytest.approx(kept.sum(-1).mean().item())
+
+
+def test_attention_of_one_query(projected: tuple[torch.Tensor, ...]):
+    query, key, _ = projected
+    expected = torch.softmax(query.double() @ key.double().mT / 8, dim=-1)[0, 2, 17]
+    torch.testing.assert_close(run.attention_of(query, key, 17, head=2).double(), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_tile_map(projected: tuple[torch.Tensor, ...]):
+    query, key, _ = projected
+    partition = BlockPartition.spatiotemporal(GRID, (2, 4, 4))
+    selection = vmoba_selection(query, key, partition, TopK(2))
+    query, key = partition.to_block_order(query), partition.to_block_order(key)
+    mask = vmoba_mask(query, key, partition, TopK(2), token_order="block", tile_size=16)
+    dense = partition.to_block_order(partition.to_block_order(reference.attention_mask(selection, partition)), dim=-1)
+    tiles = dense.unflatten(-1, (-1, 16)).unflatten(-3, (-1, 16)).movedim(-3, -2).flatten(-2)
+    expected = tiles.any(-1).long() + tiles.all(-1)
+    assert torch.equal(run.tile_map(mask), expected)
+    assert len(expected.unique()) == 3
+
+
+def test_demo_from_command_to_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    output = tmp_path / "demo.png"
+    assert main(["demo", "--grid", "2x4x6", "--output", str(output)]) == 0
+    assert list(tmp_path.iterdir()) == [output]
+    height, width, _ = matplotlib.image.imread(output).shape
+    assert width == 1760
+    assert 1000 < height < 2000
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table[:5]] == ["layer", "full", "1D", "2D", "3D"]
+
+
+@pytest.mark.usefixtures("eager")
+def test_demo_of_a_portrait_video(tmp_path: Path):
+    """Another video, another rule, a chosen query, more frames than the picture shows."""
+    video = write_video(tmp_path / "noise.mkv", np.random.default_rng(0).integers(0, 256, (40, 96, 64), dtype=np.uint8))
+    output = tmp_path / "demo.png"
+    options = ["--video", str(video), "--grid", "10x6x4", "--density", "0.3", "--query", "9,5,3"]
+    assert main(["demo", "--output", str(output), *options]) == 0
+    assert matplotlib.image.imread(output).shape[1] == 1760
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--video", "{tmp}/missing.mp4"], "no video file"),
+        (["--video", "{tmp}"], "no video file"),
+        (["--video", "{tmp}/text.mp4"], "as a video"),
+        (["--grid", "17x1x1"], "has 64 frames, but this grid needs 68"),
+        (["--query", "0,0,2"], "outside the grid"),
+        (["--tau", "1.5"], "tau must lie in"),
+        (["--density", "0"], "density must lie in"),
+        (["--output", "{tmp}/none/demo.png"], "cannot write"),
+        (["--output", "{tmp}/demo.jpg"], "must end in .png"),
+        (["--output", "{tmp}/folder.png"], "which is a folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line(
+    options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "folder.png").mkdir()
+    before = set(tmp_path.rglob("*"))
+    assert main(["demo", "--grid", "1x1x2", *(option.format(tmp=tmp_path) for option in options)]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err.splitlines()[-1]
+    assert captured.err.count("error") == 1
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "av" else find(name))
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err == 'vmoba-flex: error: the demo needs av: pip install "vmoba-flex[demo]"\n'
+
+
+def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(run.shutil, "which", lambda name: None)
+    assert main(["demo"]) == 2
+    assert "install g++" in capsys.readouterr().err
+
+
+def test_failure_leaves_the_old_picture(tmp_path: Path):
+    old = tmp_path / "demo.png"
+    old.write_bytes(b"old")
+    assert main(["demo", "--video", str(tmp_path / "missing.mp4"), "--output", str(old)]) == 2
+    assert old.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [old]
+
+
+@pytest.mark.parametrize("words", ["8x18", "8x18x0", "axbxc", "-1x2x3"])
+def test_malformed_grid(words: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        main(["demo", f"--grid={words}"])
+    assert caught.value.code == 2
+    assert "TxHxW" in capsys.readouterr().err
