@@ -36,13 +36,25 @@ def tile_lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         counts, int32 ``(..., rows)``, and columns, int32 ``(..., rows, columns)``, both contiguous.
     """
+    return _tile_lists(tiles)
+
+
+# Opaque to Inductor, whose scans on torch 2.11 fail to compile when fused with what makes the tile map.
+@torch.library.custom_op("block_masks::tile_lists", mutates_args=())
+def _tile_lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
     seen = tiles.cumsum(-1)
     counts = seen[..., -1:]
     columns = torch.arange(tiles.shape[-1], device=tiles.device)
     # A False column goes behind all True ones, after the False columns to its left.
     place = torch.where(tiles, seen - 1, counts + columns - seen)
-    listed = torch.zeros_like(place).scatter(-1, place, columns.expand_as(place))
-    return counts.squeeze(-1).to(torch.int32).contiguous(), listed.to(torch.int32).contiguous()
+    listed = torch.zeros(tiles.shape, dtype=torch.int32, device=tiles.device)
+    listed.scatter_(-1, place, columns.to(torch.int32).expand(tiles.shape))
+    return counts.squeeze(-1).to(torch.int32), listed
+
+
+@_tile_lists.register_fake
+def _(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    return tiles.new_empty(tiles.shape[:-1], dtype=torch.int32), tiles.new_empty(tiles.shape, dtype=torch.int32)
 
 
 def block_mask_from_tiles(

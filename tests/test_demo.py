@@ -16,7 +16,7 @@ from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_mask, v
 from vmoba_flex.cli import main
 from vmoba_flex.demo import DemoError, run
 from vmoba_flex.demo.clip import BUNNY, read_clip
-from vmoba_flex.demo.model import VideoBlock, rotary_angles, rotate
+from vmoba_flex.demo.model import VideoProjection, rotary_angles, rotate
 
 GRID = (4, 6, 8)
 
@@ -37,7 +37,7 @@ def write_video(path: Path, images: np.ndarray) -> Path:
 @pytest.fixture(scope="module")
 def projected() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.no_grad():
-        return VideoBlock()(read_clip(BUNNY, 16, 96, 128))
+        return VideoProjection()(read_clip(BUNNY, 16, 96, 128))
 
 
 @pytest.fixture
@@ -117,15 +117,15 @@ def test_rotation_keeps_lengths():
     torch.testing.assert_close(rotate(x, rotary_angles((3, 4, 5), 32)).norm(dim=-1), x.norm(dim=-1))
 
 
-def test_block_is_reproducible_and_loadable(projected: tuple[torch.Tensor, ...]):
+def test_projection_is_reproducible_and_loadable(projected: tuple[torch.Tensor, ...]):
     state = torch.random.get_rng_state()
-    block = VideoBlock(seed=1)
+    projection = VideoProjection(seed=1)
     assert (torch.random.get_rng_state() == state).all()
     frames = read_clip(BUNNY, 16, 96, 128)
     with torch.no_grad():
-        assert not torch.equal(block(frames)[0], projected[0])
-        block.load_state_dict(VideoBlock(seed=0).state_dict())
-        for ours, theirs in zip(block(frames), projected, strict=True):
+        assert not torch.equal(projection(frames)[0], projected[0])
+        projection.load_state_dict(VideoProjection(seed=0).state_dict())
+        for ours, theirs in zip(projection(frames), projected, strict=True):
             assert ours.shape == (1, 4, 192, 64)
             torch.testing.assert_close(ours, theirs)
 
