@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from block_masks import gather_rows, merge_rows, pad_keys, plan_rows
 from vmoba_flex import BlockPartition, Threshold, vmoba_attention
+from vmoba_flex.compiled import compiled_flex_attention_with_lse
+from vmoba_flex.gate import gate
+from vmoba_flex.mask import group_sizes
+from vmoba_flex.packed import max_row_tiles
+from vmoba_flex.selection import select
 
 GRID = (24, 36, 64)
 KINDS = {
@@ -59,6 +65,36 @@ def measure(attend: Callable[..., Tensor], leaves: list[Tensor], upstream: Tenso
     return result | {"peak_gb_above_inputs": (torch.cuda.max_memory_allocated() - before) / 1e9}
 
 
+@torch.no_grad()
+def stages(leaves: list[Tensor], partition: BlockPartition, rule: Threshold) -> dict[str, float]:
+    """Forward time of each stage of the packed dispatch, in ms; those after the selection for two heads."""
+    query, key, value = leaves
+    own = torch.nn.functional.one_hot(partition.block_ids("cuda"), partition.num_blocks).bool()
+    scores = gate(query, key, partition)
+    selection = select(scores, own, rule)
+    two = slice(0, 2)
+    tiles = max_row_tiles(partition, rule, query.shape[1], 2)
+    assert tiles is not None  # the rule caps its pools
+    ids, sizes = partition.block_ids("cuda"), group_sizes(partition)
+    plan = plan_rows(selection[0, two], ids, sizes, tiles)
+    rows, keys, values = gather_rows(query[0, two], plan), pad_keys(key[0, two], plan), pad_keys(value[0, two], plan)
+
+    def attend() -> tuple[Tensor, Tensor]:
+        inputs = (x[None, None] for x in (rows, keys, values))
+        return compiled_flex_attention_with_lse(*inputs, block_mask=plan.block_mask, scale=None)
+
+    output, lse = attend()
+    return {
+        "gate_ms": milliseconds(lambda: gate(query, key, partition)),
+        "select_ms": milliseconds(lambda: select(scores, own, rule)),
+        "plan_ms": milliseconds(lambda: plan_rows(selection[0, two], ids, sizes, tiles)),
+        "gather_ms": milliseconds(lambda: gather_rows(query[0, two], plan)),
+        "pad_keys_ms": milliseconds(lambda: (pad_keys(key[0, two], plan), pad_keys(value[0, two], plan))),
+        "attention_ms": milliseconds(attend),
+        "merge_ms": milliseconds(lambda: merge_rows(output[0, 0], lse[0, 0], plan)),
+    }
+
+
 def main() -> None:
     """Runs the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,17 +114,21 @@ def main() -> None:
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         with sdpa_kernel(backend):
             run(f"dense, {backend.name}", torch.nn.functional.scaled_dot_product_attention)
-    rule = Threshold(0.25)
+    rule = Threshold(0.25, max_density=0.25)
     for kind, partition in KINDS.items():
         query, key, value = leaves
         _, stats = vmoba_attention(query, key, value, partition, rule, return_stats=True)
         facts = {"density": stats.density.mean().item(), "tile_density": stats.tile_density.mean().item()}
+        for dispatch in ("tiles", "packed"):
 
-        def attend(query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition = partition) -> Tensor:
-            return vmoba_attention(query, key, value, partition, rule, dispatch="tiles")
+            def attend(*inputs: Tensor, partition: BlockPartition = partition, dispatch: str = dispatch) -> Tensor:
+                query, key, value = inputs
+                return vmoba_attention(query, key, value, partition, rule, dispatch=dispatch)
 
-        run(f"tiles, {kind}", attend, **facts)
-        run(f"tiles, {kind}, torch.compile", torch.compile(attend, fullgraph=True, dynamic=False), **facts)
+            run(f"{dispatch}, {kind}", attend, **facts)
+            run(f"{dispatch}, {kind}, torch.compile", torch.compile(attend, fullgraph=True, dynamic=False), **facts)
+        rows.append({"name": f"stages of packed, {kind}, one head group"} | stages(leaves, partition, rule))
+        print(rows[-1])
     report = {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name(),

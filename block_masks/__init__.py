@@ -8,15 +8,22 @@ torch alone.
 from block_masks.group_mask import group_mask, group_tiles
 from block_masks.pairs import pack_bits, pair_lookup
 from block_masks.realize import realize
+from block_masks.row_ops import gather_rows, merge_rows, pad_keys
+from block_masks.rows import RowPlan, plan_rows
 from block_masks.tiles import TileMap, block_mask_from_tiles, tile_lists
 
 __all__ = [
+    "RowPlan",
     "TileMap",
     "block_mask_from_tiles",
+    "gather_rows",
     "group_mask",
     "group_tiles",
+    "merge_rows",
     "pack_bits",
+    "pad_keys",
     "pair_lookup",
+    "plan_rows",
     "realize",
     "tile_lists",
 ]

@@ -50,6 +50,7 @@ SPARSE_PATHS: dict[str, Path] = {
     "mask, raster order": through_mask("raster"),
     "mask, block order": through_mask("block"),
     "attention, tiles": through_attention("tiles"),
+    "attention, packed": through_attention("packed"),
     "attention, auto": through_attention("auto"),
 }
 

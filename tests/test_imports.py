@@ -25,7 +25,9 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", BLOCK_MASKS, ids=lambda path: path.name)
 def test_block_masks_imports_torch_alone(path):
-    assert imported(path) <= {"torch", "block_masks"}
+    # Triton comes with torch where there is a GPU, and is imported by the kernels on their first use.
+    triton = {"triton"} if path.name == "row_kernels.py" else set()
+    assert imported(path) <= {"torch", "block_masks"} | triton
 
 
 def test_core_modules_import_block_masks_and_torch_alone():

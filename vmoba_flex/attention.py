@@ -11,11 +11,12 @@ from vmoba_flex.chunked import chunked_attention
 from vmoba_flex.compiled import compiled_flex_attention
 from vmoba_flex.inputs import check_choice, check_query_key, check_scale, check_value
 from vmoba_flex.mask import key_groups, selection_mask
+from vmoba_flex.packed import packed_attention
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection import vmoba_selection
 
-DISPATCHES = ("auto", "tiles", "dense")
+DISPATCHES = ("auto", "tiles", "packed", "dense")
 BACKENDS = ("auto", "triton")
 
 
@@ -46,6 +47,7 @@ def vmoba_attention(
     dispatch: str = "auto",
     backend: str = "auto",
     return_stats: Literal[False] = False,
+    max_row_bytes: int = 2**29,
 ) -> Tensor: ...
 
 
@@ -62,6 +64,7 @@ def vmoba_attention(
     dispatch: str = "auto",
     backend: str = "auto",
     return_stats: Literal[True],
+    max_row_bytes: int = 2**29,
 ) -> tuple[Tensor, AttentionStats]: ...
 
 
@@ -77,6 +80,7 @@ def vmoba_attention(
     dispatch: str = "auto",
     backend: str = "auto",
     return_stats: bool = False,
+    max_row_bytes: int = 2**29,
 ) -> Tensor | tuple[Tensor, AttentionStats]:
     """VMoBA attention (arXiv 2506.23858), raster order in and out, differentiable in query, key and value.
 
@@ -129,7 +133,10 @@ def vmoba_attention(
         return (output, _dense_stats(query, partition)) if return_stats else output
     selection = vmoba_selection(query, key, partition, rule)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if query.device.type == "cpu" and (needs_grad or not torch.compiler.is_compiling()):
+    if dispatch == "packed":
+        output = packed_attention(query, key, value, selection, partition, rule, scale, max_row_bytes)
+        mask = selection_mask(selection, partition, "block") if return_stats else None
+    elif query.device.type == "cpu" and (needs_grad or not torch.compiler.is_compiling()):
         output = chunked_attention(query, key, value, *key_groups(selection, partition), scale)
         mask = selection_mask(selection, partition, "block") if return_stats else None
     else:

@@ -2,10 +2,11 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 # Shapes, dtypes and grad mode each need a kernel of their own. Past torch's default of 8 a compiled function runs
 # eagerly, and eager flex_attention builds the S x S scores: 137 GiB at 55,296 tokens and 12 heads.
@@ -13,7 +14,7 @@ _MAX_KERNELS = 128
 
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
+def _compiled() -> Callable[..., Any]:
     # With fullgraph, running out of kernels is an error, never a fallback to eager.
     return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
@@ -26,7 +27,18 @@ def compiled_flex_attention(
     Raises:
         torch._dynamo.exc.FailOnRecompileLimitHit: after 128 combinations of shape, dtype and grad mode in one process.
     """
-    options = {"block_mask": block_mask, "scale": scale, "enable_gqa": enable_gqa}
+    return _run(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=enable_gqa)
+
+
+def compiled_flex_attention_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, *, block_mask: BlockMask, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """The same, with the natural log-sum-exp of each query's scores, float32 ``(B, H, S)``; on CUDA alone."""
+    output, aux = _run(query, key, value, block_mask=block_mask, scale=scale, return_aux=AuxRequest(lse=True))
+    return output, aux.lse
+
+
+def _run(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
     if torch.compiler.is_compiling():
         return flex_attention(query, key, value, **options)
     with torch.compiler.config.patch(recompile_limit=_MAX_KERNELS):  # pyright: ignore[reportAttributeAccessIssue]

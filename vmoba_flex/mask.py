@@ -1,5 +1,7 @@
 """A VMoBA selection as a BlockMask."""
 
+import itertools
+
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -83,3 +85,13 @@ def key_groups(selection: Tensor, partition: BlockPartition) -> tuple[Tensor, Te
         return selection, ids
     text = (partition.prefix, partition.suffix)
     return F.pad(selection, (0, 1, *text), value=True), F.pad(ids, text, value=partition.num_blocks)
+
+
+def group_sizes(partition: BlockPartition) -> list[int]:
+    """Keys in each group of ``key_groups``, on the host."""
+    axes = (
+        [min(size - start, block) for start in range(0, size, block)]
+        for size, block in zip(partition.grid, partition.block, strict=True)
+    )
+    text = partition.prefix + partition.suffix
+    return [t * y * x for t, y, x in itertools.product(*axes)] + ([text] if text else [])
