@@ -7,6 +7,7 @@ import gc
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.paths import (
     assert_within_budget,
@@ -16,11 +17,13 @@ from tests.paths import (
     through_attention,
     through_mask,
 )
-from tests.strategies import Problem, problems
+from tests.strategies import Problem, gates, partitions, problems, rules
 from tests.test_block_masks import INDEX_TENSORS
 from tests.test_rows import row_problems
+from tests.test_selection import own_blocks
 from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_attention, vmoba_mask, vmoba_selection
-from vmoba_flex.rules import Rule
+from vmoba_flex.rules import POOLS, Rule
+from vmoba_flex.selection import select
 
 pytestmark = pytest.mark.gpu
 
@@ -127,6 +130,32 @@ def test_selections_equal_the_cpu_ones_where_arithmetic_is_exact(case: Problem):
     expected = vmoba_selection(case.query, case.key, case.partition, case.rule)
     on_gpu = case.to(torch.device("cuda"))
     assert torch.equal(vmoba_selection(on_gpu.query, on_gpu.key, case.partition, case.rule).cpu(), expected)
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_selection_kernels_equal_their_eager_forms(data: st.DataObject):
+    partition = data.draw(partitions(text=False))
+    rule = data.draw(rules(partition.num_blocks))
+    scores, own = data.draw(gates(partition)), own_blocks(partition)
+    if data.draw(st.booleans()):
+        scores[0, 0, 0, 0] = data.draw(st.sampled_from([torch.nan, -torch.nan, torch.inf, -torch.inf, -0.0]))
+    assert torch.equal(select(scores.cuda(), own.cuda(), rule).cpu(), select(scores, own, rule))
+
+
+@pytest.mark.parametrize(
+    "rule", [*(Threshold(0.25, pool=pool) for pool in POOLS), TopK(9), TopK(9, pool="head")], ids=repr
+)
+@pytest.mark.parametrize("levels", [None, 5, 1], ids=["reals", "ties", "constant"])
+def test_selection_kernels_equal_their_eager_forms_in_long_pools(rule: Rule, levels: int | None):
+    partition = BlockPartition.spatial((6, 36, 64), (6, 8))
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 2, partition.num_tokens, partition.num_blocks)
+    scores = (
+        torch.randint(levels, shape, generator=generator).float() if levels else torch.randn(shape, generator=generator)
+    )
+    own = own_blocks(partition)
+    assert torch.equal(select(scores.cuda(), own.cuda(), rule).cpu(), select(scores, own, rule))
 
 
 @pytest.mark.parametrize("rule", [TopK(2), TopK(2, pool="global"), Threshold(0.25), Threshold(0.25, max_density=0.3)])

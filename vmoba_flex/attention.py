@@ -98,10 +98,13 @@ def vmoba_attention(
         rule: ``TopK`` or ``Threshold``.
         scale: factor on the scores before the softmax; ``1 / sqrt(D)`` by default. The choice of blocks ignores it.
         enable_gqa: allow fewer key heads than query heads; query head h uses key head ``h // (H // key heads)``.
-        dispatch: ``"tiles"`` skips the tiles that no query of theirs wants. ``"dense"`` is full attention, which
-            ignores ``rule``. ``"auto"`` is ``"tiles"``.
+        dispatch: ``"tiles"`` skips the tiles that no query of theirs wants. ``"packed"`` gathers the queries of each
+            block, so that its cost is the density whatever neighbouring queries choose; see ``packed``. ``"dense"`` is
+            full attention, which ignores ``rule``. ``"auto"`` is ``"tiles"``.
         backend: the kernels of FlexAttention on a GPU: ``"triton"``, or ``"auto"``, which is the same.
         return_stats: also return ``AttentionStats``.
+        max_row_bytes: for ``"packed"``, the size of the queries gathered at a time, a few heads of them and at least
+            one; about five times as much is held at the peak. Pools that span heads gather all heads at once.
 
     Returns:
         The output ``(B, H, S, value dim)``, or the output and ``AttentionStats``.

@@ -67,7 +67,8 @@ def row_attention(rows: Tensor, keys: Tensor, values: Tensor, plan: RowPlan, sca
     """
     exact = torch.promote_types(rows.dtype, torch.float32)
     mask = plan.block_mask
-    assert mask.full_kv_indices is not None and mask.full_kv_num_blocks is not None  # plan_rows makes all lists
+    assert mask.full_kv_indices is not None  # plan_rows makes all lists
+    assert mask.full_kv_num_blocks is not None
     tile_size, _ = mask.BLOCK_SIZE
     tiles = torch.cat([mask.kv_indices, mask.full_kv_indices], -1)[0, 0]
     place = torch.arange(mask.kv_indices.shape[-1], device=rows.device)

@@ -46,7 +46,8 @@ def gate(query: Tensor, key: Tensor, partition: BlockPartition) -> Tensor:
     grouped = video.unflatten(1, (key.shape[1], -1)).to(means.dtype)
     # Under autocast the product would be rounded to 16 bits, and close blocks would tie.
     with torch.autocast(query.device.type, enabled=False):
-        return (grouped @ means.mT[:, :, None]).flatten(1, 2)
+        # Block by block in memory, as most pools read it.
+        return (means[:, :, None] @ grouped.mT).flatten(1, 2).mT
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

@@ -96,7 +96,7 @@ def _head_group(selected: Tensor, partition: BlockPartition, rule: Rule, heads: 
 
 
 def max_row_tiles(partition: BlockPartition, rule: Rule, heads: int, group: int) -> int | None:
-    """The most tiles of rows that ``group`` of a sample's ``heads`` can need; None if the rule does not cap its pools."""
+    """The most tiles of rows that ``group`` of a sample's ``heads`` can need; None if the rule has no cap."""
     tokens, blocks = partition.num_video_tokens, partition.num_blocks
     text = partition.prefix + partition.suffix
     # Entries of a pool, pools, and own pairs, which a pool keeps even beyond its cap.

@@ -66,14 +66,31 @@ def _select(
     scores: Tensor, own: Tensor, apart: list[int], competing: list[int], max_pairs: int | None, tau: float | None
 ) -> Tensor:
     order = [*apart, *competing]
-    # NaNs with either sign, and the two zeros, compare equal here but not in every sort.
-    scores = torch.where(scores.isnan(), torch.nan, torch.where(scores == 0, 0.0, scores))
     pooled = scores.permute(order)
     entries = pooled.shape[len(apart) :]
-    pooled = pooled.flatten(len(apart))
-    own = own.expand_as(scores).permute(order).flatten(len(apart))
-    selected = own | _best_others(pooled, own, max_pairs, tau)
-    return selected.unflatten(-1, entries).permute([order.index(dim) for dim in range(4)]).contiguous()
+    # Pools that differ in batch and head alone have the same own pairs: pool p has row p modulo the rows.
+    own = own.expand(1, scores.shape[1] if 1 in competing else 1, *own.shape).permute(order)
+    own = own.flatten(0, len(apart) - 1).flatten(1).contiguous()
+    if scores.is_cuda and scores.dtype == torch.float32:
+        selected = _take_on_gpu(pooled, own, len(apart), max_pairs, tau)
+    else:
+        selected = _take(pooled.flatten(0, len(apart) - 1).flatten(1), own, max_pairs, tau)
+    selected = selected.view(*pooled.shape[: len(apart)], *entries)
+    return selected.permute([order.index(dim) for dim in range(4)]).contiguous()
+
+
+def _take_on_gpu(pooled: Tensor, own: Tensor, apart: int, max_pairs: int | None, tau: float | None) -> Tensor:
+    from vmoba_flex import select_kernels as kernels
+
+    if apart == 3 and pooled.shape[-1] <= kernels.SHORT:
+        return kernels.take_short(pooled.flatten(0, 1), own, max_pairs, tau, _one_bits(pooled.shape[-1]))
+    scores = pooled.flatten(0, apart - 1).flatten(1).contiguous()
+    return kernels.take_long(scores, own, max_pairs, tau, _one_bits(scores.shape[-1]))
+
+
+def _one_bits(length: int) -> int:
+    """Fraction bits of a pool's fixed-point weights: as many as keep the sum of its ``length`` entries below 2**62."""
+    return 62 - length.bit_length()
 
 
 @_select.register_fake
@@ -81,11 +98,23 @@ def _(scores: Tensor, *_: object) -> Tensor:
     return torch.empty_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
-def _best_others(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None) -> Tensor:
-    """The best pairs besides own ones, per pool in the last dim: the shortest prefix that reaches every target.
+def _take(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None) -> Tensor:
+    """Own pairs and the best others, per pool: the shortest prefix that reaches every target.
 
     A pair belongs to that prefix exactly if what ranks before it falls short of the target, for each criterion.
+
+    Args:
+        scores: floating ``(pools, entries)``, entries in the order that breaks ties.
+        own: bool ``(own pools, entries)``; pool p has row ``p % own pools``.
+        max_pairs: pairs that a pool keeps, own ones included; None for no cap.
+        tau: share of the pool's scaled scores to reach; None for no target.
+
+    Returns:
+        bool ``(pools, entries)``.
     """
+    own = own.repeat(scores.shape[0] // own.shape[0], 1)
+    # NaNs with either sign, and the two zeros, compare equal here but not in every sort.
+    scores = torch.where(scores.isnan(), torch.nan, torch.where(scores == 0, 0.0, scores))
     rank = scores.argsort(dim=-1, descending=True, stable=True)
     others = (~own).gather(-1, rank)
     taken = others
@@ -94,7 +123,7 @@ def _best_others(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float 
     if tau is not None:
         weights, rest = _threshold_weights(scores, own, tau)
         taken = taken & (_before(others * weights.gather(-1, rank)) < rest)
-    return torch.zeros_like(own).scatter(-1, rank, taken)
+    return own | torch.zeros_like(own).scatter(-1, rank, taken)
 
 
 def _before(weights: Tensor) -> Tensor:
@@ -105,19 +134,19 @@ def _before(weights: Tensor) -> Tensor:
 def _threshold_weights(scores: Tensor, own: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     """Min-max scaled scores, and how much of them the non-own pairs of a pool have to reach.
 
-    Both are int64 fixed point with as many fraction bits as keep a pool's sum below 2**62. Integer sums are the same
-    in any order, so the cut does not depend on how a device, or several of them, add up a pool.
+    Both are int64 fixed point. Integer sums are the same in any order, so the cut does not depend on how a device, or
+    several of them, add up a pool.
 
     Returns:
         weights like ``scores``, and the rest ``(..., 1)``: at most 0 where own pairs reach tau alone, and above any sum
         where the pool holds a NaN or infinite score.
     """
-    one = 2.0 ** (62 - scores.shape[-1].bit_length())
-    low = scores.amin(-1, keepdim=True).double()
-    spread = scores.amax(-1, keepdim=True).double() - low
+    one = 2.0 ** _one_bits(scores.shape[-1])
+    least, most = scores.aminmax(dim=-1, keepdim=True)
+    spread = most.double() - least.double()
     finite = spread.isfinite()
-    scaled = (scores.double() - low) / torch.where(spread <= 1e-6, 1.0, spread)
-    weights = torch.where(finite, scaled * one, 0.0).round().long()
+    unit = one / torch.where(spread <= 1e-6, 1.0, spread)
+    weights = torch.where(finite, (scores.double() - least.double()) * unit, 0.0).long()
     reach = tau * (weights.sum(-1, keepdim=True).double() + 1e-6 * one)
     rest = reach.ceil().long() - (own * weights).sum(-1, keepdim=True)
     everything = ~finite if tau < 1 else torch.ones_like(finite)
