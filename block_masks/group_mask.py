@@ -10,31 +10,6 @@ from block_masks.realize import realize
 from block_masks.tiles import TileMap, block_mask_from_tiles
 
 
-def group_tiles(selected: Tensor, key_group: Tensor, tile_size: int = 128) -> TileMap:
-    """Finds the tiles that must run and those of them that need no mask.
-
-    Works on tiles x groups and tiles x tiles, never on queries x keys. Groups may lie anywhere: straddle tiles, be
-    scattered over them, or be absent.
-
-    Args:
-        selected: bool ``(B, H, queries, G)``: which groups each query attends.
-        key_group: int ``(keys,)``: the group in ``[0, G)`` of each key.
-        tile_size: queries, and keys, in a tile.
-    """
-    queries, groups = selected.shape[-2:]
-    keys = key_group.shape[0]
-    padded = F.pad(selected, (0, 0, 0, -queries % tile_size)).unflatten(-2, (-1, tile_size))
-    # A tile of keys lacks group -1, which pads the last one. The comparison is spelled out because a compiled scatter
-    # of a constant by an integer-divided index has read out of bounds on GPUs.
-    padded_group = F.pad(key_group, (0, -keys % tile_size), value=-1).view(-1, tile_size, 1)
-    holds = (padded_group == torch.arange(groups, device=key_group.device)).any(1).to(torch.float32).mT
-    # Counts of groups are at most G: exact in float32, and in the reduced precisions that a matmul may choose.
-    hits = padded.any(-2).to(torch.float32) @ holds
-    misses = (~padded.all(-2)).to(torch.float32) @ holds
-    whole = torch.arange(holds.shape[-1], device=key_group.device) < keys // tile_size
-    return TileMap(some=hits > 0, every=(misses == 0) & whole)
-
-
 def _check(selected: Tensor, key_group: Tensor, tile_size: int) -> None:
     if selected.dtype != torch.bool:
         raise TypeError(f"selected must be a bool tensor, got {selected.dtype}")
@@ -50,6 +25,40 @@ def _check(selected: Tensor, key_group: Tensor, tile_size: int) -> None:
         raise TypeError(f"tile_size must be an int, got {tile_size!r}")
     if tile_size < 1:
         raise ValueError(f"tile_size must be at least 1, got {tile_size}")
+    if not selected.numel() or not key_group.numel():
+        raise ValueError(
+            f"selected and key_group must not be empty, got shapes {tuple(selected.shape)} and {tuple(key_group.shape)}"
+        )
+
+
+def group_tiles(selected: Tensor, key_group: Tensor, tile_size: int = 128) -> TileMap:
+    """Finds the tiles that must run and those of them that need no mask.
+
+    Works on tiles x groups and tiles x tiles, never on queries x keys. Groups may lie anywhere: straddle tiles, be
+    scattered over them, or be absent.
+
+    Args:
+        selected: bool ``(B, H, queries, G)``: which groups each query attends.
+        key_group: int ``(keys,)``: the group in ``[0, G)`` of each key.
+        tile_size: queries, and keys, in a tile.
+
+    Raises:
+        TypeError: as ``group_mask``.
+        ValueError: as ``group_mask``.
+    """
+    _check(selected, key_group, tile_size)
+    queries, groups = selected.shape[-2:]
+    keys = key_group.shape[0]
+    padded = F.pad(selected, (0, 0, 0, -queries % tile_size)).unflatten(-2, (-1, tile_size))
+    # A tile of keys lacks group -1, which pads the last one. The comparison is spelled out because a compiled scatter
+    # of a constant by an integer-divided index has read out of bounds on GPUs.
+    padded_group = F.pad(key_group, (0, -keys % tile_size), value=-1).view(-1, tile_size, 1)
+    holds = (padded_group == torch.arange(groups, device=key_group.device)).any(1).to(torch.float32).mT
+    # Counts of groups are at most G: exact in float32, and in the reduced precisions that a matmul may choose.
+    hits = padded.any(-2).to(torch.float32) @ holds
+    misses = (~padded.all(-2)).to(torch.float32) @ holds
+    whole = torch.arange(holds.shape[-1], device=key_group.device) < keys // tile_size
+    return TileMap(some=hits > 0, every=(misses == 0) & whole)
 
 
 def group_mask(selected: Tensor, key_group: Tensor, *, tile_size: int = 128) -> BlockMask:
@@ -72,7 +81,7 @@ def group_mask(selected: Tensor, key_group: Tensor, *, tile_size: int = 128) -> 
         ValueError: if a rank, device or ``tile_size`` does not fit, or ``selected`` is too large to index, see
             ``pair_lookup``.
     """
-    _check(selected, key_group, tile_size)
+    tiles = group_tiles(selected, key_group, tile_size)
     chosen = pair_lookup(selected)
     group = realize(key_group.to(torch.int32))
 
@@ -80,4 +89,4 @@ def group_mask(selected: Tensor, key_group: Tensor, *, tile_size: int = 128) -> 
         return chosen(b, h, q_idx, group[kv_idx])
 
     lengths = (selected.shape[-2], key_group.shape[0])
-    return block_mask_from_tiles(group_tiles(selected, key_group, tile_size), mask_mod, lengths, (tile_size, tile_size))
+    return block_mask_from_tiles(tiles, mask_mod, lengths, (tile_size, tile_size))

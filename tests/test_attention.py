@@ -38,11 +38,16 @@ def test_outputs_equal_dense_masked_attention(problem: Problem, path: str):
     assert_within_budget([output], [low_precision(problem, mask)], [exact(problem, mask)])
 
 
-@given(dtypes.flatmap(problems))
-def test_gradients_equal_dense_masked_attention(problem: Problem):
+@given(problems())
+def test_auto_is_tiles(problem: Problem):
+    assert torch.equal(through_attention("auto")(problem), through_attention("tiles")(problem))
+
+
+@given(dtypes.flatmap(problems), st.sampled_from(["tiles", "packed"]))
+def test_gradients_equal_dense_masked_attention(problem: Problem, dispatch: str):
     mask = expected_mask(problem)
     upstream = torch.randn(problem.query.shape, generator=torch.Generator().manual_seed(1))
-    actual = outputs_and_gradients(through_attention("tiles"), problem, upstream)
+    actual = outputs_and_gradients(through_attention(dispatch), problem, upstream)
     low = outputs_and_gradients(functools.partial(low_precision, mask=mask), problem, upstream)
     truth = outputs_and_gradients(functools.partial(exact, mask=mask), problem.to(torch.float64), upstream)
     assert_within_budget(actual, low, truth)
@@ -142,6 +147,13 @@ def test_stats_count_pairs_and_tiles(problem: Problem):
     torch.testing.assert_close(stats.tile_density, tiles.mean((2, 3)))
 
 
+def test_tile_density_counts_full_and_skips_empty_tiles():
+    partition = BlockPartition.temporal((4, 16, 16), 1)
+    query, key, value = torch.randn(3, 1, 2, partition.num_tokens, 8)
+    _, stats = vmoba_attention(query, key, value, partition, TopK(1), return_stats=True)
+    assert (stats.tile_density == 0.25).all()
+
+
 def test_dense_stats_are_full():
     partition = BlockPartition((2, 4, 4), (1, 4, 4))
     query = torch.randn(2, 3, 32, 8)
@@ -174,6 +186,40 @@ def test_value_dim_is_free(partition: BlockPartition, value_dim: int):
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dispatch", ["tiles", "packed", "dense"])
+def test_autocast_casts_once_for_every_path(dispatch: str):
+    partition = BlockPartition.spatial((2, 6, 6), (3, 3))
+    query, key = torch.randn(2, 1, 2, partition.num_tokens, 16)
+    value = torch.randn(1, 2, partition.num_tokens, 16, dtype=torch.bfloat16)
+    attend = functools.partial(vmoba_attention, partition=partition, rule=Threshold(0.3), dispatch=dispatch)
+    expected = attend(query.bfloat16(), key.bfloat16(), value)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(attend(query, key, value), expected)
+
+
+@pytest.mark.parametrize("dispatch", ["tiles", "packed"])
+def test_16_bit_scores_are_accumulated_in_float32(dispatch: str):
+    """Scores near 1,000 that differ by less than 16 bits hold: rounding them would change the softmax by far."""
+    partition = BlockPartition((1, 1, 64), (1, 1, 64))
+    query = torch.full((1, 1, 64, 16), 8.0, dtype=torch.bfloat16)
+    key = torch.full((1, 1, 64, 16), 8.0, dtype=torch.bfloat16)
+    key[0, 0, :, 0] += torch.arange(64) / 16
+    value = torch.randn(1, 1, 64, 16, dtype=torch.bfloat16)
+    output = vmoba_attention(query, key, value, partition, TopK(1), scale=1.0, dispatch=dispatch)
+    expected, _ = reference.attention(query, key, value, scale=1.0)
+    assert (output - expected).abs().max() < 2**-7 * expected.abs().max()
+
+
+@pytest.mark.parametrize("rule", [TopK(2), TopK(2, pool="global"), Threshold(0.3), Threshold(0.3, max_density=0.5)])
+def test_packed_head_groups_do_not_show(rule):
+    partition = BlockPartition.spatial((3, 5, 5), (2, 3), prefix=2)
+    query, key, value = torch.randn(3, 2, 6, partition.num_tokens, 8)
+    attend = functools.partial(vmoba_attention, query, key, value, partition, rule, dispatch="packed")
+    whole = attend()
+    for max_row_bytes in (1, 200_000):
+        torch.testing.assert_close(attend(max_row_bytes=max_row_bytes), whole, rtol=1e-6, atol=1e-6)
+
+
 def test_chunks_do_not_show(monkeypatch):
     partition = BlockPartition.spatial((3, 5, 5), (2, 3), prefix=2)
     query, key, value = torch.randn(3, 1, 2, partition.num_tokens, 8)
@@ -200,7 +246,11 @@ X = torch.zeros(1, 4, 24, 8)
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"dispatch": "fast"}, ValueError, r"dispatch must be one of \('auto', 'tiles', 'dense'\), got 'fast'"),
+        (
+            {"dispatch": "fast"},
+            ValueError,
+            r"dispatch must be one of \('auto', 'tiles', 'packed', 'dense'\), got 'fast'",
+        ),
         ({"backend": "cuda"}, ValueError, r"backend must be one of \('auto', 'triton'\), got 'cuda'"),
         ({"value": X[:, :2]}, ValueError, r"value must have shape \(1, 4, 24, 8\) .* got \(1, 2, 24, 8\)"),
         ({"value": X.half()}, TypeError, "value must have query's dtype torch.float32, got torch.float16"),
@@ -217,6 +267,9 @@ X = torch.zeros(1, 4, 24, 8)
         ({"dispatch": "dense", "rule": None}, TypeError, "rule must be a TopK or a Threshold, got NoneType"),
         ({"scale": "big"}, TypeError, "scale must be a number or None, got 'big'"),
         ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+        ({"max_row_bytes": 0}, ValueError, "max_row_bytes must be at least 1, got 0"),
+        ({"max_row_bytes": 1.5}, TypeError, "max_row_bytes must be an int, got 1.5"),
+        ({"backend": "triton"}, ValueError, "backend must be 'auto' on device cpu, got 'triton'"),
     ],
 )
 def test_bad_input(changes, error, message):

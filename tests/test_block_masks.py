@@ -134,11 +134,14 @@ SELECTED, GROUP = torch.ones(1, 1, 4, 2, dtype=torch.bool), torch.tensor([0, 1, 
         (SELECTED, GROUP[None], 4, ValueError, r"key_group must have 1 dim \(keys,\), got shape \(1, 3\)"),
         (SELECTED, GROUP.to("meta"), 4, ValueError, "key_group must be on selected's device cpu, got meta"),
         (SELECTED, GROUP, 0, ValueError, "tile_size must be at least 1, got 0"),
+        (SELECTED[..., :0], GROUP, 4, ValueError, r"must not be empty, got shapes \(1, 1, 4, 0\) and \(3,\)"),
+        (SELECTED, GROUP[:0], 4, ValueError, r"must not be empty, got shapes \(1, 1, 4, 2\) and \(0,\)"),
     ],
 )
 def test_bad_input(selected, group, tile_size, error, message):
-    with pytest.raises(error, match=message):
-        group_mask(selected, group, tile_size=tile_size)
+    for make in (group_mask, group_tiles):
+        with pytest.raises(error, match=message):
+            make(selected, group, tile_size=tile_size)
 
 
 def test_words_too_many_to_index():

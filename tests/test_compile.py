@@ -1,13 +1,18 @@
 """torch.compile: the compiled paths equal the eager ones, in one graph, without recompiling."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import flex_attention
 
+from block_masks import group_mask
 from tests.paths import assert_within_budget, expected_mask, low_precision, through_attention, through_mask
 from tests.strategies import Problem
-from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_attention
+from vmoba_flex import BlockPartition, Threshold, TopK, compiled, reference, vmoba_attention
 from vmoba_flex.rules import Rule
 
 GRID = (4, 9, 10)
@@ -19,22 +24,31 @@ KINDS = {
 MANY_BLOCKS = BlockPartition(GRID, (1, 3, 1))
 
 
-def problem(kind: str, rule: Rule, dtype: torch.dtype = torch.float32, batch: int = 2, key_heads: int = 2) -> Problem:
+def problem(
+    kind: str,
+    rule: Rule,
+    dtype: torch.dtype = torch.float32,
+    *,
+    batch: int = 2,
+    key_heads: int = 2,
+    value_dim: int = 32,
+    scale: float | None = None,
+) -> Problem:
     generator = torch.Generator().manual_seed(0)
     partition = KINDS.get(kind, MANY_BLOCKS)
 
-    def tensor(heads: int) -> torch.Tensor:
-        return torch.randn(batch, heads, partition.num_tokens, 32, generator=generator).to(dtype)
+    def tensor(heads: int, dim: int = 32) -> torch.Tensor:
+        return torch.randn(batch, heads, partition.num_tokens, dim, generator=generator).to(dtype)
 
-    return Problem(tensor(2), tensor(key_heads), tensor(key_heads), partition, rule)
+    return Problem(tensor(2), tensor(key_heads), tensor(key_heads, value_dim), partition, rule, scale)
 
 
 @pytest.mark.parametrize(
     ("path", "case"),
     [
-        (through_attention("tiles"), problem("temporal", TopK(2), key_heads=1)),
+        (through_attention("tiles"), problem("temporal", TopK(2), key_heads=1, scale=0.05)),
         (through_attention("tiles"), problem("spatial", Threshold(0.25), torch.bfloat16)),
-        (through_attention("tiles"), problem("spatiotemporal", TopK(density=0.3, pool="global"))),
+        (through_attention("tiles"), problem("spatiotemporal", TopK(density=0.3, pool="global"), value_dim=16)),
         (through_mask("raster", tile_size=32), problem("spatiotemporal", Threshold(0.3, pool="block"))),
         (through_mask("block", tile_size=32), problem("temporal", TopK(1, pool="head"), torch.bfloat16)),
         # 65 groups and more take more than one word of selection bits.
@@ -46,11 +60,32 @@ def problem(kind: str, rule: Rule, dtype: torch.dtype = torch.float32, batch: in
     ids=["temporal-gqa", "spatial-bf16", "spatiotemporal", "raster", "block-bf16", "many-blocks"],
 )
 def test_compiled_outputs_equal_dense_masked_attention(path, case: Problem):
-    mask = expected_mask(case)
-    with torch.no_grad():
-        output = torch.compile(path, fullgraph=True, dynamic=False)(case)
-    exact, _ = reference.attention(case.query, case.key, case.value, mask)
-    assert_within_budget([output], [low_precision(case, mask)], [exact])
+    graph = torch.compile(path, fullgraph=True, dynamic=False)
+
+    @torch.no_grad()
+    def check(case: Problem) -> torch.Tensor:
+        output, mask = graph(case), expected_mask(case)
+        exact, _ = reference.attention(case.query, case.key, case.value, mask, case.scale)
+        assert_within_budget([output], [low_precision(case, mask)], [exact])
+        return output
+
+    # One kernel serves all data, so the properties hold over any of it.
+    output = check(case)
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        fresh = [torch.randn(x.shape, generator=generator).to(x) * 2**seed for x in (case.query, case.key, case.value)]
+        check(dataclasses.replace(case, query=fresh[0], key=fresh[1], value=fresh[2]))
+    check(dataclasses.replace(case, query=case.query * 0))  # all ties: a threshold takes everything
+    if len(case.query) > 1:
+        flipped = {name: getattr(case, name).flip(0) for name in ("query", "key", "value")}
+        torch.testing.assert_close(check(dataclasses.replace(case, **flipped)), output.flip(0), rtol=1e-5, atol=1e-6)
+        query, key = case.query.clone(), case.key.clone()
+        token = case.partition.prefix + 7
+        query[0, 0, token], key[0, 0, token + 2] = torch.nan, torch.inf
+        with torch.no_grad():
+            after = graph(dataclasses.replace(case, query=query, key=key))
+        assert after[0, 0, token].isnan().all()
+        assert torch.equal(after[1:], output[1:])
 
 
 class Block(nn.Module):
@@ -72,13 +107,13 @@ def test_one_graph_per_partition_kind_and_no_recompiles(rule: Rule, training: bo
     # Counting graphs needs Dynamo and AOTAutograd; the C++ that Inductor would make of them is tested above.
     counter = CompileCounterWithBackend("aot_eager")
     blocks = {kind: Block(partition, rule) for kind, partition in KINDS.items()}
-    compiled = {kind: torch.compile(block, backend=counter, fullgraph=True) for kind, block in blocks.items()}
+    graphs = {kind: torch.compile(block, backend=counter, fullgraph=True) for kind, block in blocks.items()}
     for step in range(20):
         stance = "default" if step == 0 else "fail_on_recompile"
         with torch.compiler.set_stance(stance), torch.set_grad_enabled(training):
             for kind, block in blocks.items():
                 x = torch.randn(1, block.partition.num_tokens, 32)
-                output = compiled[kind](x)
+                output = graphs[kind](x)
                 if step in (0, 19):
                     torch.testing.assert_close(output, block(x), rtol=1e-4, atol=1e-5)
                 if training:
@@ -86,12 +121,51 @@ def test_one_graph_per_partition_kind_and_no_recompiles(rule: Rule, training: bo
     assert counter.frame_count == len(KINDS)
 
 
-def test_compiled_gradients_equal_eager_ones():
-    case = problem("spatiotemporal", Threshold(0.3), batch=1).with_leaves()
-    path = through_attention("tiles")
+@pytest.mark.parametrize("dispatch", ["tiles", "packed"])
+def test_compiled_gradients_equal_eager_ones(dispatch: str):
+    case = problem("spatiotemporal", Threshold(0.3, max_density=0.5), batch=1, scale=0.3).with_leaves()
+    path = through_attention(dispatch)
     inputs = (case.query, case.key, case.value)
     upstream = torch.randn(case.query.shape)
     expected = torch.autograd.grad(path(case), inputs, upstream)
     actual = torch.autograd.grad(torch.compile(path, fullgraph=True, dynamic=False)(case), inputs, upstream)
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_in_value_alone_is_enough():
+    case = problem("spatial", TopK(2), batch=1)
+    value = case.value.requires_grad_()
+    output = torch.compile(through_attention("tiles"), backend="aot_eager", fullgraph=True)(case)
+    (grad,) = torch.autograd.grad(output.sum(), value)
+    (expected,) = torch.autograd.grad(through_attention("tiles")(case).sum(), value)
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_in_a_graph_needs_a_bound():
+    case = problem("spatial", Threshold(0.25), batch=1)
+    with pytest.raises(Exception, match="rule must bound its pairs for dispatch='packed' inside torch.compile"):
+        torch.compile(through_attention("packed"), backend="eager", fullgraph=True)(case)
+
+
+def test_running_out_of_kernels_is_an_error_and_never_eager(monkeypatch):
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    ours = torch.compile(compiled._attend, backend=counter, fullgraph=True, dynamic=False)
+    monkeypatch.setattr(compiled, "_compiled", lambda: ours)
+    monkeypatch.setattr(compiled, "_MAX_KERNELS", 10)
+
+    def attend(tokens: int, run) -> None:
+        query = torch.randn(1, 1, tokens, 8)
+        mask = group_mask(torch.ones(1, 1, tokens, 1, dtype=torch.bool), torch.zeros(tokens, dtype=torch.int64))
+        run(query, query, query, block_mask=mask)
+
+    # A user who compiles flex_attention for more shapes than torch allows makes it run eagerly, but not for us.
+    users = torch.compile(flex_attention, backend="eager", dynamic=False)
+    for tokens in range(16, 26):
+        attend(tokens, users)
+    for tokens in range(16, 26):
+        attend(tokens, compiled.compiled_flex_attention)
+    assert counter.frame_count == 10
+    with pytest.raises(FailOnRecompileLimitHit):
+        attend(26, compiled.compiled_flex_attention)

@@ -58,7 +58,8 @@ def problem(case: str, seed: int = 0) -> Problem:
         x = torch.randn(2, heads, partition.num_tokens, head_dim, generator=generator)
         return x.to("cuda", dtype)
 
-    return Problem(tensor(4), tensor(key_heads), tensor(key_heads), partition, rule)
+    scale = {"temporal-gqa": 0.05, "many-blocks": 0.2}.get(case)
+    return Problem(tensor(4), tensor(key_heads), tensor(key_heads), partition, rule, scale)
 
 
 @functools.cache
@@ -230,8 +231,8 @@ def test_memory_at_55296_tokens_holds_no_square(partition: BlockPartition, dispa
     before = torch.cuda.memory_allocated()
     vmoba_attention(*leaves, partition, Threshold(0.25), dispatch=dispatch).sum().backward()
     peak = torch.cuda.max_memory_allocated() - before
-    # One bit per query and key, far below any S x S tensor of scores, would be 4.6 GB.
-    assert peak < heads * tokens**2 / 8, f"peak {peak / 1e9:.2f} GB"
+    # One byte per query and key, without heads, would be 3.06 GB.
+    assert peak < tokens**2, f"peak {peak / 1e9:.2f} GB"
     rows = torch.randperm(tokens, device="cuda")[:64]
     selection = vmoba_selection(leaves[0], leaves[1], partition, Threshold(0.25))
     mask = selection[:, :, rows][..., partition.block_ids("cuda")]

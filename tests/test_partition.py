@@ -126,6 +126,8 @@ def test_is_frozen_hashable_and_takes_lists():
         (lambda: BlockPartition.spatial((4, 4, 4), (2, 2, 2)), ValueError, "window must have 2 sizes"),
         (lambda: BlockPartition.spatial((4, 4, 4), 2), TypeError, "window must be a tuple of 2 ints, got 2"),
         (lambda: BlockPartition.temporal((4, 4, 4), 5), ValueError, "block must not be larger than grid"),
+        (lambda: BlockPartition.temporal((4, 4, 4), 2.0), TypeError, "frames must hold ints"),
+        (lambda: BlockPartition.spatiotemporal((4, 4, 4), (2, 2)), ValueError, "cube must have 3 sizes"),
         (lambda: BlockPartition.temporal((4, 4), 1), ValueError, "grid must have 3 sizes"),
     ],
 )
@@ -142,3 +144,6 @@ def test_wrong_token_count_shows_the_sum():
         partition.to_block_order(torch.zeros(24, 1))
     with pytest.raises(ValueError, match="got 36"):
         partition.to_raster_order(torch.zeros(36, 1))
+    for dim, shape in [(-2, (35,)), (2, (35, 1))]:
+        with pytest.raises(ValueError, match=f"dim must be a dim of x, .* got {dim}"):
+            partition.to_block_order(torch.zeros(shape), dim)

@@ -146,6 +146,30 @@ def test_inputs_are_not_changed(problem: Problem):
     assert torch.equal(query, problem.query) and torch.equal(key, problem.key)
 
 
+@pytest.mark.parametrize("spread", [5e-7, 7e-9, 2e-6])
+@pytest.mark.parametrize("pool", POOLS)
+def test_tiny_spreads_are_not_scaled_up(spread: float, pool: str):
+    partition = BlockPartition((4, 2, 2), (1, 2, 1))
+    ids = partition.block_ids()
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(1, 2, len(ids), partition.num_blocks, generator=generator) * spread
+    rule = Threshold(0.25, pool=pool)
+    selection = select(scores, own_blocks(partition), rule)
+    assert np.array_equal(selection, numpy_selection(scores.numpy(), ids.numpy(), rule))
+
+
+@pytest.mark.parametrize("tau", [0.25, 0.9, 0.999999])
+@pytest.mark.parametrize("pool", ["block", "head", "global"])
+def test_long_pools_equal_the_oracle(pool: str, tau: float):
+    partition = BlockPartition.spatial((4, 18, 32), (6, 8))
+    ids = partition.block_ids()
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(1, 2, len(ids), partition.num_blocks, generator=generator)
+    rule = Threshold(tau, pool=pool)
+    selection = select(scores, own_blocks(partition), rule)
+    assert np.array_equal(selection, numpy_selection(scores.numpy(), ids.numpy(), rule))
+
+
 def test_ties_go_to_the_lower_block_then_query_then_head():
     partition = BlockPartition((4, 1, 1), (1, 1, 1))
     own = own_blocks(partition)
@@ -192,7 +216,7 @@ X = torch.zeros(1, 4, 25, 8)
         (X[0], X, PARTITION, TopK(1), ValueError, r"query must have 4 dims \(B, H, S, D\), got shape \(4, 25, 8\)"),
         (X, X[0], PARTITION, TopK(1), ValueError, "key must have 4 dims"),
         ("x", X, PARTITION, TopK(1), TypeError, "query must be a tensor, got str"),
-        (X.long(), X.long(), PARTITION, TopK(1), TypeError, "query must be a floating-point tensor, got torch.int64"),
+        (X.long(), X.long(), PARTITION, TopK(1), TypeError, "query must be a float16, .* tensor, got torch.int64"),
         (X, X.half(), PARTITION, TopK(1), TypeError, "key must have query's dtype torch.float32, got torch.float16"),
         (X, X.to("meta"), PARTITION, TopK(1), ValueError, "key must be on query's device cpu, got meta"),
         (X, X[:, :3], PARTITION, TopK(1), ValueError, "key heads must divide query heads 4, got 3"),

@@ -5,16 +5,21 @@ from typing import Literal, NamedTuple, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
-from vmoba_flex.chunked import chunked_attention
-from vmoba_flex.compiled import compiled_flex_attention
-from vmoba_flex.inputs import check_choice, check_query_key, check_scale, check_value
-from vmoba_flex.mask import key_groups, selection_mask
+from vmoba_flex.inputs import (
+    check_choice,
+    check_positive,
+    check_query_key,
+    check_scale,
+    check_value,
+    under_autocast,
+)
+from vmoba_flex.mask import selection_tiles
 from vmoba_flex.packed import packed_attention
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
-from vmoba_flex.selection import vmoba_selection
+from vmoba_flex.selection import choose_blocks
+from vmoba_flex.tiles import tiles_attention
 
 DISPATCHES = ("auto", "tiles", "packed", "dense")
 BACKENDS = ("auto", "triton")
@@ -25,7 +30,8 @@ class AttentionStats(NamedTuple):
 
     Attributes:
         density: float32, ``pairs / (video tokens * N)``.
-        tile_density: float32, the share of 128 x 128 tiles with at least one attended pair: what FlexAttention runs.
+        tile_density: float32, the share of 128 x 128 tiles, in block order, with at least one attended pair: what the
+            dispatch ``"tiles"`` runs.
         pairs: int64, chosen (query, block) pairs.
     """
 
@@ -85,13 +91,14 @@ def vmoba_attention(
     """VMoBA attention (arXiv 2506.23858), raster order in and out, differentiable in query, key and value.
 
     Softmax attention of each video query over exactly the keys of the blocks that ``rule`` chose for it, and over
-    prefix and suffix; prefix and suffix queries attend everything. Nothing is read back to the host.
+    prefix and suffix; prefix and suffix queries attend everything. Nothing is read back to the host, but for one number
+    by ``"packed"`` where the rule does not bound its pairs.
 
     On a GPU the attention is compiled FlexAttention. On a CPU it is FlexAttention inside ``torch.compile`` without
     gradients, and otherwise a slower exact path that costs as much as full attention.
 
     Args:
-        query: ``(B, H, S, D)``, floating point, on CPU or CUDA.
+        query: ``(B, H, S, D)``, floating point, on CPU or CUDA. Under autocast all three are cast first.
         key: ``(B, key heads, S, D)``.
         value: ``(B, key heads, S, value dim)``.
         partition: the blocks; ``S`` is its ``num_tokens``.
@@ -124,39 +131,32 @@ def vmoba_attention(
     """
     check_choice("dispatch", dispatch, DISPATCHES)
     check_choice("backend", backend, BACKENDS)
+    query, key, value = under_autocast(query, key, value)
     check_query_key(query, key, partition, rule)
     check_value(value, query, key)
     check_scale(scale)
+    check_positive("max_row_bytes", max_row_bytes)
     if key.shape[1] != query.shape[1] and not enable_gqa:
         raise ValueError(
             f"key must have query's {query.shape[1]} heads unless enable_gqa=True, got {key.shape[1]} heads"
         )
+    if backend == "triton" and not query.is_cuda:
+        raise ValueError(f"backend must be 'auto' on device {query.device}, got 'triton'")
     if dispatch == "dense":
         output = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
         return (output, _dense_stats(query, partition)) if return_stats else output
-    selection = vmoba_selection(query, key, partition, rule)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    selection = choose_blocks(query, key, partition, rule)
     if dispatch == "packed":
         output = packed_attention(query, key, value, selection, partition, rule, scale, max_row_bytes)
-        mask = selection_mask(selection, partition, "block") if return_stats else None
-    elif query.device.type == "cpu" and (needs_grad or not torch.compiler.is_compiling()):
-        output = chunked_attention(query, key, value, *key_groups(selection, partition), scale)
-        mask = selection_mask(selection, partition, "block") if return_stats else None
     else:
-        mask = selection_mask(selection, partition, "block")
-        query, key, value = (partition.to_block_order(x) for x in (query, key, value))
-        output = partition.to_raster_order(
-            compiled_flex_attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=enable_gqa)
-        )
-    return output if mask is None or not return_stats else (output, _stats(selection, mask))
+        output = tiles_attention(query, key, value, selection, partition, scale, enable_gqa)
+    return (output, _stats(selection, partition)) if return_stats else output
 
 
-def _stats(selection: Tensor, mask: BlockMask) -> AttentionStats:
+def _stats(selection: Tensor, partition: BlockPartition) -> AttentionStats:
     pairs = selection.sum((-2, -1))
-    assert mask.full_kv_num_blocks is not None  # block_masks makes all eight tensors
-    tiles = (mask.kv_num_blocks + mask.full_kv_num_blocks).sum(-1)
-    rows, columns = mask.kv_indices.shape[-2:]
-    return AttentionStats(pairs / selection[0, 0].numel(), tiles / (rows * columns), pairs)
+    tiles = selection_tiles(selection, partition, "block").some
+    return AttentionStats(pairs / selection[0, 0].numel(), tiles.float().mean((-2, -1)), pairs)
 
 
 def _dense_stats(query: Tensor, partition: BlockPartition) -> AttentionStats:

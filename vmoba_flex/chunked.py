@@ -78,7 +78,8 @@ def row_attention(rows: Tensor, keys: Tensor, values: Tensor, plan: RowPlan, sca
     # zero times infinity would be NaN.
     seen = ((in_group & listed[..., None]) | (plan.row_group == -2)[:, None, None]).flatten(1)[:, None]
     row_tiles, key_tiles, value_tiles = (x.to(exact).unflatten(0, (-1, tile_size)) for x in (rows, keys, values))
-    scores = row_tiles @ key_tiles[tiles].flatten(1, 2).mT * scale
-    scores = scores.masked_fill(~seen, -torch.inf)
-    output = scores.softmax(-1) @ value_tiles[tiles].flatten(1, 2)
+    with torch.autocast(rows.device.type, enabled=False):
+        scores = row_tiles @ key_tiles[tiles].flatten(1, 2).mT * scale
+        scores = scores.masked_fill(~seen, -torch.inf)
+        output = scores.softmax(-1) @ value_tiles[tiles].flatten(1, 2)
     return output.to(rows.dtype).flatten(0, 1), scores.logsumexp(-1).flatten()

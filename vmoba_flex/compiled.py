@@ -8,24 +8,36 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-# Shapes, dtypes and grad mode each need a kernel of their own. Past torch's default of 8 a compiled function runs
-# eagerly, and eager flex_attention builds the S x S scores: 137 GiB at 55,296 tokens and 12 heads.
+# Shapes, dtypes, scale and grad mode each need a kernel of their own. Past torch's default of 8 a compiled function
+# runs eagerly, and eager flex_attention builds the S x S scores: 137 GiB at 55,296 tokens and 12 heads.
 _MAX_KERNELS = 128
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Any:
+    return flex_attention(query, key, value, **options)
 
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    # With fullgraph, running out of kernels is an error, never a fallback to eager.
-    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
+    # A function of our own: torch counts kernels per function, and once others have used up those of flex_attention
+    # itself, it runs eagerly for all, without an error. With fullgraph, our own running out is an error.
+    return torch.compile(_attend, fullgraph=True, dynamic=False)
 
 
 def compiled_flex_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, block_mask: BlockMask, scale: float | None, enable_gqa: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_mask: BlockMask,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """``flex_attention``, compiled: as part of the caller's graph if there is one, and by itself otherwise.
 
     Raises:
-        torch._dynamo.exc.FailOnRecompileLimitHit: after 128 combinations of shape, dtype and grad mode in one process.
+        torch._dynamo.exc.FailOnRecompileLimitHit: after 128 combinations of shapes, dtype, scale and grad mode in
+            one process.
     """
     return _run(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=enable_gqa)
 
@@ -42,4 +54,4 @@ def _run(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
     if torch.compiler.is_compiling():
         return flex_attention(query, key, value, **options)
     with torch.compiler.config.patch(recompile_limit=_MAX_KERNELS):  # pyright: ignore[reportAttributeAccessIssue]
-        return _compiled()(query, key, value, **options)
+        return _compiled()(query, key, value, options)

@@ -3,10 +3,13 @@
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_query_key(query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule) -> None:
@@ -20,7 +23,7 @@ def check_query_key(query: Tensor, key: Tensor, partition: BlockPartition, rule:
     if query.shape[0] < 1 or query.shape[1] < 1 or query.shape[3] < 1:
         raise ValueError(f"query must have no empty dim, got shape {tuple(query.shape)}")
     partition.check_tokens("query", query, -2)
-    _check_like_query("key", key, query, heads=None)
+    _check_like_query("key", key, query, (query.shape[0], key.shape[1], query.shape[2], query.shape[3]))
     if query.shape[1] % max(key.shape[1], 1) or not key.shape[1]:
         raise ValueError(f"key heads must divide query heads {query.shape[1]}, got {key.shape[1]}")
     if isinstance(rule, TopK):
@@ -37,7 +40,8 @@ def check_query_key(query: Tensor, key: Tensor, partition: BlockPartition, rule:
 def check_value(value: Tensor, query: Tensor, key: Tensor) -> None:
     """Raises ``TypeError`` or ``ValueError`` unless ``value`` goes with ``query`` and ``key``."""
     _check_tensor("value", value)
-    _check_like_query("value", value, query, heads=key.shape[1])
+    # The head dim of value is free, as in scaled_dot_product_attention.
+    _check_like_query("value", value, query, (query.shape[0], key.shape[1], query.shape[2], value.shape[3]))
 
 
 def check_scale(scale: Any) -> None:
@@ -50,6 +54,23 @@ def check_scale(scale: Any) -> None:
         raise ValueError(f"scale must be finite, got {scale!r}")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless ``value`` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def under_autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Casts float tensors as autocast would for attention, so that every path sees the same ones."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in tensors)
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raises ``ValueError`` unless ``value`` is one of ``choices``."""
     if value not in choices:
@@ -59,20 +80,16 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def _check_tensor(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be a float16, bfloat16, float32 or float64 tensor, got {x.dtype}")
     if x.dim() != 4:
         raise ValueError(f"{name} must have 4 dims (B, H, S, D), got shape {tuple(x.shape)}")
 
 
-def _check_like_query(name: str, x: Tensor, query: Tensor, heads: int | None) -> None:
+def _check_like_query(name: str, x: Tensor, query: Tensor, expected: tuple[int, ...]) -> None:
     if x.dtype != query.dtype:
         raise TypeError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
     if x.device != query.device:
         raise ValueError(f"{name} must be on query's device {query.device}, got {x.device}")
-    heads = x.shape[1] if heads is None else heads
-    # The head dim of value is free, as in scaled_dot_product_attention.
-    head_dim = query.shape[3] if name == "key" else x.shape[3]
-    expected = (query.shape[0], heads, query.shape[2], head_dim)
     if tuple(x.shape) != expected:
         raise ValueError(f"{name} must have shape {expected} to go with query, got {tuple(x.shape)}")

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from block_masks import group_mask
-from vmoba_flex.inputs import check_choice, check_query_key
+from block_masks import TileMap, group_mask, group_tiles
+from vmoba_flex.inputs import check_choice, check_positive, check_query_key
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
-from vmoba_flex.selection import vmoba_selection
+from vmoba_flex.selection import choose_blocks
 
 TOKEN_ORDERS = ("raster", "block")
 
@@ -55,19 +55,28 @@ def vmoba_mask(
         torch.Size([1, 2, 256, 16])
     """
     check_choice("token_order", token_order, TOKEN_ORDERS)
+    check_positive("tile_size", tile_size)
+    check_query_key(query, key, partition, rule)
     if token_order == "block":
-        check_query_key(query, key, partition, rule)
         query, key = partition.to_raster_order(query), partition.to_raster_order(key)
-    return selection_mask(vmoba_selection(query, key, partition, rule), partition, token_order, tile_size)
+    return selection_mask(choose_blocks(query, key, partition, rule), partition, token_order, tile_size)
 
 
 def selection_mask(selection: Tensor, partition: BlockPartition, token_order: str, tile_size: int = 128) -> BlockMask:
     """Turns a selection ``(B, H, video tokens, N)`` in raster order into a mask for tokens in ``token_order``."""
+    return group_mask(*_ordered_groups(selection, partition, token_order), tile_size=tile_size)
+
+
+def selection_tiles(selection: Tensor, partition: BlockPartition, token_order: str, tile_size: int = 128) -> TileMap:
+    """The tiles of that mask, without the mask."""
+    return group_tiles(*_ordered_groups(selection, partition, token_order), tile_size)
+
+
+def _ordered_groups(selection: Tensor, partition: BlockPartition, token_order: str) -> tuple[Tensor, Tensor]:
     selection, groups = key_groups(selection, partition)
     if token_order == "block":
-        selection = partition.to_block_order(selection)
-        groups = partition.to_block_order(groups, dim=0)
-    return group_mask(selection, groups, tile_size=tile_size)
+        return partition.to_block_order(selection), partition.to_block_order(groups, dim=0)
+    return selection, groups
 
 
 def key_groups(selection: Tensor, partition: BlockPartition) -> tuple[Tensor, Tensor]:

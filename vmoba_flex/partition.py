@@ -56,6 +56,7 @@ class BlockPartition:
     def temporal(cls, grid: tuple[int, int, int], frames: int, *, prefix: int = 0, suffix: int = 0) -> Self:
         """The 1D partition: slabs of ``frames`` whole frames."""
         _, height, width = _sizes("grid", grid)
+        (frames,) = _sizes("frames", (frames,), length=1)
         return cls(grid, (frames, height, width), prefix=prefix, suffix=suffix)
 
     @classmethod
@@ -70,7 +71,8 @@ class BlockPartition:
         cls, grid: tuple[int, int, int], cube: tuple[int, int, int], *, prefix: int = 0, suffix: int = 0
     ) -> Self:
         """The 3D partition: cubes of ``(bt, bh, bw)`` tokens."""
-        return cls(grid, cube, prefix=prefix, suffix=suffix)
+        bt, bh, bw = _sizes("cube", cube)
+        return cls(grid, (bt, bh, bw), prefix=prefix, suffix=suffix)
 
     @property
     def cells(self) -> tuple[int, int, int]:
@@ -117,7 +119,7 @@ class BlockPartition:
             dim: the token dim.
 
         Raises:
-            ValueError: if ``x.shape[dim]`` is not ``num_tokens``.
+            ValueError: if ``dim`` is no dim of ``x``, or ``x.shape[dim]`` is not ``num_tokens``.
         """
         self.check_tokens("x", x, dim)
         return _Reorder.apply(x, self._raster_index(x.device), self._block_position(x.device), dim)
@@ -129,6 +131,8 @@ class BlockPartition:
 
     def check_tokens(self, name: str, x: Tensor, dim: int) -> None:
         """Raises ``ValueError`` unless ``x.shape[dim]`` is ``num_tokens``."""
+        if not -x.dim() <= dim < x.dim():
+            raise ValueError(f"dim must be a dim of {name}, which has shape {tuple(x.shape)}, got {dim}")
         if x.shape[dim] != self.num_tokens:
             raise ValueError(
                 f"{name} must have grid + prefix + suffix = {'x'.join(map(str, self.grid))} + {self.prefix} + "

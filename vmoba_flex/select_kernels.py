@@ -40,7 +40,7 @@ def _rest(total, own, tau, one_bits, bounded):
     one = (tl.full((), 1, tl.int64) << one_bits).to(tl.float64)
     share = tl.load(tau)
     reach = tl.ceil(share * (total.to(tl.float64) + one * tl.full((), 1e-6, tl.float64))).to(tl.int64)
-    return tl.where(bounded, tl.where(share < 1, reach - own, _LARGEST), _LARGEST)
+    return tl.where(bounded, reach - own, _LARGEST)
 
 
 @triton.jit
@@ -94,6 +94,7 @@ def _digit_kernel(
     base, step = tl.load(low + pool), tl.load(unit + pool)
     own_count = tl.zeros((BLOCK,), tl.int64)
     own_weight = tl.zeros((BLOCK,), tl.int64)
+    weight = own_weight
     if FIRST or prefix >= 0:
         for start in range(0, chunk, BLOCK):
             place = part * chunk + start + tl.arange(0, BLOCK)

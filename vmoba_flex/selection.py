@@ -39,6 +39,11 @@ def vmoba_selection(query: Tensor, key: Tensor, partition: BlockPartition, rule:
         ValueError: if shapes, devices or ``k`` do not fit, or the selection has 2**31 entries or more.
     """
     check_query_key(query, key, partition, rule)
+    return choose_blocks(query, key, partition, rule)
+
+
+def choose_blocks(query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule) -> Tensor:
+    """``vmoba_selection`` of inputs that have been checked."""
     own = partition.block_ids(query.device)[:, None] == torch.arange(partition.num_blocks, device=query.device)
     return select(gate(query, key, partition), own, rule)
 
@@ -149,5 +154,4 @@ def _threshold_weights(scores: Tensor, own: Tensor, tau: float) -> tuple[Tensor,
     weights = torch.where(finite, (scores.double() - least.double()) * unit, 0.0).long()
     reach = tau * (weights.sum(-1, keepdim=True).double() + 1e-6 * one)
     rest = reach.ceil().long() - (own * weights).sum(-1, keepdim=True)
-    everything = ~finite if tau < 1 else torch.ones_like(finite)
-    return weights, torch.where(everything, torch.iinfo(torch.int64).max, rest)
+    return weights, torch.where(finite, rest, torch.iinfo(torch.int64).max)

@@ -14,9 +14,10 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
 from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_mask, vmoba_selection
+from vmoba_flex.compiled import compiled_flex_attention
 from vmoba_flex.demo import DemoError
 
 TILE = 128
@@ -123,15 +124,6 @@ def run_layers(
     return results
 
 
-@functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    # A function of its own, so that other users of compiled flex_attention do not count against its recompile limit.
-    def attend(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask) -> Tensor:
-        return flex_attention(query, key, value, block_mask=block_mask)
-
-    return torch.compile(attend, fullgraph=True, dynamic=False)
-
-
 def _layer(
     query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Threshold | TopK
 ) -> tuple[Tensor, BlockMask]:
@@ -142,7 +134,7 @@ def _layer(
     """
     query, key, value = (partition.to_block_order(x) for x in (query, key, value))
     mask = vmoba_mask(query, key, partition, rule, token_order="block", tile_size=TILE)
-    return partition.to_raster_order(_compiled_flex()(query, key, value, mask)), mask
+    return partition.to_raster_order(compiled_flex_attention(query, key, value, block_mask=mask)), mask
 
 
 def tile_map(mask: BlockMask) -> Tensor:
