@@ -31,7 +31,7 @@ def rows_to_queries(pair_row: Tensor, rows: int) -> Tensor:
 
 
 @triton.jit
-def _gather_kernel(source, index, target, rows, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
+def _take_kernel(source, index, target, rows, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, BLOCK_D)[None, :]
     inside = (row < rows)[:, None] & (dim < D)
@@ -40,13 +40,13 @@ def _gather_kernel(source, index, target, rows, D: tl.constexpr, BLOCK_D: tl.con
     tl.store(target + row[:, None] * D + dim, x, mask=inside)
 
 
-def gather_rows(query: Tensor, row_query: Tensor, pair_row: Tensor) -> Tensor:
-    """See ``row_ops._gather_rows``."""
-    query = query.contiguous()
-    rows, dim = row_query.shape[0], query.shape[-1]
-    target = query.new_empty(rows, dim)
-    _gather_kernel[triton.cdiv(rows, _ROWS),](
-        query, row_query, target, rows, D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=_ROWS
+def take_rows(source: Tensor, index: Tensor) -> Tensor:
+    """See ``row_ops._take_rows``."""
+    source = source.contiguous()
+    rows, dim = index.shape[0], source.shape[1]
+    target = source.new_empty(rows, dim)
+    _take_kernel[triton.cdiv(rows, _ROWS),](
+        source, index, target, rows, D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=_ROWS
     )
     return target
 

@@ -23,7 +23,7 @@ def gather_rows(query: Tensor, plan: RowPlan) -> Tensor:
     Returns:
         ``(rows, D)``; rows that only fill a tile are zero.
     """
-    return _gather_rows(query, plan.row_query, plan.pair_row)
+    return _RowGather.apply(query, plan.row_query, plan.pair_row)
 
 
 def pad_keys(x: Tensor, plan: RowPlan) -> Tensor:
@@ -60,13 +60,29 @@ def _or_zero(rows: Tensor, index: Tensor) -> Tensor:
     return torch.where((index >= 0).view(*index.shape, *[1] * (picked.dim() - index.dim())), picked, 0)
 
 
+class _RowGather(torch.autograd.Function):
+    """Queries to rows; the gradient sums over a query's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, row_query: Tensor, pair_row: Tensor) -> Tensor:
+        ctx.save_for_backward(pair_row)
+        return _take_rows(query.flatten(0, 1), row_query)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _sum_rows(*grads, *ctx.saved_tensors), None, None
+
+
 class _SlotGather(torch.autograd.Function):
-    """A gather along dim 1 whose gradient is the gather by the inverse index; -1 gives zeros."""
+    """Keys to slots, the same in every head; the gradient is the gather by the inverse index."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse, index)
-        return torch.where((index >= 0)[:, None], x.index_select(1, index.clamp(min=0)), 0)
+        heads, keys, _ = x.shape
+        first = torch.arange(heads, device=x.device)[:, None] * keys
+        rows = torch.where(index >= 0, first + index, -1).to(torch.int32)
+        return _take_rows(x.flatten(0, 1), rows.flatten()).unflatten(0, rows.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -74,17 +90,14 @@ class _SlotGather(torch.autograd.Function):
         return _SlotGather.apply(*grads, inverse, index), None, None
 
 
-# Queries to rows, and its adjoint, the sum over a query's rows.
+@torch.library.custom_op("block_masks::take_rows", mutates_args=())
+def _take_rows(source: Tensor, index: Tensor) -> Tensor:
+    return _or_zero(source, index)
 
 
-@torch.library.custom_op("block_masks::gather_rows", mutates_args=())
-def _gather_rows(query: Tensor, row_query: Tensor, pair_row: Tensor) -> Tensor:
-    return _or_zero(query.flatten(0, 1), row_query)
-
-
-@_gather_rows.register_fake
-def _(query: Tensor, row_query: Tensor, pair_row: Tensor) -> Tensor:
-    return query.new_empty(row_query.shape[0], query.shape[2])
+@_take_rows.register_fake
+def _(source: Tensor, index: Tensor) -> Tensor:
+    return source.new_empty(index.shape[0], source.shape[1])
 
 
 @torch.library.custom_op("block_masks::sum_rows", mutates_args=())
@@ -100,18 +113,6 @@ def _sum_rows(rows: Tensor, pair_row: Tensor) -> Tensor:
 @_sum_rows.register_fake
 def _(rows: Tensor, pair_row: Tensor) -> Tensor:
     return rows.new_empty(pair_row.shape[0], pair_row.shape[2], rows.shape[1])
-
-
-def _save_pairs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[2])
-
-
-def _gather_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    (pair_row,) = ctx.saved_tensors
-    return _sum_rows(grad.contiguous(), pair_row), None, None
-
-
-_gather_rows.register_autograd(_gather_rows_backward, setup_context=_save_pairs)
 
 
 # Outputs of rows to outputs of queries, and its adjoint.
@@ -181,11 +182,11 @@ def _accumulator(x: Tensor) -> torch.dtype:
 # The Triton forms. Triton is imported on first use, and only where there is a CUDA device.
 
 
-@_gather_rows.register_kernel("cuda")
-def _(query: Tensor, row_query: Tensor, pair_row: Tensor) -> Tensor:
+@_take_rows.register_kernel("cuda")
+def _(source: Tensor, index: Tensor) -> Tensor:
     from block_masks import row_kernels
 
-    return row_kernels.gather_rows(query, row_query, pair_row)
+    return row_kernels.take_rows(source, index)
 
 
 @_sum_rows.register_kernel("cuda")

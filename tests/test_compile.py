@@ -144,7 +144,7 @@ def test_a_gradient_in_value_alone_is_enough():
 
 def test_packed_in_a_graph_needs_a_bound():
     case = problem("spatial", Threshold(0.25), batch=1)
-    with pytest.raises(Exception, match="rule must bound its pairs for dispatch='packed' inside torch.compile"):
+    with pytest.raises(Exception, match=r"rule must bound its pairs for dispatch='packed' inside torch\.compile"):
         torch.compile(through_attention("packed"), backend="eager", fullgraph=True)(case)
 
 
