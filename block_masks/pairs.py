@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from block_masks.realize import realize
-
 WORD_BITS = 64
 
 PairLookup = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -23,12 +21,23 @@ def pack_bits(selected: Tensor) -> Tensor:
     Returns:
         int64 ``(..., ceil(G / 64))``; unused bits are 0.
     """
+    return _pack_bits(selected)
+
+
+# Opaque to Inductor, which on torch 2.11 cannot read the sum of bytes as words.
+@torch.library.custom_op("block_masks::pack_bits", mutates_args=())
+def _pack_bits(selected: Tensor) -> Tensor:
     groups = selected.shape[-1]
     words = -(-groups // WORD_BITS)
     # Bytes first, and eight of them read as a word (little-endian): eight times less memory than words at once.
     octets = F.pad(selected, (0, words * WORD_BITS - groups)).unflatten(-1, (-1, 8))
     bits = torch.ones((), dtype=torch.uint8, device=selected.device) << torch.arange(8, device=selected.device)
     return torch.where(octets, bits.to(torch.uint8), 0).sum(-1, dtype=torch.uint8).view(torch.int64)
+
+
+@_pack_bits.register_fake
+def _(selected: Tensor) -> Tensor:
+    return selected.new_empty(*selected.shape[:-1], -(-selected.shape[-1] // WORD_BITS), dtype=torch.int64)
 
 
 def pair_lookup(selected: Tensor) -> PairLookup:
@@ -50,7 +59,7 @@ def pair_lookup(selected: Tensor) -> PairLookup:
             "selected must pack into fewer than 2**31 words (B * H * S * ceil(G / 64)), "
             f"got shape {tuple(selected.shape)} with {num_words} words"
         )
-    words = realize(pack_bits(selected))
+    words = pack_bits(selected)
 
     def lookup(b: Tensor, h: Tensor, q: Tensor, g: Tensor) -> Tensor:
         # Each word is one load per row of a tile. Indexing the word by g would be one per pair, more than the shared

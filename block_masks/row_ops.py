@@ -23,7 +23,7 @@ def gather_rows(query: Tensor, plan: RowPlan) -> Tensor:
     Returns:
         ``(rows, D)``; rows that only fill a tile are zero.
     """
-    return _RowGather.apply(query, plan.row_query, plan.pair_row)
+    return _gather_rows(query, plan.row_query, plan.pair_row)
 
 
 def pad_keys(x: Tensor, plan: RowPlan) -> Tensor:
@@ -36,7 +36,7 @@ def pad_keys(x: Tensor, plan: RowPlan) -> Tensor:
     Returns:
         ``(H * slots, D)``; slots that only fill a tile are zero.
     """
-    return _SlotGather.apply(x, plan.slot_key, plan.key_slot).flatten(0, 1)
+    return _gather_slots(x, plan.slot_key, plan.key_slot).flatten(0, 1)
 
 
 def merge_rows(output: Tensor, lse: Tensor, plan: RowPlan) -> Tensor:
@@ -60,36 +60,6 @@ def _or_zero(rows: Tensor, index: Tensor) -> Tensor:
     return torch.where((index >= 0).view(*index.shape, *[1] * (picked.dim() - index.dim())), picked, 0)
 
 
-class _RowGather(torch.autograd.Function):
-    """Queries to rows; the gradient sums over a query's rows."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, row_query: Tensor, pair_row: Tensor) -> Tensor:
-        ctx.save_for_backward(pair_row)
-        return _take_rows(query.flatten(0, 1), row_query)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _sum_rows(*grads, *ctx.saved_tensors), None, None
-
-
-class _SlotGather(torch.autograd.Function):
-    """Keys to slots, the same in every head; the gradient is the gather by the inverse index."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse, index)
-        heads, keys, _ = x.shape
-        first = torch.arange(heads, device=x.device)[:, None] * keys
-        rows = torch.where(index >= 0, first + index, -1).to(torch.int32)
-        return _take_rows(x.flatten(0, 1), rows.flatten()).unflatten(0, rows.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        inverse, index = ctx.saved_tensors
-        return _SlotGather.apply(*grads, inverse, index), None, None
-
-
 @torch.library.custom_op("block_masks::take_rows", mutates_args=())
 def _take_rows(source: Tensor, index: Tensor) -> Tensor:
     return _or_zero(source, index)
@@ -98,6 +68,58 @@ def _take_rows(source: Tensor, index: Tensor) -> Tensor:
 @_take_rows.register_fake
 def _(source: Tensor, index: Tensor) -> Tensor:
     return source.new_empty(index.shape[0], source.shape[1])
+
+
+# Keys to slots, the same in every head; the adjoint is the gather by the inverse index.
+
+
+@torch.library.custom_op("block_masks::gather_slots", mutates_args=())
+def _gather_slots(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    heads, keys, _ = x.shape
+    first = torch.arange(heads, device=x.device)[:, None] * keys
+    rows = torch.where(index >= 0, first + index, -1).to(torch.int32)
+    return _take_rows(x.flatten(0, 1), rows.flatten()).unflatten(0, rows.shape)
+
+
+@_gather_slots.register_fake
+def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], index.shape[0], x.shape[2])
+
+
+def _save_slots(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _gather_slots_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    index, inverse = ctx.saved_tensors
+    return _gather_slots(grad, inverse, index), None, None
+
+
+_gather_slots.register_autograd(_gather_slots_backward, setup_context=_save_slots)
+
+
+# Queries to rows, and its adjoint, the sum over a query's rows.
+
+
+@torch.library.custom_op("block_masks::gather_rows", mutates_args=())
+def _gather_rows(query: Tensor, row_query: Tensor, pair_row: Tensor) -> Tensor:
+    return _take_rows(query.flatten(0, 1), row_query)
+
+
+@_gather_rows.register_fake
+def _(query: Tensor, row_query: Tensor, pair_row: Tensor) -> Tensor:
+    return query.new_empty(row_query.shape[0], query.shape[2])
+
+
+def _save_pairs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[2])
+
+
+def _gather_rows_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return _sum_rows(grad, *ctx.saved_tensors), None, None
+
+
+_gather_rows.register_autograd(_gather_rows_backward, setup_context=_save_pairs)
 
 
 @torch.library.custom_op("block_masks::sum_rows", mutates_args=())

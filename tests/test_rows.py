@@ -177,6 +177,9 @@ def test_registered_ops_are_well_formed(dispatch_tile):
     ops = torch.ops.block_masks
     query = problem.query
     torch.library.opcheck(ops.plan_rows, (problem.selected, problem.key_group, 4, 2, 1, dispatch_tile))
+    torch.library.opcheck(ops.gather_rows, (query.requires_grad_(), plan.row_query, plan.pair_row))
+    torch.library.opcheck(ops.gather_slots, (query, plan.slot_key, plan.key_slot))
+    torch.library.opcheck(ops.pack_bits, (problem.selected,))
     torch.library.opcheck(ops.take_rows, (query.detach().flatten(0, 1), plan.row_query))
     torch.library.opcheck(ops.sum_rows, (rows.detach(), plan.pair_row))
     torch.library.opcheck(ops.merge_rows, (rows, lse, plan.pair_row, plan.row_query))
