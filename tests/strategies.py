@@ -54,15 +54,16 @@ def partitions(draw: st.DrawFn, text: bool = True) -> BlockPartition:
 
 
 @st.composite
-def rules(draw: st.DrawFn, num_blocks: int) -> Rule:
-    """Both rules over all of their pools, with the extremes k = 1, k = N and tau = 1 common."""
-    if draw(st.booleans()):
-        pool = draw(st.sampled_from([pool for pool in POOLS if pool != "block"]))
+def rules(draw: st.DrawFn, num_blocks: int, pool: str | None = None) -> Rule:
+    """Both rules over all of their pools, or one, with the extremes k = 1, k = N and tau = 1 common."""
+    if pool is None:
+        pool = draw(st.sampled_from(POOLS))
+    if pool != "block" and draw(st.booleans()):
         if draw(st.booleans()):
             return TopK(draw(st.integers(1, num_blocks)), pool=pool)
         return TopK(density=draw(shares()), pool=pool)
     max_density = draw(st.none() | shares())
-    return Threshold(draw(shares()), pool=draw(st.sampled_from(POOLS)), max_density=max_density)
+    return Threshold(draw(shares()), pool=pool, max_density=max_density)
 
 
 def shares() -> st.SearchStrategy[float]:

@@ -30,8 +30,9 @@ def exact(problem: Problem, mask: torch.Tensor | None) -> torch.Tensor:
     return reference.attention(problem.query, problem.key, problem.value, mask, problem.scale)[0]
 
 
-@given(dtypes.flatmap(problems), st.sampled_from(sorted(SPARSE_PATHS)))
-def test_outputs_equal_dense_masked_attention(problem: Problem, path: str):
+@pytest.mark.parametrize("path", SPARSE_PATHS)
+@given(dtypes.flatmap(problems))
+def test_outputs_equal_dense_masked_attention(path: str, problem: Problem):
     mask = expected_mask(problem)
     output = SPARSE_PATHS[path](problem)
     assert output.dtype == problem.query.dtype
@@ -81,8 +82,9 @@ def test_dense_dispatch_is_full_attention(problem: Problem):
     assert torch.equal(through_attention("dense")(problem), full)
 
 
-@given(problems(), st.sampled_from(["raster", "block"]), st.sampled_from([8, 16, 128]))
-def test_mask_equals_create_block_mask(problem: Problem, token_order: str, tile_size: int):
+@pytest.mark.parametrize("token_order", ["raster", "block"])
+@given(problems(), st.sampled_from([8, 16, 128]))
+def test_mask_equals_create_block_mask(token_order: str, problem: Problem, tile_size: int):
     partition, (query, key) = problem.partition, (problem.query, problem.key)
     dense = expected_mask(problem)
     if token_order == "block":
@@ -145,6 +147,53 @@ def test_stats_count_pairs_and_tiles(problem: Problem):
     dense = partition.to_block_order(partition.to_block_order(expected_mask(problem), -1))
     tiles = F.max_pool2d(dense.float(), 128, ceil_mode=True)
     torch.testing.assert_close(stats.tile_density, tiles.mean((2, 3)))
+
+
+@pytest.mark.parametrize("rule", [TopK(1), TopK(2), Threshold(0.2)])
+def test_tile_density_counts_full_and_partial_tiles_in_block_order(rule):
+    partition = BlockPartition((4, 16, 16), (4, 8, 8), prefix=40)
+    query, key, value = torch.randn(3, 1, 2, partition.num_tokens, 8, generator=torch.Generator().manual_seed(0))
+    _, stats = vmoba_attention(query, key, value, partition, rule, return_stats=True)
+    dense = reference.attention_mask(vmoba_selection(query, key, partition, rule), partition)
+    dense = partition.to_block_order(partition.to_block_order(dense, -1))
+    tiles = F.max_pool2d(dense.float(), 128, ceil_mode=True)
+    torch.testing.assert_close(stats.tile_density, tiles.mean((2, 3)))
+
+
+@pytest.mark.parametrize("scale", [None, 0.05, 1.0])
+def test_the_flex_branch_equals_the_reference(monkeypatch, scale: float | None):
+    """What a GPU runs, eagerly on the CPU."""
+    partition = BlockPartition((3, 5, 5), (2, 2, 3), prefix=2, suffix=3)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, partition.num_tokens, 8, generator=generator)
+    key, value = torch.randn(2, 1, 2, partition.num_tokens, 8, generator=generator)
+    expected, _ = reference.vmoba(query, key, value, partition, TopK(2), scale)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    output = vmoba_attention(query, key, value, partition, TopK(2), scale=scale, enable_gqa=True)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", SPARSE_PATHS)
+def test_unattended_keys_stay_out_however_low_the_attended_scores_are(path: str):
+    partition = BlockPartition.temporal((3, 2, 2), 1)
+    key = torch.ones(1, 1, 12, 8)
+    query, value = -1e6 * key, torch.randn(1, 1, 12, 8)
+    expected = value.unflatten(2, (3, 4)).mean(3, keepdim=True).expand(-1, -1, -1, 4, -1).flatten(2, 3)
+    torch.testing.assert_close(SPARSE_PATHS[path](Problem(query, key, value, partition, TopK(1))), expected)
+
+
+def test_the_cpu_path_saves_no_scores_for_backward():
+    partition = BlockPartition.spatial((3, 8, 8), (4, 4))
+    leaves = [torch.randn(1, 1, partition.num_tokens, 4, requires_grad=True) for _ in range(3)]
+    saved = []
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        saved.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        vmoba_attention(*leaves, partition, TopK(2))
+    assert max(saved) < partition.num_tokens**2
 
 
 def test_tile_density_counts_full_and_skips_empty_tiles():
@@ -264,6 +313,7 @@ X = torch.zeros(1, 4, 24, 8)
         ),
         ({"query": X[:, :, :9]}, ValueError, r"query must have grid \+ prefix \+ suffix = 2x3x4 \+ 0 \+ 0 = 24 tokens"),
         ({"rule": TopK(7)}, ValueError, "k must lie in 1..num_blocks = 1..4, got 7"),
+        ({"dispatch": "dense", "rule": TopK(7)}, ValueError, "k must lie in 1..num_blocks = 1..4, got 7"),
         ({"dispatch": "dense", "rule": None}, TypeError, "rule must be a TopK or a Threshold, got NoneType"),
         ({"scale": "big"}, TypeError, "scale must be a number or None, got 'big'"),
         ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),

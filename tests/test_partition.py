@@ -62,6 +62,16 @@ def test_gradient_of_an_order_is_the_other_order(partition: BlockPartition):
     assert torch.equal(grad, partition.to_block_order(upstream))
 
 
+@pytest.mark.parametrize("dim", [0, 1, -1, -3])
+def test_gradient_of_an_order_on_any_dim(dim: int):
+    partition = BlockPartition((2, 3, 3), (1, 2, 2), prefix=1)
+    tokens = partition.num_tokens
+    x = torch.randn(tokens, tokens, tokens, requires_grad=True)
+    upstream = torch.randn_like(x)
+    (grad,) = torch.autograd.grad(partition.to_block_order(x, dim), x, upstream)
+    assert torch.equal(grad, partition.to_raster_order(upstream, dim))
+
+
 def test_orders_have_second_derivatives():
     partition = BlockPartition((2, 3, 3), (1, 2, 2), prefix=1)
     x = torch.randn(partition.num_tokens, 2, dtype=torch.float64, requires_grad=True)

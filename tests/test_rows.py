@@ -178,7 +178,8 @@ def test_registered_ops_are_well_formed(dispatch_tile):
     query = problem.query
     torch.library.opcheck(ops.plan_rows, (problem.selected, problem.key_group, 4, 2, 1, dispatch_tile))
     torch.library.opcheck(ops.gather_rows, (query.requires_grad_(), plan.row_query, plan.pair_row))
-    torch.library.opcheck(ops.gather_slots, (query, plan.slot_key, plan.key_slot))
+    key = torch.randn(2, 3, 4, requires_grad=True)
+    torch.library.opcheck(ops.gather_slots, (key, plan.slot_key, plan.key_slot))
     torch.library.opcheck(ops.pack_bits, (problem.selected,))
     torch.library.opcheck(ops.take_rows, (query.detach().flatten(0, 1), plan.row_query))
     torch.library.opcheck(ops.sum_rows, (rows.detach(), plan.pair_row))

@@ -25,10 +25,11 @@ def choose(problem: Problem, **changes) -> torch.Tensor:
     return vmoba_selection(problem.query, problem.key, problem.partition, problem.rule)
 
 
+@pytest.mark.parametrize("pool", POOLS)
 @given(st.data())
-def test_select_equals_both_oracles(data: st.DataObject):
+def test_select_equals_both_oracles(pool: str, data: st.DataObject):
     partition = data.draw(partitions(text=False))
-    rule = data.draw(rules(partition.num_blocks))
+    rule = data.draw(rules(partition.num_blocks, pool))
     scores = data.draw(gates(partition))
     ids = reference.block_ids(partition.grid, partition.block)
     selection = select(scores, own_blocks(partition), rule)
@@ -146,16 +147,61 @@ def test_inputs_are_not_changed(problem: Problem):
     assert torch.equal(query, problem.query) and torch.equal(key, problem.key)
 
 
-@pytest.mark.parametrize("spread", [5e-7, 7e-9, 2e-6])
+@pytest.mark.parametrize(
+    ("spread", "chosen"), [(0.0, 4), (0.5e-6, 4), (0.999e-6, 4), (1e-6, 4), (1.001e-6, 3), (2e-6, 3), (7.0, 3)]
+)
+def test_pools_of_a_spread_up_to_1e_6_are_not_stretched(spread: float, chosen: int):
+    own = torch.tensor([[True, False, False, False]])
+    scores = torch.tensor([0.0, spread, spread, 0.0], dtype=torch.float64).view(1, 1, 1, 4)
+    # Stretched, the two best hold the whole sum; unstretched, 2 spread / (2 spread + 1e-6), below 0.9.
+    selection = select(scores, own, Threshold(0.9, pool="query"))
+    assert selection.sum() == chosen
+    assert torch.equal(selection, reference.select(scores, torch.tensor([0]), Threshold(0.9, pool="query")))
+
+
+@pytest.mark.parametrize(("guard", "chosen"), [(0.5e-6, 3), (0.9e-6, 3), (1.1e-6, 2), (2e-6, 2)])
+def test_the_total_is_guarded_by_1e_6(guard: float, chosen: int):
+    own = torch.tensor([[True, False, False]])
+    scores = torch.tensor([0.0, 1.0, 0.5], dtype=torch.float64).view(1, 1, 1, 3)
+    assert select(scores, own, Threshold(1 / (1.5 + guard), pool="query")).sum() == chosen
+
+
+def test_shares_far_below_the_best_one_are_summed_exactly():
+    own = torch.zeros(1, 102, dtype=torch.bool)
+    own[0, 0] = True
+    scores = torch.tensor([0.0, 1.0, *[1e-8] * 100]).view(1, 1, 1, 102)
+    # Sum 1 + 100e-8, guard 100e-8; the best pair and 51 small ones are the fewest to reach 1 + 50.5e-8.
+    rule = Threshold((1 + 50.5e-8) / (1 + 200e-8), pool="query")
+    assert select(scores, own, rule)[0, 0, 0].nonzero().flatten().tolist() == list(range(53))
+
+
+def test_shares_are_scaled_in_float64():
+    own = torch.zeros(1, 12, dtype=torch.bool)
+    own[0, 0] = True
+    # Shares 0, 1, four of 0.5 + 0.5e-9, six of 0.5: the best five sum to 3 + 2e-9, in float32 to 3.
+    scores = torch.tensor([-1.0, 1.0, *[1e-9] * 4, *[0.0] * 6]).view(1, 1, 1, 12)
+    rule = Threshold((3 + 1.5e-9) / (6 + 2e-9 + 1e-6), pool="query")
+    assert select(scores, own, rule)[0, 0, 0].nonzero().flatten().tolist() == list(range(6))
+
+
+@pytest.mark.parametrize(
+    "bad", [[torch.inf], [-torch.inf], [torch.nan], [torch.inf, -torch.inf], [torch.inf, torch.nan]]
+)
 @pytest.mark.parametrize("pool", POOLS)
-def test_tiny_spreads_are_not_scaled_up(spread: float, pool: str):
-    partition = BlockPartition((4, 2, 2), (1, 2, 1))
-    ids = partition.block_ids()
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.rand(1, 2, len(ids), partition.num_blocks, generator=generator) * spread
-    rule = Threshold(0.25, pool=pool)
-    selection = select(scores, own_blocks(partition), rule)
-    assert np.array_equal(selection, numpy_selection(scores.numpy(), ids.numpy(), rule))
+def test_non_finite_scores_keep_their_pool_and_rank_as_in_the_oracle(pool: str, bad: list[float]):
+    partition = BlockPartition((2, 2, 3), (1, 2, 1))
+    ids, own = partition.block_ids(), own_blocks(partition)
+    scores = torch.randn(2, 2, 12, partition.num_blocks, generator=torch.Generator().manual_seed(0))
+    scores[0, 1, 3, : len(bad)] = torch.tensor(bad)
+    broken = ~scores.isfinite()
+    for dim in {"query": (3,), "block": (1, 2), "head": (2, 3), "global": (1, 2, 3)}[pool]:
+        broken = broken.any(dim, keepdim=True)
+    selection = select(scores, own, Threshold(0.25, pool=pool))
+    assert np.array_equal(selection, numpy_selection(scores.numpy(), ids.numpy(), Threshold(0.25, pool=pool)))
+    assert selection[broken.expand_as(selection)].all()
+    if pool != "block":
+        expected = numpy_selection(scores.numpy(), ids.numpy(), TopK(2, pool=pool))
+        assert np.array_equal(select(scores, own, TopK(2, pool=pool)), expected)
 
 
 @pytest.mark.parametrize("tau", [0.25, 0.9, 0.999999])
@@ -185,6 +231,12 @@ def test_ties_go_to_the_lower_block_then_query_then_head():
     rule = Threshold(1.0, pool="global", max_density=(8 + 7) / 32)
     extra = select(ties, own, rule)[0] & ~own
     assert extra.sum((1, 2)).tolist() == [4, 3]
+    # Three extra pairs of each block, over both heads: query before head.
+    extra = select(ties, own, Threshold(1.0, pool="block", max_density=5 / 8))[0] & ~own
+    assert [extra[..., n].T.nonzero().tolist() for n in (0, 1)] == [
+        [[1, 0], [1, 1], [2, 0]],
+        [[0, 0], [0, 1], [2, 0]],
+    ]
 
 
 def test_signed_zeros_and_nans_tie():
