@@ -6,24 +6,27 @@ torch alone.
 """
 
 from block_masks.group_mask import group_mask, group_tiles
+from block_masks.packed import attend_packed
 from block_masks.pairs import pack_bits, pair_lookup
 from block_masks.realize import realize
-from block_masks.row_ops import gather_rows, merge_rows, pad_keys
-from block_masks.rows import RowPlan, plan_rows
+from block_masks.rows import RowPlan, plan_rows, row_mask
+from block_masks.slots import Slots, plan_slots, slot_mask
 from block_masks.tiles import TileMap, block_mask_from_tiles, tile_lists
 
 __all__ = [
     "RowPlan",
+    "Slots",
     "TileMap",
+    "attend_packed",
     "block_mask_from_tiles",
-    "gather_rows",
     "group_mask",
     "group_tiles",
-    "merge_rows",
     "pack_bits",
-    "pad_keys",
     "pair_lookup",
     "plan_rows",
+    "plan_slots",
     "realize",
+    "row_mask",
+    "slot_mask",
     "tile_lists",
 ]

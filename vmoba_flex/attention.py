@@ -22,7 +22,7 @@ from vmoba_flex.selection import choose_blocks
 from vmoba_flex.tiles import tiles_attention
 
 DISPATCHES = ("auto", "tiles", "packed", "dense")
-BACKENDS = ("auto", "triton")
+BACKENDS = ("auto", "triton", "flash")
 
 
 class AttentionStats(NamedTuple):
@@ -53,7 +53,7 @@ def vmoba_attention(
     dispatch: str = "auto",
     backend: str = "auto",
     return_stats: Literal[False] = False,
-    max_row_bytes: int = 2**29,
+    max_row_bytes: int = 2**31,
 ) -> Tensor: ...
 
 
@@ -70,7 +70,7 @@ def vmoba_attention(
     dispatch: str = "auto",
     backend: str = "auto",
     return_stats: Literal[True],
-    max_row_bytes: int = 2**29,
+    max_row_bytes: int = 2**31,
 ) -> tuple[Tensor, AttentionStats]: ...
 
 
@@ -86,7 +86,7 @@ def vmoba_attention(
     dispatch: str = "auto",
     backend: str = "auto",
     return_stats: bool = False,
-    max_row_bytes: int = 2**29,
+    max_row_bytes: int = 2**31,
 ) -> Tensor | tuple[Tensor, AttentionStats]:
     """VMoBA attention (arXiv 2506.23858), raster order in and out, differentiable in query, key and value.
 
@@ -140,17 +140,38 @@ def vmoba_attention(
         raise ValueError(
             f"key must have query's {query.shape[1]} heads unless enable_gqa=True, got {key.shape[1]} heads"
         )
-    if backend == "triton" and not query.is_cuda:
-        raise ValueError(f"backend must be 'auto' on device {query.device}, got 'triton'")
+    if backend != "auto" and not query.is_cuda:
+        raise ValueError(f"backend must be 'auto' on device {query.device}, got {backend!r}")
     if dispatch == "dense":
         output = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
         return (output, _dense_stats(query, partition)) if return_stats else output
     selection = choose_blocks(query, key, partition, rule)
     if dispatch == "packed":
-        output = packed_attention(query, key, value, selection, partition, rule, scale, max_row_bytes)
+        kernels = _row_backend(backend, query, value)
+        output = packed_attention(query, key, value, selection, partition, rule, scale, kernels, max_row_bytes)
     else:
         output = tiles_attention(query, key, value, selection, partition, scale, enable_gqa)
     return (output, _stats(selection, partition)) if return_stats else output
+
+
+def _row_backend(backend: str, query: Tensor, value: Tensor) -> str:
+    """What ``attend_packed`` runs on."""
+    if not query.is_cuda or query.dtype == torch.float64:
+        return "eager"
+    if backend == "triton":
+        return "triton"
+    refusal = flash_refusal(query.device.index, query.dtype, query.shape[-1], value.shape[-1])
+    if backend == "flash" and refusal:
+        raise ValueError(f"backend must be one that can run, got 'flash': {refusal}")
+    return "triton" if refusal else "flash"
+
+
+@torch.compiler.assume_constant_result
+def flash_refusal(device: int, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
+    """``block_masks.flash.refusal``; a constant to ``torch.compile``."""
+    from block_masks import flash
+
+    return flash.refusal(device, dtype, head_dim, value_dim)
 
 
 def _stats(selection: Tensor, partition: BlockPartition) -> AttentionStats:
