@@ -10,10 +10,12 @@ from block_masks.pairs import pack_bits, pair_lookup
 from block_masks.realize import realize
 from block_masks.row_ops import gather_rows, merge_rows, pad_keys
 from block_masks.rows import RowPlan, plan_rows
+from block_masks.slots import Slots, plan_slots, slot_mask, slot_tile_map
 from block_masks.tiles import TileMap, block_mask_from_tiles, tile_lists
 
 __all__ = [
     "RowPlan",
+    "Slots",
     "TileMap",
     "block_mask_from_tiles",
     "gather_rows",
@@ -24,6 +26,9 @@ __all__ = [
     "pad_keys",
     "pair_lookup",
     "plan_rows",
+    "plan_slots",
     "realize",
+    "slot_mask",
+    "slot_tile_map",
     "tile_lists",
 ]

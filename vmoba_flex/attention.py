@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from block_masks import Slots, slot_tile_map
 from vmoba_flex.inputs import (
     check_choice,
     check_positive,
@@ -19,9 +20,10 @@ from vmoba_flex.packed import packed_attention
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection import choose_blocks
+from vmoba_flex.shared import shared_attention
 from vmoba_flex.tiles import tiles_attention
 
-DISPATCHES = ("auto", "tiles", "packed", "dense")
+DISPATCHES = ("auto", "tiles", "packed", "shared", "dense")
 BACKENDS = ("auto", "triton")
 
 
@@ -31,8 +33,9 @@ class AttentionStats(NamedTuple):
     Attributes:
         density: float32, ``pairs / (video tokens * N)``.
         tile_density: float32, the share of 128 x 128 tiles, in block order, with at least one attended pair: what the
-            dispatch ``"tiles"`` runs.
-        pairs: int64, chosen (query, block) pairs.
+            dispatch ``"tiles"`` runs. For ``"shared"``, the share of its own tiles that it runs: there each block, and
+            prefix and suffix together, take whole tiles.
+        pairs: int64, chosen (query, block) pairs; for ``"shared"``, a tile's choices count once for each of its tokens.
     """
 
     density: Tensor
@@ -106,8 +109,10 @@ def vmoba_attention(
         scale: factor on the scores before the softmax; ``1 / sqrt(D)`` by default. The choice of blocks ignores it.
         enable_gqa: allow fewer key heads than query heads; query head h uses key head ``h // (H // key heads)``.
         dispatch: ``"tiles"`` skips the tiles that no query of theirs wants. ``"packed"`` gathers the queries of each
-            block, so that its cost is the density whatever neighbouring queries choose; see ``packed``. ``"dense"`` is
-            full attention, which ignores ``rule``. ``"auto"`` is ``"tiles"``.
+            block, so that its cost is the density whatever neighbouring queries choose; see ``packed``. ``"shared"``
+            is an approximation, and not what ``vmoba_selection`` chooses: 128 neighbouring queries of a block share one
+            choice, made from their mean query, so that its cost is the density without gathering; see ``shared``.
+            ``"dense"`` is full attention, which ignores ``rule``. ``"auto"`` is ``"tiles"``, and never ``"shared"``.
         backend: the kernels of FlexAttention on a GPU: ``"triton"``, or ``"auto"``, which is the same.
         return_stats: also return ``AttentionStats``.
         max_row_bytes: for ``"packed"``, the size of the queries gathered at a time, a few heads of them and at least
@@ -145,6 +150,9 @@ def vmoba_attention(
     if dispatch == "dense":
         output = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
         return (output, _dense_stats(query, partition)) if return_stats else output
+    if dispatch == "shared":
+        output, selected, slots = shared_attention(query, key, value, partition, rule, scale, enable_gqa)
+        return (output, _shared_stats(selected, slots, partition)) if return_stats else output
     selection = choose_blocks(query, key, partition, rule)
     if dispatch == "packed":
         output = packed_attention(query, key, value, selection, partition, rule, scale, max_row_bytes)
@@ -157,6 +165,14 @@ def _stats(selection: Tensor, partition: BlockPartition) -> AttentionStats:
     pairs = selection.sum((-2, -1))
     tiles = selection_tiles(selection, partition, "block").some
     return AttentionStats(pairs / selection[0, 0].numel(), tiles.float().mean((-2, -1)), pairs)
+
+
+def _shared_stats(selected: Tensor, slots: Slots, partition: BlockPartition) -> AttentionStats:
+    is_video = slots.tile_group < partition.num_blocks
+    pairs = (selected[..., : partition.num_blocks].sum(-1) * (slots.tile_keys * is_video)).sum(-1)
+    tiles = slot_tile_map(selected, slots).some
+    density = pairs / (partition.num_video_tokens * partition.num_blocks)
+    return AttentionStats(density, tiles.float().mean((-2, -1)), pairs)
 
 
 def _dense_stats(query: Tensor, partition: BlockPartition) -> AttentionStats:

@@ -1,0 +1,94 @@
+"""Attention in which the queries of a tile share one choice of blocks: an approximation of per-token VMoBA.
+
+FlexAttention runs or skips whole tiles. Where all queries of a tile attend the same blocks, what it runs is what was
+chosen: the cost is the density, without gathering rows as ``packed`` does.
+
+Definition. Each block's tokens, in raster order, are cut into *query tiles* of 128; the last one of a block may be
+shorter. A query tile is one query: its vector is the mean of its tokens' queries, and its own block the one that it
+lies in. The rule chooses blocks for these queries as it does for tokens: their number takes the place of the video
+tokens' in every pool, and a short tile counts as much as a full one. All queries of a tile attend the blocks chosen for
+it, and prefix and suffix; prefix and suffix queries attend everything.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from block_masks import Slots, plan_slots, realize, slot_mask
+from block_masks.row_ops import _gather_slots
+from vmoba_flex.chunked import chunked_attention
+from vmoba_flex.compiled import compiled_flex_attention, has_flex_kernel
+from vmoba_flex.gate import block_means
+from vmoba_flex.mask import group_of_key, group_sizes
+from vmoba_flex.partition import BlockPartition
+from vmoba_flex.rules import Rule
+from vmoba_flex.selection import select
+
+TILE = 128
+
+
+def shared_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    partition: BlockPartition,
+    rule: Rule,
+    scale: float | None,
+    enable_gqa: bool,
+    tile_size: int = TILE,
+) -> tuple[Tensor, Tensor, Slots]:
+    """Chooses blocks for each query tile and attends them, in block order with each block padded to whole tiles.
+
+    Args:
+        query: ``(B, H, S, D)`` in raster order.
+        key: ``(B, key heads, S, D)``.
+        value: ``(B, key heads, S, value dim)``.
+        partition: the blocks.
+        rule: chooses them.
+        scale: ``1 / sqrt(D)`` if None.
+        enable_gqa: whether key may have fewer heads.
+        tile_size: tokens in a query tile. Compiled kernels on Hopper GPUs need a multiple of 128.
+
+    Returns:
+        The output ``(B, H, S, value dim)`` in raster order; what each tile attends, bool ``(B, H, tiles, G)``, where
+        prefix and suffix are one more group behind the N blocks, and their tiles stand behind the video's; and the
+        slots of these tiles.
+    """
+    slots = plan_slots(group_of_key(partition, query.device), group_sizes(partition), tile_size)
+    query_slots = _to_slots(query, slots)
+    selected = _choose(query_slots, key, partition, rule, slots)
+    if not has_flex_kernel(query, key, value):
+        of_token = selected.index_select(2, slots.key_slot // tile_size)
+        key_group = group_of_key(partition, query.device)
+        return chunked_attention(query, key, value, of_token, key_group, scale), selected, slots
+    inputs = (query_slots, _to_slots(key, slots), _to_slots(value, slots))
+    if not query.is_cuda:  # FlexAttention's kernel for CPUs reads no views of what an op made.
+        inputs = tuple(map(realize, inputs))
+    mask = slot_mask(selected, slots)
+    output = compiled_flex_attention(*inputs, block_mask=mask, scale=scale, enable_gqa=enable_gqa)
+    return _gather(output, slots.key_slot, slots.slot_key), selected, slots
+
+
+@torch.no_grad()
+def _choose(query_slots: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, slots: Slots) -> Tensor:
+    """What each tile attends, bool ``(B, H, tiles, G)``; ``query_slots`` is zero in filling slots."""
+    means = block_means(key, partition)
+    sums = query_slots.unflatten(2, (-1, slots.tile_size)).sum(3, dtype=means.dtype)
+    text_tiles = -(-(partition.prefix + partition.suffix) // slots.tile_size)
+    video_tiles = len(slots.tile_group) - text_tiles
+    queries = (sums / slots.tile_keys[:, None])[:, :, :video_tiles]
+    # As in the gate: under autocast the product would be rounded to 16 bits, and close blocks would tie.
+    with torch.autocast(key.device.type, enabled=False):
+        scores = (means[:, :, None] @ queries.unflatten(1, (key.shape[1], -1)).mT).flatten(1, 2).mT
+    own = slots.tile_group[:video_tiles, None] == torch.arange(partition.num_blocks, device=key.device)
+    chosen = select(scores, own, rule)
+    return F.pad(chosen, (0, int(text_tiles > 0), 0, text_tiles), value=True)
+
+
+def _to_slots(x: Tensor, slots: Slots) -> Tensor:
+    """Tokens ``(B, H, S, D)`` to slots ``(B, H, slots, D)``, zero in filling ones."""
+    return _gather(x, slots.slot_key, slots.key_slot)
+
+
+def _gather(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return _gather_slots(x.flatten(0, 1), index, inverse).unflatten(0, x.shape[:2])
