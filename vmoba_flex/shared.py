@@ -54,14 +54,14 @@ def shared_attention(
         prefix and suffix are one more group behind the N blocks, and their tiles stand behind the video's; and the
         slots of these tiles.
     """
-    slots = plan_slots(group_of_key(partition, query.device), group_sizes(partition), tile_size)
-    query_slots = _to_slots(query, slots)
-    selected = _choose(query_slots, key, partition, rule, slots)
+    slots = block_slots(partition, query.device, tile_size)
+    query_slots = to_slots(query, slots)
+    selected = choose_tiles(query_slots, key, partition, rule, slots)
     if not has_flex_kernel(query, key, value):
         of_token = selected.index_select(2, slots.key_slot // tile_size)
         key_group = group_of_key(partition, query.device)
         return chunked_attention(query, key, value, of_token, key_group, scale), selected, slots
-    inputs = (query_slots, _to_slots(key, slots), _to_slots(value, slots))
+    inputs = (query_slots, to_slots(key, slots), to_slots(value, slots))
     if not query.is_cuda:  # FlexAttention's kernel for CPUs reads no views of what an op made.
         inputs = tuple(map(realize, inputs))
     mask = slot_mask(selected, slots)
@@ -69,9 +69,30 @@ def shared_attention(
     return _gather(output, slots.key_slot, slots.slot_key), selected, slots
 
 
+def block_slots(partition: BlockPartition, device: torch.device, tile_size: int = TILE) -> Slots:
+    """The slots of a partition's tokens: its blocks, then prefix and suffix together, each in whole tiles."""
+    return plan_slots(group_of_key(partition, device), group_sizes(partition), tile_size)
+
+
+def to_slots(x: Tensor, slots: Slots) -> Tensor:
+    """Tokens ``(B, H, S, D)`` to slots ``(B, H, slots, D)``, zero in filling ones. Differentiable."""
+    return _gather(x, slots.slot_key, slots.key_slot)
+
+
 @torch.no_grad()
-def _choose(query_slots: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, slots: Slots) -> Tensor:
-    """What each tile attends, bool ``(B, H, tiles, G)``; ``query_slots`` is zero in filling slots."""
+def choose_tiles(query_slots: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, slots: Slots) -> Tensor:
+    """Chooses what the queries of each tile attend.
+
+    Args:
+        query_slots: ``(B, H, slots, D)``, zero in filling slots.
+        key: ``(B, key heads, S, D)`` in raster order.
+        partition: the blocks.
+        rule: chooses them.
+        slots: of this partition.
+
+    Returns:
+        bool ``(B, H, tiles, G)``; prefix and suffix, if any, are the last group and the last tiles.
+    """
     means = block_means(key, partition)
     sums = query_slots.unflatten(2, (-1, slots.tile_size)).sum(3, dtype=means.dtype)
     text_tiles = -(-(partition.prefix + partition.suffix) // slots.tile_size)
@@ -83,11 +104,6 @@ def _choose(query_slots: Tensor, key: Tensor, partition: BlockPartition, rule: R
     own = slots.tile_group[:video_tiles, None] == torch.arange(partition.num_blocks, device=key.device)
     chosen = select(scores, own, rule)
     return F.pad(chosen, (0, int(text_tiles > 0), 0, text_tiles), value=True)
-
-
-def _to_slots(x: Tensor, slots: Slots) -> Tensor:
-    """Tokens ``(B, H, S, D)`` to slots ``(B, H, slots, D)``, zero in filling ones."""
-    return _gather(x, slots.slot_key, slots.key_slot)
 
 
 def _gather(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
