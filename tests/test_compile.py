@@ -114,10 +114,13 @@ class Block(nn.Module):
         return output.transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("dispatch", ["tiles", "shared"])
-@pytest.mark.parametrize("rule", [TopK(2), Threshold(0.25, max_density=0.4)], ids=["top-k", "threshold"])
+@pytest.mark.parametrize(
+    ("dispatch", "rule"),
+    [("tiles", TopK(2)), ("tiles", Threshold(0.25, max_density=0.4)), ("shared", Threshold(0.25))],
+    ids=["top-k", "threshold", "shared"],
+)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-def test_one_graph_per_partition_kind_and_no_recompiles(rule: Rule, training: bool, dispatch: str):
+def test_one_graph_per_partition_kind_and_no_recompiles(dispatch: str, rule: Rule, training: bool):
     torch.compiler.reset()
     # Counting graphs needs Dynamo and AOTAutograd; the C++ that Inductor would make of them is tested above.
     counter = CompileCounterWithBackend("aot_eager")
