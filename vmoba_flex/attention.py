@@ -110,8 +110,8 @@ def vmoba_attention(
         enable_gqa: allow fewer key heads than query heads; query head h uses key head ``h // (H // key heads)``.
         dispatch: ``"tiles"`` skips the tiles that no query of theirs wants. ``"packed"`` gathers the queries of each
             block, so that its cost is the density whatever neighbouring queries choose; see ``packed``. ``"shared"``
-            is an approximation, and not what ``vmoba_selection`` chooses: 128 neighbouring queries of a block share one
-            choice, made from their mean query, so that its cost is the density without gathering; see ``shared``.
+            is an approximation, and not what ``vmoba_selection`` chooses: up to 128 neighbouring queries of a block
+            share one choice, made from their mean query, so that each tile that runs was chosen; see ``shared``.
             ``"dense"`` is full attention, which ignores ``rule``. ``"auto"`` is ``"tiles"``, and never ``"shared"``.
         backend: the kernels of FlexAttention on a GPU: ``"triton"``, or ``"auto"``, which is the same.
         return_stats: also return ``AttentionStats``.

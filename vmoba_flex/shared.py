@@ -1,13 +1,14 @@
 """Attention in which the queries of a tile share one choice of blocks: an approximation of per-token VMoBA.
 
-FlexAttention runs or skips whole tiles. Where all queries of a tile attend the same blocks, what it runs is what was
-chosen: the cost is the density, without gathering rows as ``packed`` does.
+FlexAttention runs or skips whole tiles. Where all queries of a tile attend the same blocks, each tile that runs was
+chosen as a whole: the cost is the density, with no row per pair as in ``packed``. Blocks are padded to whole tiles, so
+that tiles are full; blocks much smaller than a tile would mostly hold padding.
 
 Definition. Each block's tokens, in raster order, are cut into *query tiles* of 128; the last one of a block may be
-shorter. A query tile is one query: its vector is the mean of its tokens' queries, and its own block the one that it
-lies in. The rule chooses blocks for these queries as it does for tokens: their number takes the place of the video
-tokens' in every pool, and a short tile counts as much as a full one. All queries of a tile attend the blocks chosen for
-it, and prefix and suffix; prefix and suffix queries attend everything.
+shorter. A query tile is one query: its vector is the mean of its tokens' queries, taken in float32 (float64 for float64
+inputs), and its own block the one that it lies in. The rule chooses blocks for these queries as it does for tokens:
+their number takes the place of the video tokens' in every pool, and a short tile counts as much as a full one. All
+queries of a tile attend the blocks chosen for it, and prefix and suffix; prefix and suffix queries attend everything.
 """
 
 import torch
