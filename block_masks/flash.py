@@ -3,6 +3,9 @@
 FlashAttention-4 is young: some of its versions gave wrong log-sum-exps, or wrong gradients at some head dims. So it is
 used only in the version that was tried, and only after a small problem on the same device, dtype and head dims has come
 out right, forward and backward. Its dq is summed by atomics: two runs may differ in the last bits.
+
+Its private ``_flash_attn_fwd`` and ``_flash_attn_bwd`` are called here and nowhere else: the public function keeps the
+output and log-sum-exp of each row for backward, which would run the rows again where the merged ones already do.
 """
 
 import functools
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 from block_masks import row_kernels
-from block_masks.rows import RowPlan, key_tile_lists
+from block_masks.rows import TILE, RowPlan, key_tile_lists
 from block_masks.slots import Slots
 
 VERSION = "4.0.0b36"
@@ -124,6 +127,33 @@ def backward(
             x.unflatten(0, (heads, -1))[:, :, 0], back
         )
     return grad_rows[:, 0]
+
+
+def attend_tiles(query: Tensor, key: Tensor, value: Tensor, lists: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of attention over full tiles; see ``full_tiles.attend_full_tiles``."""
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    output, lse, *_ = _flash_attn_fwd(
+        *(x.transpose(1, 2) for x in (query, key, value)), softmax_scale=scale, return_lse=True,
+        block_sparse_tensors=BlockSparseTensorsTorch(*lists, block_size=(TILE, TILE)),
+    )  # fmt: skip
+    return output.transpose(1, 2).contiguous(), lse
+
+
+def attend_tiles_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
+    transposed: list[Tensor], scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients through ``attend_tiles``."""
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    gradients = _flash_attn_bwd(
+        *(x.transpose(1, 2) for x in (query, key, value, output, grad)), lse, softmax_scale=scale,
+        block_sparse_tensors=BlockSparseTensorsTorch(*transposed, block_size=(TILE, TILE)),
+    )  # fmt: skip
+    return tuple(x.transpose(1, 2).contiguous() for x in gradients[:3])
 
 
 def _of_section(x: Tensor, query: Tensor, plan: RowPlan, section: int) -> Tensor:

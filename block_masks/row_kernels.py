@@ -164,7 +164,7 @@ def _slots_kernel(
 
 
 def take_slots(source: Tensor, index: Tensor, repeats: int = 1) -> Tensor:
-    """See ``row_steps.take_slots``."""
+    """See ``slots.take_slots``."""
     heads, length, dim = source.shape[0] // repeats, source.shape[1], source.shape[2]
     target = source.new_empty(heads, len(index), dim)
     _slots_kernel[heads * triton.cdiv(len(index), 32),](

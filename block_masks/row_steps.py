@@ -10,25 +10,12 @@ import torch
 from torch import Tensor
 
 from block_masks.rows import RowPlan
-from block_masks.slots import Slots
+from block_masks.slots import Slots, take_slots
 
 # Scores held at a time, over tiles of rows, their rows and the slots that they may see: 256 MiB in float32.
 _CHUNK_SCORES = 2**26
 
-
-def take_slots(source: Tensor, index: Tensor, repeats: int = 1) -> Tensor:
-    """Reorders the tokens of each head, and adds up ``repeats`` neighbouring heads.
-
-    Args:
-        source: ``(heads * repeats, length, D)``.
-        index: int64 ``(places,)``, -1 where the result is zero.
-        repeats: neighbouring heads to add up, in float32 at least.
-
-    Returns:
-        ``(heads, places, D)``.
-    """
-    taken = torch.where((index >= 0)[:, None], source[:, index.clamp(min=0)], 0)
-    return taken.unflatten(0, (-1, repeats)).sum(1, dtype=_accumulator(source)).to(source.dtype)
+__all__ = ["backward", "delta", "forward", "merge_rows", "sum_rows", "take_slots"]
 
 
 def merge_rows(

@@ -1,6 +1,7 @@
 """Slots: keys sorted by group, each group in whole tiles, so that no tile holds keys of two groups.
 
     plan_slots    the group of each key -> which key is in which slot
+    to_slots      keys, values or queries -> slots; from_slots takes them back
     slot_mask     the groups that each tile of slots chose -> BlockMask of slots x slots
 
 A tile whose slots all hold a key runs without a mask. Only the last tile of a group can be cut short, and then its
@@ -8,6 +9,7 @@ filling slots are masked.
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,6 +91,62 @@ def _(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) -> list[Te
         new(slots), new(len(key_group)), new(slots, **short), new(num_tiles), new(num_tiles),
         new(groups, **short), new(groups, **short),
     ]  # fmt: skip
+
+
+def to_slots(x: Tensor, slots: Slots) -> Tensor:
+    """Copies tokens ``(B, H, keys, D)`` to slots ``(B, H, slots, D)``, zero in filling ones. Differentiable."""
+    return _gather_slots(x, slots.slot_key, slots.key_slot)
+
+
+def from_slots(x: Tensor, slots: Slots) -> Tensor:
+    """Copies slots ``(B, H, slots, D)`` back to tokens ``(B, H, keys, D)``. Differentiable."""
+    return _gather_slots(x, slots.key_slot, slots.slot_key)
+
+
+# The adjoint of a gather is the gather by the inverse index: no atomics.
+@torch.library.custom_op("block_masks::gather_slots", mutates_args=())
+def _gather_slots(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return take_slots(x.flatten(0, 1), index).unflatten(0, x.shape[:2])
+
+
+@_gather_slots.register_kernel("cuda")
+def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    from block_masks import row_kernels
+
+    return row_kernels.take_slots(x.flatten(0, 1).contiguous(), index).unflatten(0, x.shape[:2])
+
+
+@_gather_slots.register_fake
+def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], index.shape[0], x.shape[3])
+
+
+def _save_slots(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _gather_slots_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    index, inverse = ctx.saved_tensors
+    return _gather_slots(grad, inverse, index), None, None
+
+
+_gather_slots.register_autograd(_gather_slots_backward, setup_context=_save_slots)
+
+
+def take_slots(source: Tensor, index: Tensor, repeats: int = 1) -> Tensor:
+    """Reorders the tokens of each head, and adds up ``repeats`` neighbouring heads.
+
+    Args:
+        source: ``(heads * repeats, length, D)``.
+        index: int64 ``(places,)``, -1 where the result is zero.
+        repeats: neighbouring heads to add up, in float32 at least.
+
+    Returns:
+        ``(heads, places, D)``.
+    """
+    taken = torch.where((index >= 0)[:, None], source[:, index.clamp(min=0)], 0)
+    exact = torch.promote_types(source.dtype, torch.float32)
+    return taken.unflatten(0, (-1, repeats)).sum(1, dtype=exact).to(source.dtype)
 
 
 def slot_tile_map(selected: Tensor, slots: Slots) -> TileMap:
