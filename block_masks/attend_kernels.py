@@ -194,7 +194,7 @@ class _Launch:
         self.options = {
             "D": dim, "BLOCK_D": self.padded, "DV": value_dim, "BLOCK_DV": self.value_padded,
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "TILE": tile_size, "TMA": self.tma,
-            "PRECISION": "ieee", "num_warps": warps, "num_stages": stages,
+            "PRECISION": "tf32x3" if rows.dtype == torch.float32 else "ieee", "num_warps": warps, "num_stages": stages,
         }  # fmt: skip
 
     def tiles(self, x: Tensor, count: int) -> object:
@@ -212,7 +212,7 @@ class _Launch:
 _SHAPES = {
     "hopper": {"forward": (64, 64, 4, 3), "query": (128, 64, 8, 3), "key": (64, 128, 8, 3)},
     "small": {"forward": (64, 32, 4, 2), "query": (64, 32, 4, 2), "key": (32, 64, 4, 2)},
-    "float32": {"forward": (32, 32, 4, 1), "query": (32, 32, 4, 1), "key": (32, 32, 4, 1)},
+    "float32": {"forward": (64, 32, 4, 1), "query": (32, 32, 8, 1), "key": (32, 32, 8, 1)},
 }
 
 

@@ -303,7 +303,7 @@ X = torch.zeros(1, 4, 24, 8)
             ValueError,
             r"dispatch must be one of \('auto', 'tiles', 'packed', 'shared', 'dense'\), got 'fast'",
         ),
-        ({"backend": "cuda"}, ValueError, r"backend must be one of \('auto', 'triton'\), got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, r"backend must be one of \('auto', 'triton', 'flash'\), got 'cuda'"),
         ({"value": X[:, :2]}, ValueError, r"value must have shape \(1, 4, 24, 8\) .* got \(1, 2, 24, 8\)"),
         ({"value": X.half()}, TypeError, "value must have query's dtype torch.float32, got torch.float16"),
         ({"value": X[0]}, ValueError, "value must have 4 dims"),

@@ -6,7 +6,7 @@ from torch import Tensor
 from block_masks.rows import TILE
 from vmoba_flex.mask import group_sizes
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule, Threshold
+from vmoba_flex.rules import Rule
 
 DISPATCHES = ("auto", "tiles", "packed", "shared", "dense")
 BACKENDS = ("auto", "triton", "flash")
