@@ -145,19 +145,20 @@ def take_rows(source: Tensor, row_query: Tensor, row_pool: Tensor, fill: float =
 
 @triton.jit
 def _slots_kernel(
-    source, index, target, places, length, repeats, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
-):
+    source, index, target, places, length,
+    REPEATS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     blocks = tl.cdiv(places, ROWS)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     place = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, BLOCK_D)[None, :]
     where = tl.load(index + place, mask=place < places, other=-1)[:, None]
     there = (where >= 0) & (dim < D)
-    total = tl.load(source + (head * repeats * length + where) * D + dim, mask=there, other=0.0)
-    if repeats > 1:
+    total = tl.load(source + (head * REPEATS * length + where) * D + dim, mask=there, other=0.0)
+    if REPEATS > 1:
         total = total.to(tl.float32)
-        for repeat in range(1, repeats):
-            x = tl.load(source + ((head * repeats + repeat) * length + where) * D + dim, mask=there, other=0.0)
+        for repeat in range(1, REPEATS):
+            x = tl.load(source + ((head * REPEATS + repeat) * length + where) * D + dim, mask=there, other=0.0)
             total += x.to(tl.float32)
     out = target + (head * places + place[:, None]) * D + dim
     tl.store(out, total.to(target.dtype.element_ty), mask=(place < places)[:, None] & (dim < D))
@@ -168,8 +169,9 @@ def take_slots(source: Tensor, index: Tensor, repeats: int = 1) -> Tensor:
     heads, length, dim = source.shape[0] // repeats, source.shape[1], source.shape[2]
     target = source.new_empty(heads, len(index), dim)
     _slots_kernel[heads * triton.cdiv(len(index), 32),](
-        source, index, target, len(index), length, repeats, D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=32
-    )
+        source, index, target, len(index), length,
+        REPEATS=repeats, D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=32,
+    )  # fmt: skip
     return target
 
 
