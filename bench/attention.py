@@ -77,7 +77,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     options = [("--sections", args.sections, SECTIONS), ("--peers", args.peers, PEERS)]
     shown = [f"{name} {','.join(given)}" for name, given, default in options if given != list(default)]
-    shown += ["--device cpu"] * (args.device == "cpu") + ["--small"] * args.small + ["--add"] * args.add
+    shown += ["--device cpu"] * (args.device == "cpu") + ["--small"] * args.small
     args.command = " ".join([f"python bench/attention.py --output bench/results/{args.output.name}", *shown])
     return args
 

@@ -9,7 +9,7 @@ _MODES = {"forward": "forward", "forward_backward": "forward + backward"}
 # Told apart without colour: line style, marker and fill.
 _STYLES: dict[tuple[str, str], dict[str, Any]] = {
     ("packed", "forward"): {"color": "#0b4f8a", "linestyle": "-", "marker": "o"},
-    ("packed", "forward_backward"): {"color": "#d1711d", "linestyle": "--", "marker": "s"},
+    ("packed", "forward_backward"): {"color": "#d1711d", "linestyle": "--", "marker": "s", "markerfacecolor": "white"},
     ("auto", "forward"): {"color": "#0b4f8a", "linestyle": ":", "marker": "x"},
     ("auto", "forward_backward"): {"color": "#d1711d", "linestyle": ":", "marker": "+"},
 }
@@ -92,7 +92,7 @@ def _lines(axes: Any, rows: list[Row], x: str, attention: str) -> set[str]:
 def _logarithmic(axes: Any, ticks: list[Any], labels: list[str], locator: Any, formatter: Any, none: Any) -> None:
     """Logarithmic axes with plain numbers on them."""
     axes.set(xscale="log", yscale="log")
-    values = [0.25, 0.5, 1, 2, 3, 4, 5, 7, 10, 15, 20, 30]
+    values = [0.05, 0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20]
     low, high = axes.get_ylim()
     values = [value for value in values if low <= value <= high]
     for axis, places, names in (

@@ -185,9 +185,9 @@ def specs(sizes: Sizes, sections: list[str], contenders: Contenders) -> list[Spe
         "stages": _stages,
         "auto": _auto,
     }
-    return sorted(
-        (spec for section in sections for spec in makers[section](sizes, contenders)), key=lambda s: s.urgency
-    )
+    rows = [spec for section in sections for spec in makers[section](sizes, contenders)]
+    # Among the equally urgent, those on the main shape first: a change of shape makes new inputs and new kernels.
+    return sorted(rows, key=lambda s: (s.urgency, (s.case.grid, s.case.heads) != (sizes.grid, sizes.heads[0])))
 
 
 def _dense(section: str, urgency: int, case: Case, peers: tuple[str, ...]) -> Iterator[Spec]:
@@ -201,12 +201,15 @@ def _main(sizes: Sizes, contenders: Contenders) -> Iterator[Spec]:
     asked = contenders.asked
     yield from _dense("main", 0, windowed, tuple(peer for peer in asked if peer in contenders.fast))
     yield from _dense("main", 2, windowed, tuple(peer for peer in asked if peer not in contenders.fast))
-    # "shared" is another choice of blocks; "auto" runs no kernels that its choice has not compiled already.
-    urgencies = {"packed": (1, 2, 2, 2), "auto": (3, 3, 3, 3), "shared": (4, 4, 4, 4), "tiles": (5, 6, 6, 8)}
+    for case in (windowed, slabs, cubes, topk):
+        yield Spec("main", 2, case, "packed", "best")
+    # The first number is for the windows.
+    urgencies = {"packed": (1, 6), "auto": (3, 3), "shared": (4, 5), "tiles": (5, 8)}
     for dispatch in contenders.dispatches:
-        for case, urgency in zip((windowed, slabs, cubes, topk), urgencies.get(dispatch, (4,) * 4), strict=True):
+        first, others = urgencies.get(dispatch, (4, 5))
+        for case in (windowed, slabs, cubes, topk):
             for name, backend in contenders.ours(dispatch):
-                yield Spec("main", urgency, case, name, backend)
+                yield Spec("main", first if case is windowed else others, case, name, backend)
     if contenders.compile:
         yield Spec("main", 4, windowed, "packed", "best", compiled=True)
 
@@ -240,12 +243,13 @@ def _paper(sizes: Sizes, contenders: Contenders) -> Iterator[Spec]:
 
 def _stages(sizes: Sizes, contenders: Contenders) -> Iterator[Spec]:
     slabs, windowed, cubes = (Case(sizes.grid, sizes.heads[0], block, PAPER_RULE) for block in sizes.blocks)
-    for case, urgency in ((windowed, 3), (slabs, 4), (cubes, 4)):
-        yield Spec("stages", urgency, case, "packed", "best", stages=True)
+    for case in (windowed, slabs, cubes):
+        yield Spec("stages", 3, case, "packed", "best", stages=True)
 
 
 def _auto(sizes: Sizes, contenders: Contenders) -> Iterator[Spec]:
-    for inputs, urgency in (("random", 7), ("smooth", 7)):
+    urgency = 7
+    for inputs in ("random", "smooth"):
         for grid in sizes.auto_grids:
             slab = max(1, grid[0] // 8)
             blocks = sizes.blocks if grid == sizes.grid else ((slab, *grid[1:]), sizes.windows(grid))

@@ -41,7 +41,10 @@ def work(args: Namespace) -> int:
         torch.set_num_threads(1)  # small tensors, and not the only process
     report = Report.load(args.output) if args.add else Report(args.output)
     bench = Bench(sizes, args, report)
-    report.data["runs"].append(_facts(args, sizes))
+    facts = _facts(args, sizes)
+    if facts not in report.data["runs"]:
+        report.data["runs"].append(facts)
+    run = report.data["runs"].index(facts)
     report.save()
     print(HEADER, flush=True)
     for spec in specs(sizes, args.sections, bench.contenders):
@@ -50,7 +53,7 @@ def work(args: Namespace) -> int:
         if row is not None and row["status"] in FINAL:
             row["sections"] = list(dict.fromkeys([*row["sections"], spec.section]))
             continue
-        row = report.rows[spec.id] = _describe(spec, sizes, len(report.data["runs"]) - 1)
+        row = report.rows[spec.id] = _describe(spec, sizes, run)
         if time.monotonic() - started > args.budget_s:
             row["status"] = "not run"
             continue
@@ -88,7 +91,7 @@ class Bench:
         """Names the backend where the spec asks for the best one."""
         if spec.backend != "best":
             return spec
-        backend = self.report.fastest_backend(Case(self.sizes.grid, 1).tokens)
+        backend = self.report.fastest_backend(Case(self.sizes.grid, 1).tokens, self.sizes.heads[0])
         return dataclasses.replace(spec, backend=backend)
 
     def measure(self, spec: Spec, row: Row) -> bool:
@@ -105,14 +108,15 @@ class Bench:
             refused = isinstance(error, (ValueError, NotImplementedError)) and spec.attention not in self.peers
             row["status"], row["error"] = "unsupported" if refused else "failed", _text(error)
             if not refused:
-                traceback.print_exc()
+                _print_trace()
         row["wall_s"] = time.monotonic() - began
-        return self._clean()
+        return row["status"] == "ok" or self._clean()
 
     def _clean(self) -> bool:
-        gc.collect()
+        """Frees what nobody holds any more; whether the device still works."""
         if self.device != "cuda":
             return True
+        gc.collect()
         try:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -151,7 +155,7 @@ class Bench:
                 self._time(row, "forward_backward", forward_backward, 4, size)
             except Exception as error:
                 row["status"], row["error"] = "forward only", _text(error)
-                traceback.print_exc()
+                _print_trace()
                 return
         row["status"] = "ok"
 
@@ -159,6 +163,8 @@ class Bench:
         shape = case.grid, case.heads, case.inputs
         if self.inputs is None or self.inputs[0] != shape:
             self.inputs = None
+            if self.device == "cuda":
+                torch.compiler.reset()  # kernels of other shapes would count against the limit of them
             self._clean()
             self.inputs = shape, Inputs(case, self.sizes, self.device)
         return self.inputs[1]
@@ -296,6 +302,10 @@ def _facts(args: Namespace, sizes: Sizes) -> dict[str, Any]:
         "error_factor": args.error_factor or ERROR_FACTOR[sizes.dtype],
         "command": args.command,
     }
+
+
+def _print_trace() -> None:
+    print(traceback.format_exc()[-1500:], file=sys.stderr)
 
 
 def _text(error: BaseException) -> str:
