@@ -13,8 +13,9 @@ forward + backward are timed and their memory is taken (timing.py). The most urg
     auto     what "auto" takes beside the dispatches that it chooses from, on inputs whose neighbours agree, too
 
 A row that fails is recorded with its error, and the others go on. The file is rewritten after each row; `--budget-s`
-stops starting rows, and `--add` measures what a file lacks: rows that were not run, and peers that were not installed.
-FlashAttention-4 and xformers do not go into one environment: run again in the other with `--peers xformers --add`.
+stops starting rows, and `--add` keeps the good rows of a file, if the code is still the same, and measures the others:
+those that failed or were not run, and peers that were not installed. FlashAttention-4 and xformers do not go into one
+environment: run again in the other one with `--sections main --peers xformers --add`.
 The rows are measured by a second process, so that one that dies or hangs costs its row alone.
 
     python bench/attention.py --output x.json --device cpu --small     # tries all of it out in seconds, without a GPU
@@ -28,11 +29,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from report import Report
+from report import DEVICE_LOST, Report
 
 SECTIONS = ("main", "density", "tokens", "paper", "stages", "auto")
 PEERS = ("FlashAttention-4", "cuDNN", "FlexAttention", "FlashAttention-2", "memory-efficient", "xformers")
-DEVICE_LOST = 75
 
 
 def main() -> int:
@@ -44,7 +44,9 @@ def main() -> int:
         return work(args)
     if not args.plot_only:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        if not args.add:
+        if args.add:
+            Report.load(args.output).reopen()
+        else:
             args.output.unlink(missing_ok=True)
         command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
         status = supervise(command, args.output, args.budget_s, args.row_limit_s)
@@ -70,7 +72,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--budget-s", type=float, default=float("inf"), help="start no more rows after this many seconds")
     add("--row-limit-s", type=float, default=240, help="give a row up after this many seconds (default 240)")
     add("--error-factor", type=float, help="times FlexAttention's error that an output may have")
-    add("--add", action="store_true", help="keep the rows of an existing file and measure what it lacks")
+    add("--add", action="store_true", help="keep the good rows of an existing file and measure the others")
     add("--plot", type=Path, help="draw the speed-ups into this file")
     add("--plot-only", action="store_true", help="draw from an existing file")
     add("--worker", action="store_true", help=argparse.SUPPRESS)

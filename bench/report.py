@@ -18,9 +18,11 @@ FORMULAS = {
     "error x": "||output - truth|| / ||truth|| over sampled rows / the same of dense FlexAttention on these rows",
     "gradients x": "the like for the gradients of one head, the worst of query, key and value",
 }
-# What a second run does not measure again.
+# What is not measured again when a process goes on for one that died.
 FINAL = ("ok", "wrong", "forward only", "unsupported", "failed", "out of memory")
 MODES = ("forward", "forward_backward")
+# The exit status of a process whose GPU no longer answers; another one can go on.
+DEVICE_LOST = 75
 
 
 class Report:
@@ -47,6 +49,13 @@ class Report:
             partial = path.with_name(path.name + ".part")
             partial.write_text(text)
             os.replace(partial, path)
+
+    def reopen(self) -> None:
+        """Lets a new run measure again what went wrong in the one before."""
+        for row in self.rows.values():
+            if row["status"] != "ok":
+                row["status"] = "not run"
+        self.save()
 
     def bury(self, reason: str) -> bool:
         """Turns the row that a dead process left behind into a failed one; whether there was one."""

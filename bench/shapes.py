@@ -9,9 +9,7 @@ import torch
 from vmoba_flex import BlockPartition, Threshold, TopK
 from vmoba_flex.rules import Rule
 
-SECTIONS = ("main", "density", "tokens", "paper", "stages", "auto")
 DENSITIES = (0.2, 0.1, 0.3, 0.05, 0.5)
-KINDS = ("1D", "2D", "3D")
 PAPER_RULE = Threshold(0.25, max_density=0.25)
 FIXED_DENSITY = TopK(density=0.1875)  # 9 of 48 blocks
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import gc
+import math
 import platform
 import re
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from checks import ERROR_FACTOR, Inputs, attended_pairs, public_selection
 from peers import CPU_PEERS, PEERS, Peer, versions
-from report import FINAL, HEADER, Report, Row, line
+from report import DEVICE_LOST, FINAL, HEADER, Report, Row, line
 from shapes import FULL, SMALL, Case, Contenders, Sizes, Spec, specs
 from stages import kernel_milliseconds, stage_milliseconds
 from timing import milliseconds, peak_bytes
@@ -25,9 +26,6 @@ from torch import Tensor
 
 from vmoba_flex import vmoba_attention
 from vmoba_flex.attention import BACKENDS, DISPATCHES
-
-# The exit status of a process whose GPU no longer answers; another one can go on.
-DEVICE_LOST = 75
 
 
 def work(args: Namespace) -> int:
@@ -215,15 +213,19 @@ class Bench:
         return self._judge(spec, row, inputs, output, selection)
 
     def _judge(self, spec: Spec, row: Row, inputs: Inputs, output: Tensor, selection: Tensor | None) -> Tensor | None:
-        row["output_error"] = inputs.error(output, selection, spec.case, flips=spec.compiled)
+        error = inputs.error(output, selection, spec.case, flips=spec.compiled)
+        if not math.isfinite(error):
+            row["status"], row["error"] = "wrong", f"the output's error is {error}"
+            return selection
+        row["output_error"] = error
         try:
             budget = inputs.flex_error(spec.case)
-        except Exception as error:
+        except Exception as failure:
             row["check"] = "no budget"
-            print(f"FlexAttention gives no budget: {_text(error)}", file=sys.stderr)
+            print(f"FlexAttention gives no budget: {_text(failure)}", file=sys.stderr)
             return selection
         row["error_ratio"] = row["output_error"] / budget
-        if not row["error_ratio"] <= self.error_factor:  # NaN is wrong
+        if row["error_ratio"] > self.error_factor:
             row["status"] = "wrong"
             row["error"] = f"error {row['output_error']:.3g} is over {self.error_factor} x {budget:.3g}"
         return selection
@@ -251,8 +253,11 @@ class Bench:
             call()
             repeats = 5 if self.device == "cuda" else 1
             row["stages"][mode] = {"elapsed_ms": stage_milliseconds(call, self.device, repeats)}
-            row["stages"][mode] |= kernel_milliseconds(call, self.device)
-        row["status"] = "ok"
+            row["status"] = "ok"
+            try:
+                row["stages"][mode] |= kernel_milliseconds(call, self.device)
+            except Exception as error:  # a machine may not let its GPU be profiled
+                row["error"] = f"no profile: {_text(error)}"
 
 
 def _peers(device: str) -> dict[str, Peer]:

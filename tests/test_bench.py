@@ -114,6 +114,14 @@ def test_rows_that_fail_or_lie_are_recorded_and_the_others_go_on(bench, monkeypa
         assert after["tiles"][measured] == rows["tiles"][measured]
 
 
+def test_the_command_line_knows_all_peers_and_sections(bench):
+    assert set(bench("attention").PEERS) == bench("peers").PEERS.keys()
+    sizes = bench("shapes").FULL
+    contenders = bench("shapes").Contenders(("cuDNN",), ("cuDNN",), (), ("auto", "packed"), ("triton",), False)
+    sections = list(bench("attention").SECTIONS)
+    assert {spec.section for spec in bench("shapes").specs(sizes, sections, contenders)} == set(sections)
+
+
 def test_no_row_starts_without_budget(bench, tmp_path):
     output = tmp_path / "x.json"
     arguments = ["--device", "cpu", "--small", "--output", str(output), "--budget-s", "-1"]
