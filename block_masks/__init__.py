@@ -5,25 +5,33 @@ The package knows tiles and ``BlockMask``; it knows nothing of video or of how a
 torch alone.
 """
 
+from block_masks.full_tiles import attend_full_tiles
 from block_masks.group_mask import group_mask, group_tiles
+from block_masks.packed import attend_packed
 from block_masks.pairs import pack_bits, pair_lookup
 from block_masks.realize import realize
-from block_masks.row_ops import gather_rows, merge_rows, pad_keys
-from block_masks.rows import RowPlan, plan_rows
+from block_masks.rows import RowPlan, plan_rows, row_mask
+from block_masks.slots import Slots, from_slots, plan_slots, slot_mask, slot_tile_map, to_slots
 from block_masks.tiles import TileMap, block_mask_from_tiles, tile_lists
 
 __all__ = [
     "RowPlan",
+    "Slots",
     "TileMap",
+    "attend_full_tiles",
+    "attend_packed",
     "block_mask_from_tiles",
-    "gather_rows",
+    "from_slots",
     "group_mask",
     "group_tiles",
-    "merge_rows",
     "pack_bits",
-    "pad_keys",
     "pair_lookup",
     "plan_rows",
+    "plan_slots",
     "realize",
+    "row_mask",
+    "slot_mask",
+    "slot_tile_map",
     "tile_lists",
+    "to_slots",
 ]

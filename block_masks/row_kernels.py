@@ -1,4 +1,4 @@
-"""Triton forms of the ops of ``rows.py`` and ``row_ops.py``, loaded on first use on a CUDA device.
+"""Triton forms of the steps around attention over packed rows, loaded on first use on a CUDA device.
 
 All are bound by memory: each program moves a few rows of ``D`` values and the indices that it needs. Offsets are int64,
 since rows times ``D`` may pass 2**31.
@@ -10,162 +10,267 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS = 32
+_CHUNK = 4096  # pairs of a pool that one program counts
 
 
 @triton.jit
-def _rows_to_queries_kernel(pair_row, row_query, pairs, queries, groups, BLOCK: tl.constexpr):
-    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(pair_row + pair, mask=pair < pairs, other=-1)
-    query = pair // (queries * groups) * queries + pair % queries
-    tl.store(row_query + row, query.to(tl.int32), mask=row >= 0)
+def _count_kernel(selected, counts, queries, groups, chunks, head_step, query_step, group_step, CHUNK: tl.constexpr):
+    pool, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    query = chunk * CHUNK + tl.arange(0, CHUNK)
+    base = selected + (pool // groups).to(tl.int64) * head_step + (pool % groups).to(tl.int64) * group_step
+    chosen = tl.load(base + query.to(tl.int64) * query_step, mask=query < queries, other=0)
+    tl.store(counts + tl.program_id(0), tl.sum((chosen != 0).to(tl.int32), 0))
 
 
-def rows_to_queries(pair_row: Tensor, rows: int) -> Tensor:
-    """See ``rows._rows_to_queries``."""
-    _, groups, queries = pair_row.shape
-    row_query = torch.full((rows,), -1, dtype=torch.int32, device=pair_row.device)
-    pairs = pair_row.numel()
-    _rows_to_queries_kernel[triton.cdiv(pairs, 1024),](pair_row, row_query, pairs, queries, groups, BLOCK=1024)
-    return row_query
+def count_pairs(selected: Tensor) -> Tensor:
+    """Counts the queries that chose each group, a chunk of queries at a time.
+
+    Args:
+        selected: bool ``(H, S, G)``, any strides.
+
+    Returns:
+        int32 ``(H * G, chunks)``.
+    """
+    heads, queries, groups = selected.shape
+    chunks = triton.cdiv(queries, _CHUNK)
+    counts = torch.empty(heads * groups, chunks, dtype=torch.int32, device=selected.device)
+    _count_kernel[heads * groups * chunks,](
+        selected, counts, queries, groups, chunks, *selected.stride(), CHUNK=_CHUNK, num_warps=8
+    )
+    return counts
 
 
 @triton.jit
-def _take_kernel(source, index, target, rows, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
+def _place_kernel(
+    selected, before, first_tile, row_query, row_pool, query_rows,
+    queries, groups, chunks, heads, row_tiles, head_step, query_step, group_step,
+    TILE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Numbers the rows of a chunk of a pool, and notes each row's query, and each tile's pool."""
+    pool, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    head = pool // groups
+    query = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = query < queries
+    base = selected + head.to(tl.int64) * head_step + (pool % groups).to(tl.int64) * group_step
+    chosen = tl.load(base + query.to(tl.int64) * query_step, mask=inside, other=0) != 0
+    rank = tl.cumsum(chosen.to(tl.int32), 0) - 1 + tl.load(before + tl.program_id(0))
+    row = tl.load(first_tile + pool) * TILE + rank
+    tl.store(query_rows + pool.to(tl.int64) * queries + query, tl.where(chosen, row, -1), mask=inside)
+    section = (head // heads).to(tl.int64) * row_tiles
+    tl.store(row_query + section * TILE + row, head * queries + query, mask=chosen)
+    opens = chosen & (rank % TILE == 0)
+    tl.store(row_pool + section + row // TILE, tl.zeros_like(row) + pool, mask=opens)
+
+
+@triton.jit
+def _pack_kernel(query_rows, query_count, queries, groups, BLOCK: tl.constexpr):
+    """Moves the rows of each query to the front, in place: a place is read before it is written."""
+    blocks = tl.cdiv(queries, BLOCK)
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    query = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = query < queries
+    rows = query_rows + head * groups * queries + query
+    count = tl.zeros((BLOCK,), tl.int32)
+    step = tl.full((), 0, tl.int64) + queries
+    for group in range(groups):
+        row = tl.load(rows + group * step, mask=inside, other=-1)
+        tl.store(rows + count.to(tl.int64) * queries, row, mask=row >= 0)
+        count += (row >= 0).to(tl.int32)
+    tl.store(query_count + head * queries + query, count, mask=inside)
+
+
+def place_rows(
+    selected: Tensor, before: Tensor, first_tile: Tensor, row_tiles: int, heads: int, tile_size: int
+) -> list[Tensor]:
+    """Numbers the rows: the first four tensors of a ``RowPlan``.
+
+    Args:
+        selected: bool ``(H, S, G)``, any strides.
+        before: int32 ``(H * G, chunks)``, pairs of the pool in earlier chunks.
+        first_tile: int32 ``(H * G,)``, the first tile of each pool within its section.
+        row_tiles: tiles of rows in a section.
+        heads: heads in a section.
+        tile_size: rows in a tile.
+    """
+    total, queries, groups = selected.shape
+    sections, short = total // heads, {"dtype": torch.int32, "device": selected.device}
+    row_query = torch.full((sections, row_tiles * tile_size), -1, **short)
+    row_pool = torch.full((sections, row_tiles), -1, **short)
+    query_rows = torch.empty(total, groups, queries, **short)
+    query_count = torch.empty(total, queries, **short)
+    chunks = before.shape[1]
+    _place_kernel[total * groups * chunks,](
+        selected, before, first_tile, row_query, row_pool, query_rows,
+        queries, groups, chunks, heads, row_tiles, *selected.stride(), TILE=tile_size, CHUNK=_CHUNK, num_warps=8,
+    )  # fmt: skip
+    _pack_kernel[total * triton.cdiv(queries, 256),](query_rows, query_count, queries, groups, BLOCK=256)
+    return [row_query, row_pool, query_rows, query_count]
+
+
+@triton.jit
+def _take_kernel(
+    source, row_query, row_pool, target, fill, TILE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    if tl.load(row_pool + tl.program_id(0) * ROWS // TILE) < 0:
+        return
     dim = tl.arange(0, BLOCK_D)[None, :]
-    inside = (row < rows)[:, None] & (dim < D)
-    where = tl.load(index + row, mask=row < rows, other=-1).to(tl.int64)
-    x = tl.load(source + where[:, None] * D + dim, mask=(where >= 0)[:, None] & (dim < D), other=0.0)
-    tl.store(target + row[:, None] * D + dim, x, mask=inside)
+    query = tl.load(row_query + row).to(tl.int64)
+    x = tl.load(source + query[:, None] * D + dim, mask=(query >= 0)[:, None] & (dim < D), other=0.0)
+    x = tl.where((query >= 0)[:, None], x, fill).to(x.dtype)
+    tl.store(target + row[:, None] * D + dim, x, mask=dim < D)
 
 
-def take_rows(source: Tensor, index: Tensor) -> Tensor:
-    """See ``row_ops._take_rows``."""
-    source = source.contiguous()
-    rows, dim = index.shape[0], source.shape[1]
-    target = source.new_empty(rows, dim)
-    _take_kernel[triton.cdiv(rows, _ROWS),](
-        source, index, target, rows, D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=_ROWS
+def take_rows(source: Tensor, row_query: Tensor, row_pool: Tensor, fill: float = 0.0) -> Tensor:
+    """Copies queries ``(H * S, D)``, or numbers of theirs ``(H * S,)``, to their rows.
+
+    Args:
+        source: contiguous.
+        row_query: int32 ``(rows,)``, -1 in rows that only fill a tile; these get ``fill``.
+        row_pool: int32 ``(row tiles,)``, -1 in unused tiles; these are left as they are.
+        fill: for rows that only fill a tile.
+    """
+    (rows,), tiles = row_query.shape, row_pool.shape[0]
+    target = source.new_empty(rows, *source.shape[1:])
+    dim = source.shape[1] if source.dim() == 2 else 1
+    tile_size = rows // tiles
+    step = min(tile_size, 32 if dim > 1 else 128)
+    _take_kernel[rows // step,](
+        source, row_query, row_pool, target, fill,
+        TILE=tile_size, D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=step,
+    )  # fmt: skip
+    return target
+
+
+@triton.jit
+def _slots_kernel(
+    source, index, target, places, length, repeats, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
+):
+    blocks = tl.cdiv(places, ROWS)
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    place = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    where = tl.load(index + place, mask=place < places, other=-1)[:, None]
+    there = (where >= 0) & (dim < D)
+    total = tl.load(source + (head * repeats * length + where) * D + dim, mask=there, other=0.0)
+    if repeats > 1:
+        total = total.to(tl.float32)
+        for repeat in range(1, repeats):
+            x = tl.load(source + ((head * repeats + repeat) * length + where) * D + dim, mask=there, other=0.0)
+            total += x.to(tl.float32)
+    out = target + (head * places + place[:, None]) * D + dim
+    tl.store(out, total.to(target.dtype.element_ty), mask=(place < places)[:, None] & (dim < D))
+
+
+def take_slots(source: Tensor, index: Tensor, repeats: int = 1) -> Tensor:
+    """See ``slots.take_slots``."""
+    heads, length, dim = source.shape[0] // repeats, source.shape[1], source.shape[2]
+    target = source.new_empty(heads, len(index), dim)
+    _slots_kernel[heads * triton.cdiv(len(index), 32),](
+        source, index, target, len(index), length, repeats, D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=32
     )
     return target
 
 
 @triton.jit
-def _sum_kernel(rows, pair_row, total, queries, groups, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
+def _sum_kernel(
+    rows, query_rows, query_count, total, queries, groups,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
     blocks = tl.cdiv(queries, ROWS)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     query = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, BLOCK_D)[None, :]
+    count = tl.load(query_count + head * queries + query, mask=query < queries, other=0)
+    listed = query_rows + head * groups * queries + query
+    step = tl.full((), 0, tl.int64) + queries
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for group in range(groups):
-        row = tl.load(pair_row + (head * groups + group) * queries + query, mask=query < queries, other=-1).to(tl.int64)
-        acc += tl.load(rows + row[:, None] * D + dim, mask=(row >= 0)[:, None] & (dim < D), other=0.0).to(tl.float32)
+    for start in range(0, tl.max(count, 0), UNROLL):
+        for i in tl.static_range(UNROLL):
+            row = tl.load(listed + (start + i) * step, mask=start + i < count, other=-1).to(tl.int64)
+            mask = (row >= 0)[:, None] & (dim < D)
+            acc += tl.load(rows + row[:, None] * D + dim, mask=mask, other=0.0).to(tl.float32)
     target = total + (head * queries + query)[:, None] * D + dim
     tl.store(target, acc.to(total.dtype.element_ty), mask=(query < queries)[:, None] & (dim < D))
 
 
-def sum_rows(rows: Tensor, pair_row: Tensor) -> Tensor:
-    """See ``row_ops._sum_rows``."""
-    (heads, groups, queries), dim = pair_row.shape, rows.shape[1]
-    total = rows.new_empty(heads, queries, dim)
-    _sum_kernel[heads * triton.cdiv(queries, _ROWS),](
-        rows.contiguous(), pair_row, total, queries, groups, D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=_ROWS
-    )
-    return total
+def sum_rows(rows: Tensor, query_rows: Tensor, query_count: Tensor, total: Tensor) -> None:
+    """See ``row_steps.sum_rows``."""
+    (heads, groups, queries), dim = query_rows.shape, rows.shape[1]
+    _sum_kernel[heads * triton.cdiv(queries, 16),](
+        rows, query_rows, query_count, total, queries, groups,
+        D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=16, UNROLL=4, num_warps=2,
+    )  # fmt: skip
 
 
 @triton.jit
 def _merge_kernel(
-    output,
-    lse,
-    pair_row,
-    merged,
-    merged_lse,
-    queries,
-    groups,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    output, lse, query_rows, query_count, merged, merged_lse, queries, groups,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, LISTED: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """First the whole log-sum-exp, then the weighted sum: its loads wait for nothing but the list of rows."""
     blocks = tl.cdiv(queries, ROWS)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     query = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    dim = tl.arange(0, BLOCK_D)[None, :]
-    top = tl.full((ROWS,), -float("inf"), tl.float32)
-    weights = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for group in range(groups):
-        row = tl.load(pair_row + (head * groups + group) * queries + query, mask=query < queries, other=-1).to(tl.int64)
-        there = row >= 0
-        part = tl.load(lse + row, mask=there, other=-float("inf"))
-        x = tl.load(output + row[:, None] * D + dim, mask=there[:, None] & (dim < D), other=0.0).to(tl.float32)
-        new_top = tl.maximum(top, part)
-        keep = tl.where(top == -float("inf"), 0.0, tl.exp(top - new_top))
-        # Tests for absence, not for -inf after the maximum: a NaN must reach the sums.
-        add = tl.where(part == -float("inf"), 0.0, tl.exp(part - new_top))
-        acc = acc * keep[:, None] + add[:, None] * x
-        weights = weights * keep + add
-        top = new_top
-    empty = weights == 0
-    acc = acc / tl.where(empty, 1.0, weights)[:, None]
-    place = head * queries + query
     inside = query < queries
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    count = tl.load(query_count + head * queries + query, mask=inside, other=0)
+    listed = query_rows + head * groups * queries + query
+    step = tl.full((), 0, tl.int64) + queries
+    most = tl.max(count, 0)
+    top = tl.full((ROWS,), -float("inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, most, LISTED):
+        i = start + tl.arange(0, LISTED)[:, None]
+        row = tl.load(listed[None, :] + i * step, mask=i < count[None, :], other=-1)
+        part = tl.load(lse + row, mask=row >= 0, other=-float("inf"))
+        new_top = tl.maximum(top, tl.max(part, 0))
+        # Tests for absence, not for -inf after the maximum: a NaN must reach the sums.
+        keep = tl.where(top == -float("inf"), 0.0, tl.exp(top - new_top))
+        add = tl.where(part == -float("inf"), 0.0, tl.exp(part - new_top[None, :]))
+        total = total * keep + tl.sum(add, 0)
+        top = new_top
+    whole = top + tl.log(tl.where(total == 0, 1.0, total))
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for start in range(0, most, UNROLL):
+        for i in tl.static_range(UNROLL):
+            row = tl.load(listed + (start + i) * step, mask=start + i < count, other=-1).to(tl.int64)
+            part = tl.load(lse + row, mask=row >= 0, other=-float("inf"))
+            weight = tl.where(part == -float("inf"), 0.0, tl.exp(part - whole))
+            mask = (row >= 0)[:, None] & (dim < D)
+            acc += weight[:, None] * tl.load(output + row[:, None] * D + dim, mask=mask, other=0.0).to(tl.float32)
+    place = head * queries + query
     tl.store(merged + place[:, None] * D + dim, acc.to(merged.dtype.element_ty), mask=inside[:, None] & (dim < D))
-    tl.store(merged_lse + place, top + tl.log(tl.where(empty, 1.0, weights)), mask=inside)
+    tl.store(merged_lse + place, whole, mask=inside)
 
 
-def merge_rows(output: Tensor, lse: Tensor, pair_row: Tensor, row_query: Tensor) -> tuple[Tensor, Tensor]:
-    """See ``row_ops._merge_rows``."""
-    (heads, groups, queries), dim = pair_row.shape, output.shape[1]
-    merged, merged_lse = output.new_empty(heads, queries, dim), lse.new_empty(heads, queries)
-    _merge_kernel[heads * triton.cdiv(queries, _ROWS),](
-        output.contiguous(),
-        lse.contiguous(),
-        pair_row,
-        merged,
-        merged_lse,
-        queries,
-        groups,
-        D=dim,
-        BLOCK_D=triton.next_power_of_2(dim),
-        ROWS=_ROWS,
-    )
-    return merged, merged_lse
+def merge_rows(
+    output: Tensor, lse: Tensor, query_rows: Tensor, query_count: Tensor, merged: Tensor, merged_lse: Tensor
+) -> None:
+    """See ``row_steps.merge_rows``."""
+    (heads, groups, queries), dim = query_rows.shape, output.shape[1]
+    _merge_kernel[heads * triton.cdiv(queries, 16),](
+        output, lse, query_rows, query_count, merged, merged_lse, queries, groups,
+        D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=16, LISTED=16, UNROLL=4, num_warps=2,
+    )  # fmt: skip
 
 
 @triton.jit
-def _merge_backward_kernel(
-    grad, merged, merged_lse, output, lse, row_query, grad_output, grad_lse, rows,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+def _delta_kernel(grad, output, delta, rows, DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    dim = tl.arange(0, BLOCK_D)[None, :]
-    query = tl.load(row_query + row, mask=row < rows, other=-1).to(tl.int64)
-    there = query >= 0
-    mask = there[:, None] & (dim < D)
-    from_query = query[:, None] * D + dim
-    upstream = tl.load(grad + from_query, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.load(merged + from_query, mask=mask, other=0.0).to(tl.float32)
-    own = tl.load(output + row[:, None] * D + dim, mask=mask, other=0.0).to(tl.float32)
-    part = tl.load(lse + row, mask=there, other=-float("inf"))
-    whole = tl.load(merged_lse + query, mask=there, other=0.0)
-    weight = tl.where(part == -float("inf"), 0.0, tl.exp(part - whole))
-    inside = row < rows
-    gradient = (weight[:, None] * upstream).to(grad_output.dtype.element_ty)
-    tl.store(grad_output + row[:, None] * D + dim, gradient, mask=inside[:, None] & (dim < D))
-    tl.store(grad_lse + row, weight * tl.sum(upstream * (own - mean), 1), mask=inside)
+    dim = tl.arange(0, BLOCK_DV)[None, :]
+    mask = (row < rows)[:, None] & (dim < DV)
+    g = tl.load(grad + row[:, None] * DV + dim, mask=mask, other=0.0).to(tl.float32)
+    o = tl.load(output + row[:, None] * DV + dim, mask=mask, other=0.0).to(tl.float32)
+    tl.store(delta + row, tl.sum(g * o, 1), mask=row < rows)
 
 
-def merge_rows_backward(
-    grad: Tensor, merged: Tensor, merged_lse: Tensor, output: Tensor, lse: Tensor, row_query: Tensor
-) -> tuple[Tensor, Tensor]:
-    """See ``row_ops._merge_rows_backward``."""
-    rows, dim = output.shape
-    output, lse = output.contiguous(), lse.contiguous()
-    grad_output, grad_lse = torch.empty_like(output), torch.empty_like(lse)
-    _merge_backward_kernel[triton.cdiv(rows, _ROWS),](
-        grad.contiguous(), merged, merged_lse, output, lse, row_query, grad_output, grad_lse, rows,
-        D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=_ROWS,
-    )  # fmt: skip
-    return grad_output, grad_lse
+def delta(grad: Tensor, output: Tensor) -> Tensor:
+    """See ``row_steps.delta``."""
+    out = torch.empty(grad.shape[:2], dtype=torch.float32, device=grad.device)
+    dim = grad.shape[-1]
+    _delta_kernel[triton.cdiv(out.numel(), 32),](
+        grad, output, out, out.numel(), DV=dim, BLOCK_DV=triton.next_power_of_2(dim), ROWS=32
+    )
+    return out

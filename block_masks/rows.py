@@ -1,14 +1,12 @@
-"""Packed rows: one row per (query, chosen group), gathered so that every tile that runs is useful.
+"""Packed rows: one row per (query, chosen group), placed so that every tile of rows sees one group of keys.
 
 Where neighbouring queries choose different groups, a tile of neighbouring queries must run nearly everywhere. Packed
 rows turn this around: the queries that chose a group stand together, a tile of them sees that group alone, and a query
 merges its rows by their log-sum-exp.
 
-    plan_rows     choices -> where each pair's row is, and the BlockMask of rows x keys
-    gather_rows   queries -> rows                                    (row_ops.py)
-    pad_keys      keys or values -> slots, each group in whole tiles
-    flex_attention(rows, slots, ..., block_mask=plan.block_mask)
-    merge_rows    outputs and log-sum-exps of rows -> output         (row_ops.py)
+    plan_rows      choices -> which query each row holds, and which rows each query has
+    row_mask       plan and slots -> the BlockMask of rows x slots
+    attend_packed  plan, attention and merge in one differentiable step      (packed.py)
 """
 
 import dataclasses
@@ -17,164 +15,160 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from block_masks.slots import Slots
+
 TILE = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class RowPlan:
-    """Where the rows and key slots of some heads lie. All tensors are on the device; nothing is read back.
+    """Where the rows of some heads lie. All tensors are on the device; nothing is read back.
 
-    H heads, S queries, G groups; a head's keys take ``slots`` slots, each group whole tiles of them.
+    H heads, in sections of a few that are worked on together, S queries, G groups. A row is counted within its section.
+    A pool is a (head, group), ``h * G + g``; its rows fill whole tiles.
 
     Attributes:
-        row_query: int32 ``(rows,)``, the query ``h * S + s`` of each row, -1 in rows that only fill a tile.
-        pair_row: int32 ``(H, G, S)``, the row of each chosen pair, -1 where the group was not chosen.
-        slot_key: int64 ``(slots,)``, the key in each slot, -1 in slots that only fill a tile; the same for all heads.
-        key_slot: int64 ``(keys,)``, the slot of each key.
-        row_group: int32 ``(row tiles,)``, the ``h * G + g`` of each tile of rows, -2 in unused tiles.
-        slot_group: int32 ``(H * slots,)``, the ``h * G + g`` of each slot, -1 in filling ones.
-        block_mask: rows x slots, shape ``(1, 1, rows, H * slots)``.
+        row_query: int32 ``(sections, rows)``, the query ``h * S + s`` of each row, -1 in rows that only fill a tile.
+        row_pool: int32 ``(sections, row tiles)``, the pool of each tile of rows, -1 in unused tiles.
+        query_rows: int32 ``(H, G, S)``, the rows of each query in the order of their groups: ``query_count`` of them,
+            and anything behind.
+        query_count: int32 ``(H, S)``, rows of each query.
+        first_tile: int32 ``(H * G,)``, the first tile of each pool.
+        tiles: int32 ``(H * G,)``, tiles of each pool.
+        tile_size: rows in a tile.
     """
 
     row_query: Tensor
-    pair_row: Tensor
-    slot_key: Tensor
-    key_slot: Tensor
-    row_group: Tensor
-    slot_group: Tensor
-    block_mask: BlockMask
+    row_pool: Tensor
+    query_rows: Tensor
+    query_count: Tensor
+    first_tile: Tensor
+    tiles: Tensor
+    tile_size: int
 
 
-def slot_tiles(group_sizes: list[int], tile_size: int = TILE) -> list[int]:
-    """Tiles of key slots that each group takes."""
-    return [-(-size // tile_size) for size in group_sizes]
-
-
-def plan_rows(
-    selected: Tensor, key_group: Tensor, group_sizes: list[int], row_tiles: int, tile_size: int = TILE
-) -> RowPlan:
+def plan_rows(selected: Tensor, row_tiles: int, heads: int | None = None, tile_size: int = TILE) -> RowPlan:
     """Plans the rows of some heads.
 
     Args:
-        selected: bool ``(H, S, G)``: which groups each query chose.
-        key_group: int64 ``(keys,)``: the group of each key.
-        group_sizes: keys in each group, known on the host.
-        row_tiles: tiles of rows to make room for: at least the sum over heads and groups of
+        selected: bool ``(H, S, G)``: which groups each query chose; fastest where S is contiguous.
+        row_tiles: tiles of rows to make room for in a section: at least the sum over its pools of
             ``ceil(queries that chose the group / tile_size)``. Pairs beyond it would be lost, so it must be a bound.
-        tile_size: rows, and keys, in a tile.
+        heads: heads in a section, a divisor of H; all by default.
+        tile_size: rows in a tile.
     """
-    widths = slot_tiles(group_sizes, tile_size)
-    tensors = _plan_rows(selected, key_group, row_tiles, sum(widths), max(widths), tile_size)
-    row_query, pair_row, slot_key, key_slot, row_group, slot_group = tensors[:6]
-    mask = BlockMask(
-        (row_tiles * tile_size, selected.shape[0] * sum(widths) * tile_size),
-        *tensors[6:],
-        BLOCK_SIZE=(tile_size, tile_size),
-        mask_mod=lambda b, h, q, kv: row_group[q // tile_size] == slot_group[kv],
-    )
-    return RowPlan(row_query, pair_row, slot_key, key_slot, row_group, slot_group, mask)
+    heads = heads or selected.shape[0]
+    plan = _plan_on_gpu if selected.is_cuda else _plan
+    return RowPlan(*plan(selected, row_tiles, heads, tile_size), tile_size)
 
 
-# Opaque to Inductor: it scans, scatters and searches, and its results are captured by a mask_mod.
-@torch.library.custom_op("block_masks::plan_rows", mutates_args=())
-def _plan_rows(
-    selected: Tensor, key_group: Tensor, row_tiles: int, head_slot_tiles: int, max_width: int, tile: int
-) -> list[Tensor]:
-    heads, queries, groups = selected.shape
-    device = selected.device
-    group = torch.arange(groups, device=device)
-    # Rows: each (head, group) takes whole tiles, one behind the other.
-    chosen = selected.transpose(1, 2).contiguous()
+def _plan(selected: Tensor, row_tiles: int, heads: int, tile_size: int) -> list[Tensor]:
+    total, queries, groups = selected.shape
+    device, sections = selected.device, total // heads
+    chosen = selected.mT
     rank = chosen.cumsum(-1, dtype=torch.int32)
-    tiles = ((rank[..., -1] + tile - 1) // tile).flatten().long()
-    ends = tiles.cumsum(0)
-    first = ends - tiles
-    pair_row = torch.where(chosen, rank + (first.view(heads, groups, 1) * tile - 1).int(), -1).to(torch.int32)
-    row_query = _rows_to_queries(pair_row, row_tiles * tile)
-    row_tile = torch.arange(row_tiles, device=device)
-    row_group = torch.searchsorted(ends, row_tile, right=True)
-    unused = row_group == heads * groups
-    # Keys: each group takes whole tiles, in the order of the group ids, the same in every head.
-    sizes = (key_group[:, None] == group).sum(0)
-    key_tiles = (sizes + tile - 1) // tile
-    key_first = key_tiles.cumsum(0) - key_tiles
-    order = key_group.argsort(stable=True)
-    in_order = key_group[order]
-    slot = key_first[in_order] * tile + torch.arange(len(order), device=device) - (sizes.cumsum(0) - sizes)[in_order]
-    key_slot = torch.empty_like(order).scatter_(0, order, slot)
-    slot_key = torch.full((head_slot_tiles * tile,), -1, device=device).scatter_(0, slot, order)
-    slot_tile_group = torch.searchsorted(
-        key_first + key_tiles, torch.arange(head_slot_tiles, device=device), right=True
-    )
-    slot_group = torch.where(
-        slot_key >= 0,
-        slot_tile_group.repeat_interleave(tile, output_size=head_slot_tiles * tile)
-        + torch.arange(heads, device=device)[:, None] * groups,
-        -1,
-    ).flatten()
-    # Lists of key tiles for each row tile: the group's full tiles, and its last one if it is cut short.
-    safe = torch.where(unused, 0, row_group)
-    head, its_group = safe // groups, safe % groups
-    full = torch.where(unused, 0, sizes[its_group] // tile)
-    cut = torch.where(unused, 0, (sizes[its_group] % tile > 0).long())
-    base = head * head_slot_tiles + key_first[its_group]
-    last_tile = heads * head_slot_tiles - 1
-    full_list = (base[:, None] + torch.arange(max_width, device=device)).clamp(max=last_tile)
-    cut_list = (base + full)[:, None].expand(-1, max_width).clamp(max=last_tile)
-    # Lists of row tiles for each key tile: one contiguous range, full or cut like the key tile.
-    within = torch.arange(head_slot_tiles, device=device) - key_first[slot_tile_group]
-    is_cut = (within == sizes[slot_tile_group] // tile).repeat(heads)
-    of_key = (torch.arange(heads, device=device)[:, None] * groups + slot_tile_group).flatten()
-    range_list = (first[of_key][:, None] + torch.arange(-(-queries // tile), device=device)).clamp(max=row_tiles - 1)
+    first, tiles = _pool_tiles(rank[..., -1].flatten(), sections, tile_size)
+    row = rank - 1 + (first * tile_size).view(total, groups, 1)
+    # Pairs that were not chosen write to one more row, which is cut off.
+    rows = row_tiles * tile_size
+    section = torch.arange(total, device=device).view(-1, 1, 1) // heads
+    index = torch.where(chosen, section * (rows + 1) + row, section * (rows + 1) + rows).flatten()
+    query = torch.arange(total * queries, dtype=torch.int32, device=device).view(total, 1, queries).expand_as(row)
+    row_query = torch.full((sections * (rows + 1),), -1, dtype=torch.int32, device=device)
+    row_query = row_query.scatter_(0, index, query.flatten()).view(sections, rows + 1)[:, :rows].contiguous()
+    first_rows = row_query.view(sections, row_tiles, tile_size)[..., 0]
+    tile = torch.arange(row_tiles, device=device).expand(sections, -1).contiguous()
+    ends = (first + tiles).view(sections, -1).long()
+    pool = torch.searchsorted(ends, tile, right=True) + torch.arange(sections, device=device)[:, None] * ends.shape[1]
+    row_pool = torch.where(first_rows >= 0, pool, -1).int()
+    order = (~chosen).byte().sort(dim=1, stable=True).indices
+    return [row_query, row_pool, row.gather(1, order).int(), chosen.sum(1, dtype=torch.int32), first, tiles]
+
+
+def _plan_on_gpu(selected: Tensor, row_tiles: int, heads: int, tile_size: int) -> list[Tensor]:
+    from block_masks import row_kernels
+
+    sections = selected.shape[0] // heads
+    counts = row_kernels.count_pairs(selected)
+    before = counts.cumsum(1, dtype=torch.int32)
+    first, tiles = _pool_tiles(before[:, -1], sections, tile_size)
+    before -= counts
+    placed = row_kernels.place_rows(selected, before, first, row_tiles, heads, tile_size)
+    return [*placed, first, tiles]
+
+
+def _pool_tiles(pairs: Tensor, sections: int, tile_size: int) -> tuple[Tensor, Tensor]:
+    """The first tile of each pool within its section, and how many it has, both int32 ``(pools,)``."""
+    tiles = (pairs + (tile_size - 1)) // tile_size
+    ends = tiles.view(sections, -1).cumsum(1, dtype=torch.int32).flatten()
+    return ends - tiles, tiles
+
+
+def row_mask(plan: RowPlan, slots: Slots, section: int = 0) -> BlockMask:
+    """Builds the mask in which each row of a section attends the keys of its group.
+
+    Args:
+        plan: of the rows.
+        slots: of the keys, the same in every head; the h-th head of a section holds the slots from ``h * slots`` on.
+        section: which section's rows.
+
+    Returns:
+        A ``BlockMask`` of shape ``(1, 1, rows, heads of the section * slots)`` whose ``mask_mod`` alone says
+        everything. Rows that fill a tile attend what their tile attends.
+    """
+    tile, groups, head_slots = plan.tile_size, len(slots.group_keys), len(slots.slot_key)
+    heads = len(plan.query_count) // len(plan.row_pool)
+    device = plan.row_pool.device
+    cut, cut_list, full, full_list = key_tile_lists(plan, slots, section)
+    # Row tiles of each key tile: one contiguous range, full or cut like the key tile.
+    head = section * heads + torch.arange(heads, device=device)[:, None]
+    pools = (head * groups + slots.tile_group).flatten()
+    is_cut = (slots.tile_keys < tile).repeat(heads)
+    counts = plan.tiles[pools]
+    most = -(-plan.query_rows.shape[-1] // tile)
+    row_tiles = plan.row_pool.shape[1]
+    ranges = (plan.first_tile[pools][:, None] + torch.arange(most, device=device)).clamp(max=row_tiles - 1)
     lists = [
-        cut,
-        cut_list,
-        full,
-        full_list,
-        torch.where(is_cut, tiles[of_key], 0),
-        range_list,
-        torch.where(is_cut, 0, tiles[of_key]),
-        range_list,
-    ]
-    return [
-        row_query,
-        pair_row,
-        slot_key,
-        key_slot,
-        torch.where(unused, -2, row_group).to(torch.int32),
-        slot_group.to(torch.int32),
+        cut, cut_list, full, full_list, torch.where(is_cut, counts, 0), ranges, torch.where(is_cut, 0, counts), ranges,
+    ]  # fmt: skip
+    row_pool, first_pool = plan.row_pool[section], section * heads * groups
+    slot_group = slots.slot_group
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        of_row, of_slot = row_pool[q // tile], slot_group[kv % head_slots]
+        return (of_slot >= 0) & (of_row == first_pool + kv // head_slots * groups + of_slot)
+
+    return BlockMask(
+        (row_tiles * tile, heads * head_slots),
         # Kernels read both members of a pair of lists with one stride, so each is a tensor of its own.
-        *(x[None, None].to(torch.int32).clone(memory_format=torch.contiguous_format) for x in lists),
-    ]
+        *(x[None, None].int().clone(memory_format=torch.contiguous_format) for x in lists),
+        BLOCK_SIZE=(tile, tile),
+        mask_mod=mask_mod,
+    )
 
 
-def _rows_to_queries(pair_row: Tensor, rows: int) -> Tensor:
-    """Inverts ``pair_row (H, G, S)``: the query ``h * S + s`` of each row, int32 ``(rows,)``, -1 in rows without."""
-    if pair_row.is_cuda:
-        from block_masks import row_kernels
+def key_tile_lists(plan: RowPlan, slots: Slots, section: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tiles of slots that each tile of rows attends: those cut short, counted and listed, and the full ones.
 
-        return row_kernels.rows_to_queries(pair_row, rows)
-    heads, _, queries = pair_row.shape
-    query = torch.arange(heads * queries, dtype=torch.int32, device=pair_row.device).view(heads, 1, queries)
-    # Pairs that were not chosen have row -1: they write to one more row, which is cut off.
-    target = torch.full((rows + 1,), -1, dtype=torch.int32, device=pair_row.device)
-    index = torch.where(pair_row >= 0, pair_row, rows).flatten().long()
-    return target.scatter_(0, index, query.expand_as(pair_row).flatten())[:rows].clone()
+    Args:
+        plan: of the rows.
+        slots: of the keys; the h-th head of the section holds the slots from ``h * slots`` on.
+        section: which section's rows.
 
-
-@_plan_rows.register_fake
-def _(
-    selected: Tensor, key_group: Tensor, row_tiles: int, head_slot_tiles: int, max_width: int, tile: int
-) -> list[Tensor]:
-    heads, queries, groups = selected.shape
-    new, slot_tiles, ranges = selected.new_empty, heads * head_slot_tiles, -(-queries // tile)
-    shapes = [(row_tiles,), (row_tiles, max_width)] * 2 + [(slot_tiles,), (slot_tiles, ranges)] * 2
-    return [
-        new(row_tiles * tile, dtype=torch.int32),
-        new(heads, groups, queries, dtype=torch.int32),
-        new(head_slot_tiles * tile, dtype=torch.int64),
-        new(len(key_group), dtype=torch.int64),
-        new(row_tiles, dtype=torch.int32),
-        new(slot_tiles * tile, dtype=torch.int32),
-        *(new(1, 1, *shape, dtype=torch.int32) for shape in shapes),
-    ]
+    Returns:
+        int32 counts ``(row tiles,)`` and lists ``(row tiles, tiles of the largest group)`` of cut tiles; the same of
+        full tiles. Lists can be read to their ends.
+    """
+    tile, groups, head_tiles = plan.tile_size, len(slots.group_keys), len(slots.tile_group)
+    heads = len(plan.query_count) // len(plan.row_pool)
+    used = plan.row_pool[section] >= 0
+    pool = plan.row_pool[section].clamp(min=0) - section * heads * groups
+    pool = torch.where(used, pool, 0)
+    keys = slots.group_keys[pool % groups]
+    first = slots.first_slot[pool % groups] // tile + pool // groups * head_tiles
+    full, cut = torch.where(used, keys // tile, 0), torch.where(used & (keys % tile > 0), 1, 0).int()
+    last = heads * head_tiles - 1
+    place = torch.arange(-(-max(slots.group_sizes) // tile), dtype=torch.int32, device=used.device)
+    full_list = (first[:, None] + place).clamp(max=last)
+    cut_list = (first + keys // tile).clamp(max=last)[:, None].expand_as(full_list)
+    return cut, cut_list, full, full_list

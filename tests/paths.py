@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from block_masks import Slots, to_slots
 from tests.strategies import Problem
 from vmoba_flex import reference, vmoba_attention, vmoba_mask, vmoba_selection
+from vmoba_flex.shared import block_slots, choose_tiles, shared_attention
 
 Path = Callable[[Problem], Tensor]
 
@@ -28,7 +30,7 @@ def through_mask(token_order: str, tile_size: int = 16) -> Path:
     return path
 
 
-def through_attention(dispatch: str) -> Path:
+def through_attention(dispatch: str, backend: str = "auto") -> Path:
     """``vmoba_attention`` with one dispatch."""
 
     def path(problem: Problem) -> Tensor:
@@ -41,7 +43,19 @@ def through_attention(dispatch: str) -> Path:
             scale=problem.scale,
             enable_gqa=problem.gqa,
             dispatch=dispatch,
+            backend=backend,
         )
+
+    return path
+
+
+def through_shared(tile_size: int) -> Path:
+    """The dispatch ``"shared"`` with tiles small enough for several in a block."""
+
+    def path(problem: Problem) -> Tensor:
+        tensors = (problem.query, problem.key, problem.value)
+        arguments = (problem.partition, problem.rule, problem.scale, problem.gqa)
+        return shared_attention(*tensors, *arguments, tile_size=tile_size)[0]
 
     return path
 
@@ -51,13 +65,35 @@ SPARSE_PATHS: dict[str, Path] = {
     "mask, block order": through_mask("block"),
     "attention, tiles": through_attention("tiles"),
     "attention, packed": through_attention("packed"),
+    "attention, shared": through_attention("shared"),
+    "shared, tiles of 4": through_shared(4),
 }
+# Paths whose queries choose together, and how many of them.
+TILE_SIZES = {"attention, shared": 128, "shared, tiles of 4": 4}
 
 
-def expected_mask(problem: Problem) -> Tensor:
+def expected_mask(problem: Problem, tile_size: int | None = None) -> Tensor:
     """The reference's mask for the library's own selection, which the selection's tests hold to the oracles."""
-    selection = vmoba_selection(problem.query, problem.key, problem.partition, problem.rule)
+    if tile_size is None:
+        selection = vmoba_selection(problem.query, problem.key, problem.partition, problem.rule)
+    else:
+        selection = shared_selection(problem, tile_size)
     return reference.attention_mask(selection, problem.partition)
+
+
+def shared_choice(problem: Problem, tile_size: int = 128) -> tuple[Tensor, Slots]:
+    """What each query tile attends in the dispatch ``"shared"``, and the slots of these tiles."""
+    slots = block_slots(problem.partition, problem.query.device, tile_size)
+    query_slots = to_slots(problem.query, slots)
+    return choose_tiles(query_slots, problem.key, problem.partition, problem.rule, slots), slots
+
+
+def shared_selection(problem: Problem, tile_size: int) -> Tensor:
+    """That choice for each video token: bool ``(B, H, video tokens, N)`` in raster order."""
+    partition = problem.partition
+    tiles = reference.shared_tiles(reference.block_ids(partition.grid, partition.block), tile_size)
+    selected, _ = shared_choice(problem, tile_size)
+    return selected[:, :, tiles.to(selected.device), : partition.num_blocks]
 
 
 def low_precision(problem: Problem, mask: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from tests.paths import (
     SPARSE_PATHS,
+    TILE_SIZES,
     assert_within_budget,
     expected_mask,
     low_precision,
@@ -33,7 +34,7 @@ def exact(problem: Problem, mask: torch.Tensor | None) -> torch.Tensor:
 @pytest.mark.parametrize("path", SPARSE_PATHS)
 @given(dtypes.flatmap(problems))
 def test_outputs_equal_dense_masked_attention(path: str, problem: Problem):
-    mask = expected_mask(problem)
+    mask = expected_mask(problem, TILE_SIZES.get(path))
     output = SPARSE_PATHS[path](problem)
     assert output.dtype == problem.query.dtype
     assert_within_budget([output], [low_precision(problem, mask)], [exact(problem, mask)])
@@ -44,24 +45,26 @@ def test_auto_is_tiles(problem: Problem):
     assert torch.equal(through_attention("auto")(problem), through_attention("tiles")(problem))
 
 
-@given(dtypes.flatmap(problems), st.sampled_from(["tiles", "packed"]))
-def test_gradients_equal_dense_masked_attention(problem: Problem, dispatch: str):
-    mask = expected_mask(problem)
+@pytest.mark.parametrize("path", [path for path in SPARSE_PATHS if not path.startswith("mask")])
+@given(dtypes.flatmap(problems))
+def test_gradients_equal_dense_masked_attention(path: str, problem: Problem):
+    mask = expected_mask(problem, TILE_SIZES.get(path))
     upstream = torch.randn(problem.query.shape, generator=torch.Generator().manual_seed(1))
-    actual = outputs_and_gradients(through_attention(dispatch), problem, upstream)
+    actual = outputs_and_gradients(SPARSE_PATHS[path], problem, upstream)
     low = outputs_and_gradients(functools.partial(low_precision, mask=mask), problem, upstream)
     truth = outputs_and_gradients(functools.partial(exact, mask=mask), problem.to(torch.float64), upstream)
     assert_within_budget(actual, low, truth)
 
 
-@given(problems())
-def test_whole_attention_equals_the_reference_with_its_own_selection(problem: Problem):
+@given(problems(), st.sampled_from(["attention, tiles", *TILE_SIZES]))
+def test_whole_attention_equals_the_reference_with_its_own_selection(problem: Problem, path: str):
+    tile_size = TILE_SIZES.get(path)
     expected, selection = reference.vmoba(
-        problem.query, problem.key, problem.value, problem.partition, problem.rule, problem.scale
+        problem.query, problem.key, problem.value, problem.partition, problem.rule, problem.scale, tile_size
     )
     # Where rounding of the gate decides, two selections are right, and the reference's may be the other one.
-    if torch.equal(selection, vmoba_selection(problem.query, problem.key, problem.partition, problem.rule)):
-        assert (through_attention("tiles")(problem) - expected).abs().max() < 1e-5 * expected.abs().max()
+    if torch.equal(reference.attention_mask(selection, problem.partition), expected_mask(problem, tile_size)):
+        assert (SPARSE_PATHS[path](problem) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @given(problems(), st.sampled_from(sorted(SPARSE_PATHS)), st.booleans())
@@ -119,7 +122,7 @@ def test_non_finite_values_stay_in_their_rows_and_samples(problem: Problem, path
     token = problem.partition.num_tokens // 2
     two["query" if in_query else "key"][0, 0, token, 3] = bad
     output = SPARSE_PATHS[path](dataclasses.replace(problem, **two))
-    attends = expected_mask(dataclasses.replace(problem, **two))[0, 0, :, token]
+    attends = expected_mask(dataclasses.replace(problem, **two), TILE_SIZES.get(path))[0, 0, :, token]
     full = F.scaled_dot_product_attention(two["query"], two["key"], two["value"], enable_gqa=problem.gqa)[0, 0]
     assert torch.equal(output[1], before[1])
     hit = torch.arange(len(attends)) == token if in_query else attends
@@ -226,16 +229,16 @@ def test_gradients_by_finite_differences():
     assert torch.autograd.gradcheck(attend, (query, key, value))
 
 
-@given(partitions(), st.sampled_from([3, 8, 16]))
-def test_value_dim_is_free(partition: BlockPartition, value_dim: int):
+@given(partitions(), st.sampled_from([3, 8, 16]), st.sampled_from(["tiles", "packed", "shared"]))
+def test_value_dim_is_free(partition: BlockPartition, value_dim: int, dispatch: str):
     query, key = torch.randn(2, 1, 2, partition.num_tokens, 8)
     value = torch.randn(1, 2, partition.num_tokens, value_dim)
     expected, _ = reference.vmoba(query, key, value, partition, TopK(1))
-    output = vmoba_attention(query, key, value, partition, TopK(1))
+    output = vmoba_attention(query, key, value, partition, TopK(1), dispatch=dispatch)
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dispatch", ["tiles", "packed", "dense"])
+@pytest.mark.parametrize("dispatch", ["tiles", "packed", "shared", "dense"])
 def test_autocast_casts_once_for_every_path(dispatch: str):
     partition = BlockPartition.spatial((2, 6, 6), (3, 3))
     query, key = torch.randn(2, 1, 2, partition.num_tokens, 16)
@@ -246,7 +249,7 @@ def test_autocast_casts_once_for_every_path(dispatch: str):
         assert torch.equal(attend(query, key, value), expected)
 
 
-@pytest.mark.parametrize("dispatch", ["tiles", "packed"])
+@pytest.mark.parametrize("dispatch", ["tiles", "packed", "shared"])
 def test_16_bit_scores_are_accumulated_in_float32(dispatch: str):
     """Scores near 1,000 that differ by less than 16 bits hold: rounding them would change the softmax by far."""
     partition = BlockPartition((1, 1, 64), (1, 1, 64))
@@ -298,7 +301,7 @@ X = torch.zeros(1, 4, 24, 8)
         (
             {"dispatch": "fast"},
             ValueError,
-            r"dispatch must be one of \('auto', 'tiles', 'packed', 'dense'\), got 'fast'",
+            r"dispatch must be one of \('auto', 'tiles', 'packed', 'shared', 'dense'\), got 'fast'",
         ),
         ({"backend": "cuda"}, ValueError, r"backend must be one of \('auto', 'triton'\), got 'cuda'"),
         ({"value": X[:, :2]}, ValueError, r"value must have shape \(1, 4, 24, 8\) .* got \(1, 2, 24, 8\)"),
@@ -313,6 +316,8 @@ X = torch.zeros(1, 4, 24, 8)
         ),
         ({"query": X[:, :, :9]}, ValueError, r"query must have grid \+ prefix \+ suffix = 2x3x4 \+ 0 \+ 0 = 24 tokens"),
         ({"rule": TopK(7)}, ValueError, "k must lie in 1..num_blocks = 1..4, got 7"),
+        ({"dispatch": "shared", "rule": TopK(7)}, ValueError, "k must lie in 1..num_blocks = 1..4, got 7"),
+        ({"dispatch": "shared", "backend": "triton"}, ValueError, "backend must be 'auto' on device cpu, got 'triton'"),
         ({"dispatch": "dense", "rule": TopK(7)}, ValueError, "k must lie in 1..num_blocks = 1..4, got 7"),
         ({"dispatch": "dense", "rule": None}, TypeError, "rule must be a TopK or a Threshold, got NoneType"),
         ({"scale": "big"}, TypeError, "scale must be a number or None, got 'big'"),

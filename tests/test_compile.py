@@ -10,7 +10,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import flex_attention
 
 from block_masks import group_mask
-from tests.paths import assert_within_budget, expected_mask, low_precision, through_attention, through_mask
+from tests.paths import (
+    assert_within_budget,
+    expected_mask,
+    low_precision,
+    through_attention,
+    through_mask,
+    through_shared,
+)
 from tests.strategies import Problem
 from vmoba_flex import BlockPartition, Threshold, TopK, compiled, reference, vmoba_attention
 from vmoba_flex.rules import Rule
@@ -44,27 +51,30 @@ def problem(
 
 
 @pytest.mark.parametrize(
-    ("path", "case"),
+    ("path", "case", "tile_size"),
     [
-        (through_attention("tiles"), problem("temporal", TopK(2), key_heads=1, scale=0.05)),
-        (through_attention("tiles"), problem("spatial", Threshold(0.25), torch.bfloat16)),
-        (through_attention("tiles"), problem("spatiotemporal", TopK(density=0.3, pool="global"), value_dim=16)),
-        (through_mask("raster", tile_size=32), problem("spatiotemporal", Threshold(0.3, pool="block"))),
-        (through_mask("block", tile_size=32), problem("temporal", TopK(1, pool="head"), torch.bfloat16)),
+        (through_attention("tiles"), problem("temporal", TopK(2), key_heads=1, scale=0.05), None),
+        (through_attention("tiles"), problem("spatial", Threshold(0.25), torch.bfloat16), None),
+        (through_attention("tiles"), problem("spatiotemporal", TopK(density=0.3, pool="global"), value_dim=16), None),
+        (through_mask("raster", tile_size=32), problem("spatiotemporal", Threshold(0.3, pool="block")), None),
+        (through_mask("block", tile_size=32), problem("temporal", TopK(1, pool="head"), torch.bfloat16), None),
         # 65 groups and more take more than one word of selection bits.
-        (
-            through_attention("tiles"),
-            problem("many", Threshold(0.25, pool="query"), batch=1),
-        ),
+        (through_attention("tiles"), problem("many", Threshold(0.25, pool="query"), batch=1), None),
+        (through_attention("shared"), problem("spatial", Threshold(0.25), torch.bfloat16, value_dim=16), 128),
+        (through_shared(16), problem("temporal", TopK(2), key_heads=1, scale=0.05), 16),
+        (through_shared(2), problem("many", TopK(density=0.2, pool="head"), batch=1), 2),
     ],
-    ids=["temporal-gqa", "spatial-bf16", "spatiotemporal", "raster", "block-bf16", "many-blocks"],
+    ids=[
+        *("temporal-gqa", "spatial-bf16", "spatiotemporal", "raster", "block-bf16", "many-blocks"),
+        *("shared-bf16", "shared-gqa", "shared-many-blocks"),
+    ],
 )
-def test_compiled_outputs_equal_dense_masked_attention(path, case: Problem):
+def test_compiled_outputs_equal_dense_masked_attention(path, case: Problem, tile_size: int | None):
     graph = torch.compile(path, fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def check(case: Problem) -> torch.Tensor:
-        output, mask = graph(case), expected_mask(case)
+        output, mask = graph(case), expected_mask(case, tile_size)
         exact, _ = reference.attention(case.query, case.key, case.value, mask, case.scale)
         assert_within_budget([output], [low_precision(case, mask)], [exact])
         return output
@@ -94,22 +104,27 @@ def test_compiled_outputs_equal_dense_masked_attention(path, case: Problem):
 class Block(nn.Module):
     """Projections around one attention call."""
 
-    def __init__(self, partition: BlockPartition, rule: Rule) -> None:
+    def __init__(self, partition: BlockPartition, rule: Rule, dispatch: str) -> None:
         super().__init__()
-        self.qkv, self.partition, self.rule = nn.Linear(32, 96), partition, rule
+        self.qkv, self.partition, self.rule, self.dispatch = nn.Linear(32, 96), partition, rule, dispatch
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind()
-        return vmoba_attention(query, key, value, self.partition, self.rule).transpose(1, 2).flatten(2)
+        output = vmoba_attention(query, key, value, self.partition, self.rule, dispatch=self.dispatch)
+        return output.transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("rule", [TopK(2), Threshold(0.25, max_density=0.4)], ids=["top-k", "threshold"])
+@pytest.mark.parametrize(
+    ("dispatch", "rule"),
+    [("tiles", TopK(2)), ("tiles", Threshold(0.25, max_density=0.4)), ("shared", Threshold(0.25))],
+    ids=["top-k", "threshold", "shared"],
+)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-def test_one_graph_per_partition_kind_and_no_recompiles(rule: Rule, training: bool):
+def test_one_graph_per_partition_kind_and_no_recompiles(dispatch: str, rule: Rule, training: bool):
     torch.compiler.reset()
     # Counting graphs needs Dynamo and AOTAutograd; the C++ that Inductor would make of them is tested above.
     counter = CompileCounterWithBackend("aot_eager")
-    blocks = {kind: Block(partition, rule) for kind, partition in KINDS.items()}
+    blocks = {kind: Block(partition, rule, dispatch) for kind, partition in KINDS.items()}
     graphs = {kind: torch.compile(block, backend=counter, fullgraph=True) for kind, block in blocks.items()}
     for step in range(20):
         stance = "default" if step == 0 else "fail_on_recompile"
@@ -124,7 +139,7 @@ def test_one_graph_per_partition_kind_and_no_recompiles(rule: Rule, training: bo
     assert counter.frame_count == len(KINDS)
 
 
-@pytest.mark.parametrize("dispatch", ["tiles", "packed"])
+@pytest.mark.parametrize("dispatch", ["tiles", "packed", "shared"])
 def test_compiled_gradients_equal_eager_ones(dispatch: str):
     case = problem("spatiotemporal", Threshold(0.3, max_density=0.5), batch=1, scale=0.3).with_leaves()
     path = through_attention(dispatch)

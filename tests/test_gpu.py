@@ -9,18 +9,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from block_masks import plan_slots, row_steps, slot_mask
 from tests.paths import (
     assert_within_budget,
     expected_mask,
     low_precision,
     outputs_and_gradients,
+    shared_choice,
+    shared_selection,
     through_attention,
     through_mask,
 )
 from tests.strategies import Problem, gates, partitions, problems, rules
 from tests.test_block_masks import INDEX_TENSORS
-from tests.test_rows import row_problems
+from tests.test_rows import RowProblem, row_problems
 from tests.test_selection import own_blocks
+from tests.test_shared import exact_means
+from tests.test_slots import SLOT_TENSORS, slot_problems
 from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_attention, vmoba_mask, vmoba_selection
 from vmoba_flex.rules import POOLS, Rule
 from vmoba_flex.selection import select
@@ -79,7 +84,16 @@ PATHS = {
     "tiles-compiled": compiled(tiles),
     "packed": through_attention("packed"),
     "packed-compiled": compiled(through_attention("packed")),
+    "packed-triton": through_attention("packed", "triton"),
+    "shared": through_attention("shared"),
+    "shared-triton": through_attention("shared", "triton"),
+    "shared-compiled": compiled(through_attention("shared")),
 }
+
+
+def tile_size(path: str) -> int | None:
+    """How many queries of a path choose together."""
+    return 128 if path.startswith("shared") else None
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -90,7 +104,7 @@ def test_outputs_and_gradients_equal_dense_masked_attention(case: str, path: str
         given_problem = dataclasses.replace(
             given_problem, rule=dataclasses.replace(given_problem.rule, max_density=0.4)
         )
-    mask = expected_mask(given_problem)
+    mask = expected_mask(given_problem, tile_size(path))
     upstream = torch.randn_like(given_problem.query)
     actual = outputs_and_gradients(PATHS[path], given_problem, upstream)
     low = outputs_and_gradients(functools.partial(low_precision, mask=mask), given_problem, upstream)
@@ -123,6 +137,39 @@ def test_compiled_selections_and_masks_equal_eager_ones(case: str):
 
     flipped = zip(compiled(index_tensors)(*arguments), index_tensors(*arguments), strict=True)
     assert flips > 0 or all(torch.equal(x, y) for x, y in flipped)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_choices_and_masks_of_shared_tiles_equal_eager_ones(case: str):
+    def choice_and_lists(problem: Problem) -> list[torch.Tensor]:
+        selected, slots = shared_choice(problem)
+        mask = slot_mask(selected, slots)
+        return [selected, *(getattr(slots, name) for name in SLOT_TENSORS), *(getattr(mask, n) for n in INDEX_TENSORS)]
+
+    given_problem = problem(case)
+    actual, expected = compiled(choice_and_lists)(given_problem), choice_and_lists(given_problem)
+    # The compiled mean may round otherwise, and flip choices at the cut.
+    flips = (actual[0] ^ expected[0]).float().mean()
+    assert flips < 1e-3
+    assert flips > 0 or all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+@given(slot_problems())
+def test_slots_equal_the_cpu_ones(slots):
+    on_gpu = plan_slots(slots.key_group.cuda(), slots.group_sizes, slots.tile_size)
+    for name in SLOT_TENSORS:
+        assert torch.equal(getattr(on_gpu, name).cpu(), getattr(slots.plan(), name)), name
+    masks = slot_mask(slots.selected.cuda(), on_gpu), slot_mask(slots.selected, slots.plan())
+    for name in INDEX_TENSORS:
+        assert torch.equal(getattr(masks[0], name).cpu(), getattr(masks[1], name)), name
+
+
+@given(problems(exact=True), st.sampled_from([1, 3, 4, 128]))
+@settings(max_examples=200)
+def test_shared_choices_equal_the_cpu_ones_where_arithmetic_is_exact(case: Problem, tile_size: int):
+    case = exact_means(case, tile_size)
+    on_gpu = case.to(torch.device("cuda"))
+    assert torch.equal(shared_selection(on_gpu, tile_size).cpu(), shared_selection(case, tile_size))
 
 
 @given(problems(exact=True))
@@ -170,7 +217,8 @@ def test_no_host_reads(rule: Rule, path: str):
 
     def run() -> None:
         outputs_and_gradients(PATHS[path], case, query)
-        vmoba_attention(query, key, value, partition, rule, dispatch=path.partition("-")[0], return_stats=True)
+        dispatch, backend = path.partition("-")[0], "triton" if path.endswith("triton") else "auto"
+        vmoba_attention(query, key, value, partition, rule, dispatch=dispatch, backend=backend, return_stats=True)
 
     run()  # compiles, which may read the device
     torch.cuda.synchronize()
@@ -181,7 +229,7 @@ def test_no_host_reads(rule: Rule, path: str):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("path", ["tiles", "packed"])
+@pytest.mark.parametrize("path", ["tiles", "packed-triton", "shared-triton"])
 def test_same_bits_twice(path: str):
     case, upstream = problem("spatial"), torch.randn_like(problem("spatial").query)
     for x, y in zip(*(outputs_and_gradients(PATHS[path], case, upstream) for _ in range(2)), strict=True):
@@ -190,28 +238,47 @@ def test_same_bits_twice(path: str):
 
 @given(row_problems())
 @settings(max_examples=100)
-def test_row_kernels_equal_their_eager_forms(rows):
-    on_gpu = rows.to("cuda")
-    for name, expected in rows.run().items():
-        actual = on_gpu.run()[name].cpu()
-        if expected.is_floating_point():
-            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
-        else:
-            assert torch.equal(actual, expected), name
+def test_row_plans_equal_the_cpu_ones(rows: RowProblem):
+    expected, actual = rows.plan(), rows.to("cuda").plan()
+    for name in ("row_query", "row_pool", "query_count", "first_tile", "tiles"):
+        assert torch.equal(getattr(actual, name).cpu(), getattr(expected, name)), name
+    # Anything may stand behind a query's last row.
+    listed = [row_steps._listed(plan.query_rows.cpu(), expected.query_count) for plan in (actual, expected)]
+    assert torch.equal(*listed)
 
 
+@given(row_problems(tile_size=128), st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([0.5, -0.3]))
+@settings(max_examples=60)
+def test_row_kernels_equal_their_eager_forms(rows: RowProblem, dtype: torch.dtype, scale: float):
+    rows = rows.to("cuda")
+    leaves = [x.to(dtype).requires_grad_() for x in (rows.query, rows.key, rows.value)]
+    results = []
+    for backend, kind in (("triton", dtype), ("eager", torch.float64)):
+        inputs = [x.detach().to(kind).requires_grad_() for x in leaves]
+        output, lse = rows.attend(*inputs, scale=scale, backend=backend)
+        upstream = torch.linspace(-1, 1, output.numel(), device="cuda").view_as(output).to(kind)
+        results.append([output, lse, *torch.autograd.grad(output, inputs, upstream)])
+    # Sums of a few hundred products, each rounded to the inputs' dtype once or twice.
+    step = 1e-5 if dtype == torch.float32 else 2e-2
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual == -torch.inf, expected == -torch.inf)
+        actual, expected = (x.detach().double().nan_to_num(neginf=0) for x in (actual, expected))
+        torch.testing.assert_close(actual, expected, rtol=step, atol=step * max(expected.abs().max().item(), 1e-3))
+
+
+@pytest.mark.parametrize("path", ["tiles", "shared"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_non_finite_values_stay_in_their_sample(bad: float):
+def test_non_finite_values_stay_in_their_sample(bad: float, path: str):
     case = problem("spatial")
-    before = tiles(case)
+    before = PATHS[path](case)
     for x in (case.query, case.key):
         x[0, 0, 700, 3] = bad
-    after = tiles(case)
+    after = PATHS[path](case)
     assert after[0, 0, 700].isnan().all()
     assert torch.equal(after[1], before[1])
 
 
-@pytest.mark.parametrize("dispatch", ["tiles", "packed"])
+@pytest.mark.parametrize("dispatch", ["tiles", "packed", "shared"])
 @pytest.mark.parametrize(
     "partition",
     [
@@ -234,9 +301,12 @@ def test_memory_at_55296_tokens_holds_no_square(partition: BlockPartition, dispa
     # One byte per query and key, without heads, would be 3.06 GB.
     assert peak < tokens**2, f"peak {peak / 1e9:.2f} GB"
     rows = torch.randperm(tokens, device="cuda")[:64]
-    selection = vmoba_selection(leaves[0], leaves[1], partition, Threshold(0.25))
-    mask = selection[:, :, rows][..., partition.block_ids("cuda")]
     query, key, value = (x.detach() for x in leaves)
+    if dispatch == "shared":
+        selection = shared_selection(Problem(query, key, value, partition, Threshold(0.25)), 128)
+    else:
+        selection = vmoba_selection(query, key, partition, Threshold(0.25))
+    mask = selection[:, :, rows][..., partition.block_ids("cuda")]
     output = vmoba_attention(query, key, value, partition, Threshold(0.25), dispatch=dispatch)[:, :, rows]
     truth = reference.attention(query[:, :, rows], key, value, mask)[0]
     low = torch.nn.functional.scaled_dot_product_attention(query[:, :, rows], key, value, attn_mask=mask)

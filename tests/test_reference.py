@@ -26,6 +26,23 @@ def test_oracles_select_the_same(data: st.DataObject):
     assert np.array_equal(reference.select(scores, ids, rule), expected)
 
 
+@given(problems(), st.sampled_from([1, 3, 4, 128]))
+def test_oracles_share_the_same(problem: Problem, tile_size: int):
+    p = problem.partition
+    _, selection = reference.vmoba(problem.query, problem.key, problem.value, p, problem.rule, tile_size=tile_size)
+    ids = oracle_numpy.block_ids(p.grid, p.block)
+    query, key = (x.double().numpy()[:, :, p.prefix : p.prefix + len(ids)] for x in (problem.query, problem.key))
+    # In block order, a tile begins with its block and then every tile_size tokens.
+    order = np.argsort(ids, kind="stable")
+    rank = np.arange(len(ids)) - np.searchsorted(ids[order], ids[order])
+    starts = np.flatnonzero(rank % tile_size == 0)
+    sizes = np.diff(np.append(starts, len(ids)))
+    means = np.add.reduceat(query[:, :, order], starts, axis=2) / sizes[:, None]
+    scores = oracle_numpy.gate(means, key, ids, p.num_blocks)
+    chosen = numpy_selection(scores, ids[order][starts], problem.rule)
+    assert np.array_equal(selection.numpy()[:, :, order], chosen.repeat(sizes, axis=2))
+
+
 @given(problems())
 def test_oracles_attend_the_same(problem: Problem):
     p = problem.partition

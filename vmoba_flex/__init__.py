@@ -7,11 +7,12 @@ rectangle that it runs or skips) is called a *tile*.
     out = vmoba_attention(q, k, v, partition, rule)                                 # the fast way, same result
 """
 
-from vmoba_flex.attention import AttentionStats, vmoba_attention
+from vmoba_flex.attention import vmoba_attention
 from vmoba_flex.mask import vmoba_mask
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Threshold, TopK
 from vmoba_flex.selection import vmoba_selection
+from vmoba_flex.stats import AttentionStats
 from vmoba_flex.version import __version__
 
 __all__ = [

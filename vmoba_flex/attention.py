@@ -1,11 +1,11 @@
 """The public attention call: checks, chooses blocks, dispatches."""
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vmoba_flex.dispatch import BACKENDS, DISPATCHES, choose_backend, choose_dispatch
 from vmoba_flex.inputs import (
     check_choice,
     check_positive,
@@ -14,30 +14,13 @@ from vmoba_flex.inputs import (
     check_value,
     under_autocast,
 )
-from vmoba_flex.mask import selection_tiles
 from vmoba_flex.packed import packed_attention
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection import choose_blocks
+from vmoba_flex.shared import shared_attention
+from vmoba_flex.stats import AttentionStats, dense_stats, selection_stats, shared_stats
 from vmoba_flex.tiles import tiles_attention
-
-DISPATCHES = ("auto", "tiles", "packed", "dense")
-BACKENDS = ("auto", "triton")
-
-
-class AttentionStats(NamedTuple):
-    """What a call attended, per sample and head; tensors ``(B, H)`` on the inputs' device.
-
-    Attributes:
-        density: float32, ``pairs / (video tokens * N)``.
-        tile_density: float32, the share of 128 x 128 tiles, in block order, with at least one attended pair: what the
-            dispatch ``"tiles"`` runs.
-        pairs: int64, chosen (query, block) pairs.
-    """
-
-    density: Tensor
-    tile_density: Tensor
-    pairs: Tensor
 
 
 @overload
@@ -53,7 +36,7 @@ def vmoba_attention(
     dispatch: str = "auto",
     backend: str = "auto",
     return_stats: Literal[False] = False,
-    max_row_bytes: int = 2**29,
+    max_row_bytes: int = 2**31,
 ) -> Tensor: ...
 
 
@@ -70,7 +53,7 @@ def vmoba_attention(
     dispatch: str = "auto",
     backend: str = "auto",
     return_stats: Literal[True],
-    max_row_bytes: int = 2**29,
+    max_row_bytes: int = 2**31,
 ) -> tuple[Tensor, AttentionStats]: ...
 
 
@@ -86,7 +69,7 @@ def vmoba_attention(
     dispatch: str = "auto",
     backend: str = "auto",
     return_stats: bool = False,
-    max_row_bytes: int = 2**29,
+    max_row_bytes: int = 2**31,
 ) -> Tensor | tuple[Tensor, AttentionStats]:
     """VMoBA attention (arXiv 2506.23858), raster order in and out, differentiable in query, key and value.
 
@@ -106,8 +89,10 @@ def vmoba_attention(
         scale: factor on the scores before the softmax; ``1 / sqrt(D)`` by default. The choice of blocks ignores it.
         enable_gqa: allow fewer key heads than query heads; query head h uses key head ``h // (H // key heads)``.
         dispatch: ``"tiles"`` skips the tiles that no query of theirs wants. ``"packed"`` gathers the queries of each
-            block, so that its cost is the density whatever neighbouring queries choose; see ``packed``. ``"dense"`` is
-            full attention, which ignores ``rule``. ``"auto"`` is ``"tiles"``.
+            block, so that its cost is the density whatever neighbouring queries choose; see ``packed``. ``"shared"``
+            is an approximation, and not what ``vmoba_selection`` chooses: up to 128 neighbouring queries of a block
+            share one choice, made from their mean query, so that each tile that runs was chosen; see ``shared``.
+            ``"dense"`` is full attention, which ignores ``rule``. ``"auto"`` is ``"tiles"``, and never ``"shared"``.
         backend: the kernels of FlexAttention on a GPU: ``"triton"``, or ``"auto"``, which is the same.
         return_stats: also return ``AttentionStats``.
         max_row_bytes: for ``"packed"``, the size of the queries gathered at a time, a few heads of them and at least
@@ -140,26 +125,18 @@ def vmoba_attention(
         raise ValueError(
             f"key must have query's {query.shape[1]} heads unless enable_gqa=True, got {key.shape[1]} heads"
         )
-    if backend == "triton" and not query.is_cuda:
-        raise ValueError(f"backend must be 'auto' on device {query.device}, got 'triton'")
+    if dispatch == "auto":
+        dispatch = choose_dispatch(query, value, partition, rule)
+    kernels = choose_backend(backend, dispatch, query, key, value, partition)
     if dispatch == "dense":
         output = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
-        return (output, _dense_stats(query, partition)) if return_stats else output
+        return (output, dense_stats(query, partition)) if return_stats else output
+    if dispatch == "shared":
+        output, selected, slots = shared_attention(query, key, value, partition, rule, scale, enable_gqa, kernels)
+        return (output, shared_stats(selected, slots, partition)) if return_stats else output
     selection = choose_blocks(query, key, partition, rule)
     if dispatch == "packed":
-        output = packed_attention(query, key, value, selection, partition, rule, scale, max_row_bytes)
+        output = packed_attention(query, key, value, selection, partition, rule, scale, kernels, max_row_bytes)
     else:
         output = tiles_attention(query, key, value, selection, partition, scale, enable_gqa)
-    return (output, _stats(selection, partition)) if return_stats else output
-
-
-def _stats(selection: Tensor, partition: BlockPartition) -> AttentionStats:
-    pairs = selection.sum((-2, -1))
-    tiles = selection_tiles(selection, partition, "block").some
-    return AttentionStats(pairs / selection[0, 0].numel(), tiles.float().mean((-2, -1)), pairs)
-
-
-def _dense_stats(query: Tensor, partition: BlockPartition) -> AttentionStats:
-    ones = torch.ones(query.shape[:2], device=query.device)
-    pairs = partition.num_video_tokens * partition.num_blocks
-    return AttentionStats(ones, ones.clone(), torch.full_like(ones, pairs, dtype=torch.int64))
+    return (output, selection_stats(selection, query, key, partition, rule)) if return_stats else output

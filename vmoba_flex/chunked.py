@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from block_masks import RowPlan
-
 # Scores held at a time, over samples, heads, queries of the chunk and keys: 256 MiB in float32.
 _CHUNK_SCORES = 2**26
 
@@ -49,37 +47,3 @@ def _masked_attention(
         scores = (query.to(exact) @ key.to(exact).mT) * scale
         scores = scores.masked_fill(~selected[..., key_group], -torch.inf)
         return (scores.softmax(-1) @ value.to(exact)).to(query.dtype)
-
-
-def row_attention(rows: Tensor, keys: Tensor, values: Tensor, plan: RowPlan, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of packed rows over their group's slots, tile by tile, as ``flex_attention`` does it on a GPU.
-
-    Args:
-        rows: ``(rows, D)``.
-        keys: ``(H * slots, D)``.
-        values: ``(H * slots, value dim)``.
-        plan: of these rows and slots.
-        scale: factor on the scores.
-
-    Returns:
-        The output ``(rows, value dim)`` in ``rows``'s dtype and the log-sum-exp of the scores ``(rows,)``; rows of
-        unused tiles hold anything.
-    """
-    exact = torch.promote_types(rows.dtype, torch.float32)
-    mask = plan.block_mask
-    assert mask.full_kv_indices is not None  # plan_rows makes all lists
-    assert mask.full_kv_num_blocks is not None
-    tile_size, _ = mask.BLOCK_SIZE
-    tiles = torch.cat([mask.kv_indices, mask.full_kv_indices], -1)[0, 0]
-    place = torch.arange(mask.kv_indices.shape[-1], device=rows.device)
-    listed = torch.cat([place < count[0, 0, :, None] for count in (mask.kv_num_blocks, mask.full_kv_num_blocks)], -1)
-    in_group = plan.slot_group.view(-1, tile_size)[tiles] == plan.row_group[:, None, None]
-    # Unused tiles see whatever is listed first, for their scores must be finite: nothing reads them, but a gradient of
-    # zero times infinity would be NaN.
-    seen = ((in_group & listed[..., None]) | (plan.row_group == -2)[:, None, None]).flatten(1)[:, None]
-    row_tiles, key_tiles, value_tiles = (x.to(exact).unflatten(0, (-1, tile_size)) for x in (rows, keys, values))
-    with torch.autocast(rows.device.type, enabled=False):
-        scores = row_tiles @ key_tiles[tiles].flatten(1, 2).mT * scale
-        scores = scores.masked_fill(~seen, -torch.inf)
-        output = scores.softmax(-1) @ value_tiles[tiles].flatten(1, 2)
-    return output.to(rows.dtype).flatten(0, 1), scores.logsumexp(-1).flatten()

@@ -24,6 +24,17 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(_attend, fullgraph=True, dynamic=False)
 
 
+def has_flex_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether to run ``flex_attention`` on these inputs: on a GPU always, on a CPU rarely.
+
+    There it has no backward and no float64, and is worth a compilation only as part of a caller that is compiled.
+    """
+    if query.device.type != "cpu":
+        return True
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    return torch.compiler.is_compiling() and query.dtype != torch.float64 and not needs_grad
+
+
 def compiled_flex_attention(
     query: Tensor,
     key: Tensor,

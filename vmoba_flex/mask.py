@@ -2,6 +2,7 @@
 
 import itertools
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -89,11 +90,16 @@ def key_groups(selection: Tensor, partition: BlockPartition) -> tuple[Tensor, Te
     Returns:
         bool ``(B, H, S, G)`` and the group of each key, int64 ``(S,)``, both in raster order.
     """
-    ids = partition.block_ids(selection.device)
+    groups = group_of_key(partition, selection.device)
     if not partition.prefix + partition.suffix:
-        return selection, ids
-    text = (partition.prefix, partition.suffix)
-    return F.pad(selection, (0, 1, *text), value=True), F.pad(ids, text, value=partition.num_blocks)
+        return selection, groups
+    # Padded the other way round, so that queries stay contiguous if they are.
+    return F.pad(selection.mT, (partition.prefix, partition.suffix, 0, 1), value=True).mT, groups
+
+
+def group_of_key(partition: BlockPartition, device: torch.device) -> Tensor:
+    """The block of each video token, and ``num_blocks`` for prefix and suffix; int64 ``(S,)`` in raster order."""
+    return F.pad(partition.block_ids(device), (partition.prefix, partition.suffix), value=partition.num_blocks)
 
 
 def group_sizes(partition: BlockPartition) -> list[int]:

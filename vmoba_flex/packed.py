@@ -4,15 +4,16 @@ import math
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from block_masks import gather_rows, merge_rows, pad_keys, plan_rows
+from block_masks import attend_packed
 from block_masks.rows import TILE
-from vmoba_flex.chunked import row_attention
-from vmoba_flex.compiled import compiled_flex_attention_with_lse
 from vmoba_flex.mask import group_sizes, key_groups
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
+
+# What backward holds for each row, in sizes of a query: queries, gradients of outputs and of queries; FlashAttention-4
+# also wants the outputs, and adds up gradients of queries in float32.
+_COPIES = {"eager": 3, "triton": 3, "flash": 6}
 
 
 def packed_attention(
@@ -23,12 +24,10 @@ def packed_attention(
     partition: BlockPartition,
     rule: Rule,
     scale: float | None,
+    backend: str,
     max_row_bytes: int,
 ) -> Tensor:
-    """Attention with a row per (query, chosen block), a few heads at a time.
-
-    Each head group gathers its queries into rows, runs ``flex_attention`` on them and merges a query's rows by their
-    log-sum-exp. Backward gathers and runs the rows again instead of keeping them.
+    """Attention with a row per (query, chosen block), a few heads at a time; see ``block_masks.attend_packed``.
 
     Args:
         query: ``(B, H, S, D)`` in raster order.
@@ -39,7 +38,8 @@ def packed_attention(
         rule: bounds the rows; a ``Threshold`` without ``max_density`` does not, and then one number is read from the
             device.
         scale: ``1 / sqrt(D)`` if None.
-        max_row_bytes: size of the gathered queries of one head group, at least one head.
+        backend: ``"eager"``, ``"triton"`` or ``"flash"``.
+        max_row_bytes: what the rows of the heads worked on together may take, at least one head.
 
     Raises:
         ValueError: inside ``torch.compile``, if the rule does not bound the rows.
@@ -48,39 +48,13 @@ def packed_attention(
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     selected, key_group = key_groups(selection, partition)
     selected = selected.flatten(0, 1)
-    group, row_tiles = _head_group(selected, partition, rule, heads, max_row_bytes // (head_dim * query.element_size()))
-    sizes = group_sizes(partition)
-    repeats = heads // key.shape[1]
-    inputs = (query, *(x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in (key, value)))
-    chunks = zip(*(x.flatten(0, 1).split(group) for x in inputs), selected.split(group), strict=True)
-    parts = [
-        checkpoint(
-            _attend_heads, *chunk, key_group, sizes, row_tiles, scale, use_reentrant=False, preserve_rng_state=False
-        )
-        for chunk in chunks
-    ]
-    return torch.cat(parts).unflatten(0, (batch, heads))
-
-
-def _attend_heads(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    selected: Tensor,
-    key_group: Tensor,
-    group_sizes: list[int],
-    row_tiles: int,
-    scale: float,
-) -> Tensor:
-    """Attention of a few heads: query ``(H, S, D)``, key and value likewise, selected ``(H, S, G)``."""
-    plan = plan_rows(selected, key_group, group_sizes, row_tiles)
-    rows, keys, values = gather_rows(query, plan), pad_keys(key, plan), pad_keys(value, plan)
-    if not rows.is_cuda:
-        return merge_rows(*row_attention(rows, keys, values, plan, scale), plan)
-    output, lse = compiled_flex_attention_with_lse(
-        rows[None, None], keys[None, None], values[None, None], block_mask=plan.block_mask, scale=scale
-    )
-    return merge_rows(output[0, 0], lse[0, 0], plan)
+    row_bytes = _COPIES[backend] * max(head_dim, value.shape[-1]) * query.element_size()
+    together, row_tiles = _head_group(selected, partition, rule, heads, max_row_bytes // row_bytes)
+    output, _ = attend_packed(
+        *(x.flatten(0, 1) for x in (query, key, value)), selected, key_group, group_sizes(partition),
+        row_tiles=row_tiles, heads=together, scale=scale, backend=backend,
+    )  # fmt: skip
+    return output.unflatten(0, (batch, heads))
 
 
 def _head_group(selected: Tensor, partition: BlockPartition, rule: Rule, heads: int, max_rows: int) -> tuple[int, int]:

@@ -96,6 +96,25 @@ def _threshold_length(scores: Tensor, own: Tensor, others: list[int], tau: float
     return int(reached.int().argmax()) + 1 if reached.any() else len(others)
 
 
+def shared_tiles(ids: Tensor, tile_size: int) -> Tensor:
+    """Query tile of each video token, for the dispatch ``"shared"``: int64 ``(video tokens,)``.
+
+    Each block's tokens, in raster order, are cut into tiles of ``tile_size``, the last one perhaps shorter; tiles count
+    up through the blocks.
+
+    Args:
+        ids: block of each token.
+        tile_size: tokens in a tile.
+    """
+    tiles, first = torch.empty_like(ids), 0
+    for block in range(int(ids.max()) + 1):
+        tokens = (ids == block).nonzero().flatten()
+        for count, token in enumerate(tokens.tolist()):
+            tiles[token] = first + count // tile_size
+        first += math.ceil(len(tokens) / tile_size)
+    return tiles
+
+
 def attention_mask(selection: Tensor, partition: Any) -> Tensor:
     """Which key each query attends, bool ``(B, H, S, S)`` in raster order; prefix and suffix attend, and are, all."""
     ids = block_ids(partition.grid, partition.block).to(selection.device)
@@ -130,13 +149,31 @@ def attention(
 
 
 def vmoba(
-    query: Tensor, key: Tensor, value: Tensor, partition: Any, rule: Any, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    partition: Any,
+    rule: Any,
+    scale: float | None = None,
+    tile_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The whole of VMoBA: the output in float64 ``(B, H, S, value dim)`` and the selection it used."""
+    """The whole of VMoBA: the output in float64 ``(B, H, S, value dim)`` and the selection it used.
+
+    With ``tile_size``, the approximation that the dispatch ``"shared"`` makes: one selection for each query tile, made
+    from the mean of its queries, and given to all of them.
+    """
     ids = block_ids(partition.grid, partition.block).to(query.device)
     video = slice(partition.prefix, partition.prefix + len(ids))
     with torch.no_grad():
-        selection = select(gate(query[:, :, video], key[:, :, video], ids), ids, rule)
+        queries, keys = query[:, :, video].double(), key[:, :, video]
+        if tile_size is None:
+            selection = select(gate(queries, keys, ids), ids, rule)
+        else:
+            tiles = shared_tiles(ids, tile_size)
+            members = [tiles == tile for tile in range(int(tiles.max()) + 1)]
+            means = torch.stack([queries[:, :, member].mean(2) for member in members], dim=2)
+            tile_block = torch.stack([ids[member][0] for member in members])
+            selection = select(gate(means, keys, ids), tile_block, rule)[:, :, tiles]
     output, _ = attention(query, key, value, attention_mask(selection, partition), scale)
     return output, selection
 

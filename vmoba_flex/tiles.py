@@ -1,10 +1,9 @@
 """Attention that skips the tiles that no query of theirs wants."""
 
-import torch
 from torch import Tensor
 
 from vmoba_flex.chunked import chunked_attention
-from vmoba_flex.compiled import compiled_flex_attention
+from vmoba_flex.compiled import compiled_flex_attention, has_flex_kernel
 from vmoba_flex.mask import key_groups, selection_mask
 from vmoba_flex.partition import BlockPartition
 
@@ -18,10 +17,7 @@ def tiles_attention(
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
-    """``flex_attention`` in block order, where neighbours agree most.
-
-    FlexAttention on a CPU has no backward and no float64, and pays for a compilation only inside a compiled caller;
-    elsewhere a CPU takes a slower exact path.
+    """``flex_attention`` in block order, where neighbours agree most; where it has no kernel, a slower exact path.
 
     Args:
         query: ``(B, H, S, D)`` in raster order.
@@ -35,9 +31,7 @@ def tiles_attention(
     Returns:
         ``(B, H, S, value dim)`` in raster order.
     """
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    compiling = torch.compiler.is_compiling() and query.dtype != torch.float64
-    if query.device.type == "cpu" and (needs_grad or not compiling):
+    if not has_flex_kernel(query, key, value):
         return chunked_attention(query, key, value, *key_groups(selection, partition), scale)
     mask = selection_mask(selection, partition, "block")
     query, key, value = (partition.to_block_order(x) for x in (query, key, value))

@@ -1,0 +1,140 @@
+"""Attention over packed rows, forward and backward, as one registered op.
+
+``torch.compile`` and checkpointing see through it as through any op. Forward runs a section of heads at a time: the
+rows of its queries attend their group's slots, and a query's rows are merged by their log-sum-exp. Only the inputs, the
+output and the log-sum-exp of each query are kept for backward, which plans the rows again and takes each row's part in
+its query from the merged log-sum-exp: ``p = exp(score - lse)``.
+
+Three backends do the work on the rows: ``"eager"``, plain PyTorch on any device (``row_steps.py``), ``"triton"``
+(``attend_kernels.py``) and ``"flash"`` (``flash.py``); the latter two move rows by the kernels of ``row_kernels.py``.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from block_masks import row_steps
+from block_masks.rows import TILE, plan_rows
+from block_masks.slots import plan_slots
+
+BACKENDS = ("eager", "triton", "flash")
+
+
+def attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selected: Tensor,
+    key_group: Tensor,
+    group_sizes: list[int],
+    *,
+    row_tiles: int,
+    heads: int,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each query over the keys of the groups that it chose, at the price of the pairs that it chose.
+
+    Args:
+        query: ``(H, S, D)``.
+        key: ``(key heads, keys, D)``; query head h uses key head ``h // (H // key heads)``.
+        value: ``(key heads, keys, value dim)``.
+        selected: bool ``(H, S, G)``: which groups each query chose; fastest where S is contiguous.
+        key_group: int64 ``(keys,)``: the group of each key.
+        group_sizes: keys in each group, at least one, known on the host.
+        row_tiles: tiles of rows to make room for in a section; see ``plan_rows``.
+        heads: heads worked on together, a divisor of H.
+        scale: factor on the scores.
+        backend: ``"eager"``, ``"triton"`` or ``"flash"``.
+
+    Returns:
+        The output ``(H, S, value dim)``, 0 where a query chose nothing, and the natural log-sum-exp of each query's
+        scores ``(H, S)``, float32, or float64 for float64 inputs. Gradients flow through the output alone.
+    """
+    return _attend(query, key, value, selected, key_group, group_sizes, row_tiles, heads, scale, backend)
+
+
+@torch.library.custom_op("block_masks::attend_packed", mutates_args=())
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, key_group: Tensor,
+    group_sizes: list[int], row_tiles: int, heads: int, scale: float, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    move, attend = _modules(backend)
+    query = query.contiguous()
+    plan, slots = plan_rows(selected, row_tiles, heads), plan_slots(key_group, group_sizes, TILE)
+    keys, values = (move.take_slots(x.contiguous(), slots.slot_key) for x in (key, value))
+    output, lse = query.new_empty(*query.shape[:2], value.shape[-1]), _like_lse(query)
+    for section in range(len(plan.row_pool)):
+        rows = attend.forward(query, keys, values, plan, slots, section, scale)
+        part = slice(section * heads, (section + 1) * heads)
+        move.merge_rows(*rows, plan.query_rows[part], plan.query_count[part], output[part], lse[part])
+        del rows
+    return output, lse
+
+
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return query.new_empty(*query.shape[:2], value.shape[-1]), _like_lse(query)
+
+
+@torch.library.custom_op("block_masks::attend_packed_backward", mutates_args=())
+def _attend_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, key_group: Tensor,
+    output: Tensor, lse: Tensor, group_sizes: list[int], row_tiles: int, heads: int, scale: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    move, attend = _modules(backend)
+    grad, query = grad.contiguous(), query.contiguous()
+    plan, slots = plan_rows(selected, row_tiles, heads), plan_slots(key_group, group_sizes, TILE)
+    keys, values = (move.take_slots(x.contiguous(), slots.slot_key) for x in (key, value))
+    delta = move.delta(grad, output)
+    grad_query = torch.empty_like(query)
+    # Of each query head, summed over those that share a key head at the end.
+    grad_keys, grad_values = (x.new_empty(len(query), *x.shape[1:]) for x in (keys, values))
+    for section in range(len(plan.row_pool)):
+        rows = attend.backward(
+            query, grad, output, lse, delta, keys, values, grad_keys, grad_values, plan, slots, section, scale
+        )
+        part = slice(section * heads, (section + 1) * heads)
+        move.sum_rows(rows, plan.query_rows[part], plan.query_count[part], grad_query[part])
+        del rows
+    repeats = len(query) // len(key)
+    return grad_query, *(move.take_slots(x, slots.key_slot, repeats) for x in (grad_keys, grad_values))
+
+
+@_attend_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.settings = inputs[5:]
+
+
+def _backward_of_attend(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 7
+
+
+_attend.register_autograd(_backward_of_attend, setup_context=_save)
+
+
+def _like_lse(query: Tensor) -> Tensor:
+    return query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+def _modules(backend: str) -> tuple[ModuleType, ModuleType]:
+    """What moves rows, and what attends them. Triton and FlashAttention-4 are imported on first use."""
+    if backend == "eager":
+        return row_steps, row_steps
+    from block_masks import row_kernels
+
+    if backend == "flash":
+        from block_masks import flash
+
+        return row_kernels, flash
+    from block_masks import attend_kernels
+
+    return row_kernels, attend_kernels

@@ -1,0 +1,182 @@
+"""Slots: keys sorted by group, each group in whole tiles, so that no tile holds keys of two groups.
+
+    plan_slots    the group of each key -> which key is in which slot
+    to_slots      keys, values or queries -> slots; from_slots takes them back
+    slot_mask     the groups that each tile of slots chose -> BlockMask of slots x slots
+
+A tile whose slots all hold a key runs without a mask. Only the last tile of a group can be cut short, and then its
+filling slots are masked.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from block_masks.pairs import pair_lookup
+from block_masks.tiles import TileMap, block_mask_from_tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Where keys lie in slots. All tensors are on the device; nothing is read back.
+
+    Attributes:
+        slot_key: int64 ``(slots,)``, the key in each slot, -1 in slots that only fill a tile. Groups stand in the order
+            of their ids, and the keys of a group in their own order.
+        key_slot: int64 ``(keys,)``, the slot of each key.
+        slot_group: int32 ``(slots,)``, the group of each slot's key, -1 in filling slots.
+        tile_group: int64 ``(tiles,)``, the group of each tile of slots.
+        tile_keys: int64 ``(tiles,)``, the keys in each tile, ``tile_size`` where it is full and at least 1.
+        first_slot: int32 ``(G,)``, the first slot of each group.
+        group_keys: int32 ``(G,)``, the keys in each group.
+        tile_size: slots in a tile.
+        group_sizes: keys in each group, on the host.
+    """
+
+    slot_key: Tensor
+    key_slot: Tensor
+    slot_group: Tensor
+    tile_group: Tensor
+    tile_keys: Tensor
+    first_slot: Tensor
+    group_keys: Tensor
+    tile_size: int
+    group_sizes: tuple[int, ...]
+
+
+def plan_slots(key_group: Tensor, group_sizes: list[int], tile_size: int = 128) -> Slots:
+    """Plans the slots of some keys.
+
+    Args:
+        key_group: int64 ``(keys,)``: the group of each key.
+        group_sizes: keys in each group, at least one, known on the host.
+        tile_size: slots in a tile.
+    """
+    tiles = sum(-(-size // tile_size) for size in group_sizes)
+    tensors = _plan_slots(key_group, len(group_sizes), tiles, tile_size)
+    return Slots(*tensors, tile_size=tile_size, group_sizes=tuple(group_sizes))
+
+
+# Opaque to Inductor: it sorts, searches and scatters, and its results are captured by a mask_mod.
+@torch.library.custom_op("block_masks::plan_slots", mutates_args=())
+def _plan_slots(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) -> list[Tensor]:
+    device = key_group.device
+    order = key_group.argsort(stable=True)
+    in_order = key_group[order]
+    group, tile = torch.arange(groups, device=device), torch.arange(num_tiles, device=device)
+    first_key = torch.searchsorted(in_order, group)
+    sizes = torch.searchsorted(in_order, group, right=True) - first_key
+    tiles = (sizes + tile_size - 1) // tile_size
+    end_tile = tiles.cumsum(0)
+    first_tile = end_tile - tiles
+    tile_group = torch.searchsorted(end_tile, tile, right=True)
+    tile_keys = (sizes[tile_group] - (tile - first_tile[tile_group]) * tile_size).clamp(max=tile_size)
+    slot = first_tile[in_order] * tile_size + torch.arange(len(order), device=device) - first_key[in_order]
+    key_slot = torch.empty_like(order).scatter_(0, order, slot)
+    slot_key = torch.full((num_tiles * tile_size,), -1, device=device).scatter_(0, slot, order)
+    slot_group = torch.full_like(slot_key, -1, dtype=torch.int32).scatter_(0, slot, in_order.int())
+    return [
+        slot_key, key_slot, slot_group, tile_group, tile_keys, (first_tile * tile_size).int(), sizes.int(),
+    ]  # fmt: skip
+
+
+@_plan_slots.register_fake
+def _(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) -> list[Tensor]:
+    slots, short = num_tiles * tile_size, {"dtype": torch.int32}
+    new = key_group.new_empty
+    return [
+        new(slots), new(len(key_group)), new(slots, **short), new(num_tiles), new(num_tiles),
+        new(groups, **short), new(groups, **short),
+    ]  # fmt: skip
+
+
+def to_slots(x: Tensor, slots: Slots) -> Tensor:
+    """Copies tokens ``(B, H, keys, D)`` to slots ``(B, H, slots, D)``, zero in filling ones. Differentiable."""
+    return _gather_slots(x, slots.slot_key, slots.key_slot)
+
+
+def from_slots(x: Tensor, slots: Slots) -> Tensor:
+    """Copies slots ``(B, H, slots, D)`` back to tokens ``(B, H, keys, D)``. Differentiable."""
+    return _gather_slots(x, slots.key_slot, slots.slot_key)
+
+
+# The adjoint of a gather is the gather by the inverse index: no atomics.
+@torch.library.custom_op("block_masks::gather_slots", mutates_args=())
+def _gather_slots(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return take_slots(x.flatten(0, 1), index).unflatten(0, x.shape[:2])
+
+
+@_gather_slots.register_kernel("cuda")
+def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    from block_masks import row_kernels
+
+    return row_kernels.take_slots(x.flatten(0, 1).contiguous(), index).unflatten(0, x.shape[:2])
+
+
+@_gather_slots.register_fake
+def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], index.shape[0], x.shape[3])
+
+
+def _save_slots(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _gather_slots_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    index, inverse = ctx.saved_tensors
+    return _gather_slots(grad, inverse, index), None, None
+
+
+_gather_slots.register_autograd(_gather_slots_backward, setup_context=_save_slots)
+
+
+def take_slots(source: Tensor, index: Tensor, repeats: int = 1) -> Tensor:
+    """Reorders the tokens of each head, and adds up ``repeats`` neighbouring heads.
+
+    Args:
+        source: ``(heads * repeats, length, D)``.
+        index: int64 ``(places,)``, -1 where the result is zero.
+        repeats: neighbouring heads to add up, in float32 at least.
+
+    Returns:
+        ``(heads, places, D)``.
+    """
+    taken = torch.where((index >= 0)[:, None], source[:, index.clamp(min=0)], 0)
+    exact = torch.promote_types(source.dtype, torch.float32)
+    return taken.unflatten(0, (-1, repeats)).sum(1, dtype=exact).to(source.dtype)
+
+
+def slot_tile_map(selected: Tensor, slots: Slots) -> TileMap:
+    """Finds the tiles of ``slot_mask`` that must run, and those of them that need no mask.
+
+    Args:
+        selected: bool ``(B, H, tiles, G)``: which groups each tile of slots attends.
+        slots: of these tiles and groups.
+    """
+    some = selected.index_select(-1, slots.tile_group)
+    return TileMap(some, some & (slots.tile_keys == slots.tile_size))
+
+
+def slot_mask(selected: Tensor, slots: Slots) -> BlockMask:
+    """Builds the mask in which all slots of a tile attend the keys of the groups that the tile chose.
+
+    A filling slot attends what its tile attends, so that its output is finite, and no slot attends a filling one.
+
+    Args:
+        selected: bool ``(B, H, tiles, G)``: which groups each tile of slots attends.
+        slots: of these tiles and groups.
+
+    Returns:
+        A ``BlockMask`` of shape ``(B, H, slots, slots)`` whose ``mask_mod`` alone says everything.
+    """
+    chosen, group, tile_size = pair_lookup(selected), slots.slot_group, slots.tile_size
+
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        key_group = group[kv_idx]
+        return (key_group >= 0) & chosen(b, h, q_idx // tile_size, key_group)
+
+    lengths = (len(group), len(group))
+    return block_mask_from_tiles(slot_tile_map(selected, slots), mask_mod, lengths, (tile_size, tile_size))

@@ -1,0 +1,70 @@
+"""Runs the Triton kernels of packed rows in Triton's interpreter, on a CPU, against their eager twins.
+
+TRITON_INTERPRET=1 python -m tests.interpreted_rows
+"""
+
+import torch
+
+from block_masks import attend_packed, plan_rows, plan_slots, row_kernels, row_steps
+from block_masks.rows import _plan_on_gpu
+
+
+def problem(heads: int, queries: int, sizes: list[int], density: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choices ``(heads, queries, groups)``, S-contiguous, and the group of each key, in no order."""
+    keys = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return (torch.rand(heads, len(sizes), queries) < density).mT, keys[torch.randperm(len(keys))]
+
+
+def check_plan(heads: int, queries: int, sizes: list[int], density: float, together: int) -> None:
+    """The plan, and the steps that move rows."""
+    selected, key_group = problem(heads, queries, sizes, density)
+    row_tiles = together * len(sizes) * -(-queries // 128) + 1
+    plan = plan_rows(selected, row_tiles, together)
+    names = ("row_query", "row_pool", "query_rows", "query_count", "first_tile", "tiles")
+    for name, actual in zip(names, _plan_on_gpu(selected, row_tiles, together, 128), strict=True):
+        expected = getattr(plan, name)
+        if name == "query_rows":  # anything may stand behind the last row
+            actual, expected = (row_steps._listed(x, plan.query_count) for x in (actual, expected))
+        assert torch.equal(actual, expected), name
+    slots = plan_slots(key_group, sizes)
+    x = torch.randn(heads, len(key_group), 5)
+    padded = row_steps.take_slots(x, slots.slot_key)
+    assert torch.equal(row_kernels.take_slots(x, slots.slot_key), padded)
+    for repeats in (1, heads):
+        expected = row_steps.take_slots(padded, slots.key_slot, repeats)
+        torch.testing.assert_close(row_kernels.take_slots(padded, slots.key_slot, repeats), expected)
+    query, output = torch.randn(heads, queries, 5), torch.randn(row_tiles * 128, 5)
+    lse = torch.randn(row_tiles * 128)
+    lists = plan.query_rows[:together], plan.query_count[:together]
+    results = []
+    for steps in (row_steps, row_kernels):
+        merged, merged_lse, total = query[:together].clone(), query[:together, :, 0].clone(), query[:together].clone()
+        steps.merge_rows(output, lse, *lists, merged, merged_lse)
+        steps.sum_rows(output, *lists, total)
+        results.append((merged, merged_lse, total, steps.delta(query, query.flip(0))))
+    torch.testing.assert_close(*results)
+
+
+def check_attention(heads: int, repeats: int, sizes: list[int], dims: tuple[int, int], scale: float) -> None:
+    """Forward and backward of ``attend_packed``."""
+    selected, key_group = problem(heads, 150, sizes, 0.5)
+    query, grad = torch.randn(heads, 150, dims[0]), torch.randn(heads, 150, dims[1])
+    keys = (torch.randn(heads // repeats, len(key_group), dim) for dim in dims)
+    inputs = [x.requires_grad_() for x in (query, *keys)]
+    results = []
+    for backend in ("eager", "triton"):
+        output, lse = attend_packed(
+            *inputs, selected, key_group, sizes,
+            row_tiles=heads * len(sizes), heads=heads // 2, scale=scale, backend=backend,
+        )  # fmt: skip
+        results.append((output, lse, *torch.autograd.grad(output, inputs, grad)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    check_plan(4, 300, [1, 130, 40], 0.3, 2)
+    check_plan(2, 5000, [3], 1.0, 1)
+    check_plan(1, 1, [1, 1], 0.5, 1)
+    check_attention(4, 1, [100, 128, 3], (24, 24), 0.3)
+    check_attention(4, 2, [200, 31], (16, 40), -0.2)

@@ -1,0 +1,68 @@
+"""Which way a call takes, from what is known without reading the device."""
+
+import torch
+from torch import Tensor
+
+from block_masks.rows import TILE
+from vmoba_flex.mask import group_sizes
+from vmoba_flex.partition import BlockPartition
+from vmoba_flex.rules import Rule, Threshold
+
+DISPATCHES = ("auto", "tiles", "packed", "shared", "dense")
+BACKENDS = ("auto", "triton", "flash")
+
+
+def choose_dispatch(query: Tensor, value: Tensor, partition: BlockPartition, rule: Rule) -> str:
+    """What ``dispatch="auto"`` runs; see ``vmoba_attention``.
+
+    Args:
+        query: ``(B, H, S, D)``.
+        value: ``(B, key heads, S, value dim)``.
+        partition: the blocks.
+        rule: ``TopK`` or ``Threshold``.
+
+    Returns:
+        ``"tiles"``, ``"packed"`` or ``"dense"``.
+    """
+    if not query.is_cuda:
+        return "tiles"
+    return "packed"
+
+
+def choose_backend(backend: str, dispatch: str, query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition):
+    """The kernels that a dispatch runs on: ``"eager"``, ``"triton"`` or ``"flash"``.
+
+    Raises:
+        ValueError: if ``backend`` cannot run here.
+    """
+    if not query.is_cuda:
+        if backend != "auto":
+            raise ValueError(f"backend must be 'auto' on device {query.device}, got {backend!r}")
+        return "eager"
+    if dispatch == "packed" and query.dtype == torch.float64:
+        return "eager"
+    if backend == "triton":
+        return "triton"
+    refusal = _flash_refusal(dispatch, query, key, value, partition)
+    if backend == "flash" and refusal:
+        raise ValueError(f"backend must be 'auto' or 'triton' here, got 'flash': {refusal}")
+    return "triton" if refusal else "flash"
+
+
+def _flash_refusal(dispatch: str, query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition) -> str | None:
+    if dispatch not in ("packed", "shared"):
+        return f"dispatch={dispatch!r} has no kernels for it"
+    if dispatch == "shared":
+        if key.shape[1] != query.shape[1]:
+            return "dispatch='shared' has no kernels for it with fewer key heads"
+        if any(size % TILE for size in group_sizes(partition)):
+            return f"dispatch='shared' has kernels for it where all blocks hold a multiple of {TILE} tokens"
+    return _flash_cannot_run(query.device.index, query.dtype, query.shape[-1], value.shape[-1])
+
+
+@torch.compiler.assume_constant_result
+def _flash_cannot_run(device: int, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
+    """``block_masks.flash.refusal``, a constant to ``torch.compile``."""
+    from block_masks import flash
+
+    return flash.refusal(device, dtype, head_dim, value_dim)

@@ -1,0 +1,61 @@
+"""What a call attended."""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from block_masks import Slots, slot_tile_map
+from vmoba_flex.mask import selection_tiles
+from vmoba_flex.partition import BlockPartition
+from vmoba_flex.rules import Rule, Threshold
+from vmoba_flex.selection import choose_blocks
+
+
+class AttentionStats(NamedTuple):
+    """What a call attended, per sample and head; tensors ``(B, H)`` on the inputs' device.
+
+    Attributes:
+        density: float32, ``pairs / (video tokens * N)``.
+        tile_density: float32, the share of 128 x 128 tiles, in block order, with at least one attended pair: what the
+            dispatch ``"tiles"`` runs. For ``"shared"``, the share of its own tiles that it runs: there each block, and
+            prefix and suffix together, take whole tiles.
+        pairs: int64, chosen (query, block) pairs; for ``"shared"``, a tile's choices count once for each of its tokens.
+        cut: int64, pairs that ``Threshold``'s ``max_density`` cut off: what the same threshold would have chosen
+            without it, less ``pairs``. 0 for rules without it, and for ``"shared"``, where it is not counted.
+    """
+
+    density: Tensor
+    tile_density: Tensor
+    pairs: Tensor
+    cut: Tensor
+
+
+def selection_stats(
+    selection: Tensor, query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule
+) -> AttentionStats:
+    """Stats of a selection ``(B, H, video tokens, N)`` that ``rule`` made from query and key."""
+    pairs = selection.sum((-2, -1))
+    cut = torch.zeros_like(pairs)
+    if isinstance(rule, Threshold) and rule.max_density is not None:
+        wanted = choose_blocks(query, key, partition, dataclasses.replace(rule, max_density=None))
+        cut = wanted.sum((-2, -1)) - pairs
+    tiles = selection_tiles(selection, partition, "block").some
+    return AttentionStats(pairs / selection[0, 0].numel(), tiles.float().mean((-2, -1)), pairs, cut)
+
+
+def shared_stats(selected: Tensor, slots: Slots, partition: BlockPartition) -> AttentionStats:
+    """Stats of what each tile of ``slots`` attends, bool ``(B, H, tiles, G)``."""
+    is_video = slots.tile_group < partition.num_blocks
+    pairs = (selected[..., : partition.num_blocks].sum(-1) * (slots.tile_keys * is_video)).sum(-1)
+    tiles = slot_tile_map(selected, slots).some
+    density = pairs / (partition.num_video_tokens * partition.num_blocks)
+    return AttentionStats(density, tiles.float().mean((-2, -1)), pairs, torch.zeros_like(pairs))
+
+
+def dense_stats(query: Tensor, partition: BlockPartition) -> AttentionStats:
+    """Stats of full attention."""
+    ones = torch.ones(query.shape[:2], device=query.device)
+    pairs = torch.full_like(ones, partition.num_video_tokens * partition.num_blocks, dtype=torch.int64)
+    return AttentionStats(ones, ones.clone(), pairs, torch.zeros_like(pairs))
