@@ -1,9 +1,9 @@
 """The inputs of one shape, and what attention over them must come to.
 
 Outputs are checked in up to 3 heads and 128 query rows each, against attention in float64 over the keys that
-``vmoba_selection`` chose (all keys for a peer). The error is the Frobenius norm of the difference over that of the
-truth. The budget is the error of dense FlexAttention on the same rows, times a stated factor. Gradients are checked in
-one head, whole, against attention in float32 computed a chunk of queries at a time.
+``vmoba_selection`` chose (for a peer all keys, for "shared" what each tile chose). The error is the Frobenius norm of
+the difference over that of the truth. The budget is the error of dense FlexAttention on the same rows, times a stated
+factor. Gradients are checked in one head, whole, against attention in float32 computed a chunk of queries at a time.
 """
 
 import math
@@ -14,8 +14,9 @@ from peers import flex
 from shapes import Case, Sizes
 from torch import Tensor
 
-import vmoba_flex
+from block_masks import to_slots
 from vmoba_flex import reference, vmoba_selection
+from vmoba_flex.shared import block_slots, choose_tiles
 
 # Dense FlexAttention rounds its weights and its output to 16 bits; packed rows round their outputs once more before
 # the merge: sqrt(3 / 2) = 1.22. In float32 the order of the sums decides, and errors vary.
@@ -84,10 +85,12 @@ class Inputs:
             self._cache["flex"] = self.error(output[None], None, case)
         return self._cache["flex"]
 
-    def gradient_errors(self, gradients: tuple[Tensor, ...], selection: Tensor | None, case: Case) -> list[float]:
+    def gradient_errors(
+        self, gradients: tuple[Tensor, ...], selection: Tensor | None, case: Case, dispatch: str
+    ) -> list[float]:
         """Relative errors of the gradients in query, key and value, in one head."""
         head = case.heads // 2
-        name = "gradients", case.block, case.rule if selection is not None else None
+        name = "gradients", None if selection is None else (case.block, case.rule, dispatch == "shared")
         if name not in self._cache:
             query, key, value, upstream = (x.detach()[0, head].float() for x in (*self.leaves, self.upstream))
             chosen = ids = None
@@ -99,14 +102,16 @@ class Inputs:
         return [((x[0, head].float() - truth).norm() / truth.norm()).item() for x, truth in pairs]
 
 
-def public_selection(dispatch: str, inputs: Inputs, case: Case) -> Tensor | None:
-    """What a dispatch has to attend, bool ``(1, H, S, N)``; None where no public function says it."""
+def expected_selection(dispatch: str, inputs: Inputs, case: Case) -> Tensor:
+    """What a dispatch has to attend, bool ``(1, H, S, N)``. "shared" makes one choice per tile of queries."""
     if dispatch != "shared":
         return inputs.selection(case)
-    # "shared" makes one choice for many queries, and only the package can say which.
-    choose = getattr(vmoba_flex, "shared_selection", None)
+    assert case.partition is not None  # a sparse case has both
+    assert case.rule is not None
     query, key, _ = (x.detach() for x in inputs.leaves)
-    return None if choose is None else choose(query, key, case.partition, case.rule)
+    slots = block_slots(case.partition, query.device)
+    chosen = choose_tiles(to_slots(query, slots), key, case.partition, case.rule, slots)
+    return chosen.index_select(2, slots.key_slot // slots.tile_size)
 
 
 def attended_pairs(selection: Tensor, case: Case) -> tuple[float, float]:

@@ -1,10 +1,10 @@
 """The time of each stage of one call of ours, without knowing how a stage is called.
 
 Stages are functions of the package, known by module and name alone: while a call is watched, each is replaced by itself
-between two CUDA events and inside a profiler range. The time of a stage is the sum over its calls in one call of
-``vmoba_attention``: over head groups, and in forward + backward once more where backward computes it again. It includes
-the gaps between a stage's kernels. Kernels are the profiler's, under the stage or the registered op that launched them;
-in backward, autograd's own ops.
+between two CUDA events, or inside a profiler range. The time of a stage is the sum over its calls in one call of
+``vmoba_attention``: over sections of heads, and in forward + backward once more where backward does it again. It
+includes the gaps between a stage's kernels. Kernels are the profiler's, under the stage or the registered op that
+launched them, and else under autograd's op.
 """
 
 import contextlib
@@ -20,19 +20,19 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-# In the order of a call. A stage may have several functions; those that the package does not have are left out.
+# In the order of a call, forward before backward. Functions that the package does not have, or that cannot be loaded
+# here, are left out.
+_MOVE, _ATTEND = ("row_steps", "row_kernels"), ("row_steps", "attend_kernels", "flash")
 STAGES = {
-    "gate": [("vmoba_flex.selection", "gate")],
-    "select": [("vmoba_flex.selection", "select")],
-    "plan": [("vmoba_flex.packed", "plan_rows")],
-    "gather": [("vmoba_flex.packed", "gather_rows")],
-    "pad keys": [("vmoba_flex.packed", "pad_keys")],
-    "attention": [
-        ("vmoba_flex.packed", "compiled_flex_attention_with_lse"),
-        ("vmoba_flex.packed", "row_attention"),
-        ("vmoba_flex.packed", "attend_rows"),
-    ],
-    "merge": [("vmoba_flex.packed", "merge_rows")],
+    "gate": ["vmoba_flex.selection.gate"],
+    "select": ["vmoba_flex.selection.select"],
+    "plan": ["block_masks.packed.plan_rows", "block_masks.packed.plan_slots"],
+    "gather": [f"block_masks.{module}.{name}" for module in _MOVE for name in ("take_rows", "take_slots")],
+    "attention": [f"block_masks.{module}.forward" for module in _ATTEND],
+    "merge": [f"block_masks.{module}.merge_rows" for module in _MOVE],
+    "delta": [f"block_masks.{module}.delta" for module in _MOVE],
+    "attention backward": [f"block_masks.{module}.backward" for module in _ATTEND],
+    "sum rows": [f"block_masks.{module}.sum_rows" for module in _MOVE],
 }
 _RANGE = "stage: "
 _OURS = re.compile(r"^(vmoba_flex|block_masks)::")
@@ -40,47 +40,58 @@ _BACKWARD = re.compile(r"^autograd::engine::evaluate_function: ")
 
 
 @contextlib.contextmanager
-def watched(around: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[list[str]]:
-    """Replaces each stage's functions by ``around(stage, function)``; yields the stages found."""
+def watched(around: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Replaces each stage's functions by ``around(stage, function)``."""
     with contextlib.ExitStack() as stack:
-        found = []
         for stage, places in STAGES.items():
-            for module_name, name in places:
-                module = importlib.import_module(module_name)
+            for place in places:
+                module_name, _, name = place.rpartition(".")
+                try:
+                    module = importlib.import_module(module_name)
+                except ImportError:  # of Triton, where there is none
+                    continue
                 if hasattr(module, name):
-                    found.append(stage)
                     stack.enter_context(mock.patch.object(module, name, around(stage, getattr(module, name))))
-        yield list(dict.fromkeys(found))
+        yield
 
 
 def stage_milliseconds(call: Callable[[], Any], device: str, repeats: int) -> dict[str, float]:
-    """Median time of each stage, and of the whole call, in one call that has been made before."""
-    runs: list[dict[str, float]] = []
-    for _ in range(repeats):
-        marks: list[tuple[str, Any, Any]] = []
+    """Median time of each stage, and of the whole call, in one call that has been made before.
 
-        def around(
-            stage: str, function: Callable[..., Any], marks: list[tuple[str, Any, Any]] = marks
-        ) -> Callable[..., Any]:
-            def timed(*args: Any, **kwargs: Any) -> Any:
-                start = _now(device)
-                with record_function(_RANGE + stage):
-                    result = function(*args, **kwargs)
-                marks.append((stage, start, _now(device)))
-                return result
-
-            return timed
-
-        with watched(around):
-            start = _now(device)
-            call()
-            marks.append(("whole call", start, _now(device)))
-        _synchronize(device)
-        totals: dict[str, float] = defaultdict(float)
-        for stage, first, last in marks:
-            totals[stage] += first.elapsed_time(last) if device == "cuda" else 1e3 * (last - first)
-        runs.append(totals)
+    The time of a stage that another one calls counts for the inner one alone.
+    """
+    runs = [_one_run(call, device) for _ in range(repeats)]
     return {stage: median(run[stage] for run in runs) for stage in (*STAGES, "whole call") if stage in runs[0]}
+
+
+def _one_run(call: Callable[[], Any], device: str) -> dict[str, float]:
+    marks: list[tuple[str, str, Any, Any]] = []
+    outer = [""]  # the stages that are running
+
+    def around(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            outer.append(stage)
+            start = _now(device)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                outer.pop()
+                marks.append((stage, outer[-1], start, _now(device)))
+
+        return timed
+
+    with watched(around):
+        start = _now(device)
+        call()
+        marks.append(("whole call", "", start, _now(device)))
+    _synchronize(device)
+    totals: dict[str, float] = defaultdict(float)
+    for stage, caller, first, last in marks:
+        elapsed = first.elapsed_time(last) if device == "cuda" else 1e3 * (last - first)
+        totals[stage] += elapsed
+        if caller:
+            totals[caller] -= elapsed
+    return totals
 
 
 def kernel_milliseconds(call: Callable[[], Any], device: str, most: int = 12) -> dict[str, Any]:
@@ -125,12 +136,12 @@ def kernel_milliseconds(call: Callable[[], Any], device: str, most: int = 12) ->
 
 
 def _stage_of(event: Any) -> str:
-    """The stage, else the outermost op of ours, else what of autograd launched it, else the op itself."""
+    """The innermost stage, else the outermost op of ours, else what of autograd launched it, else the op itself."""
     chain = [event]
     while chain[-1].cpu_parent is not None:
         chain.append(chain[-1].cpu_parent)
     names = [str(link.name) for link in reversed(chain)]
-    for name in names:
+    for name in reversed(names):
         if name.startswith(_RANGE):
             return name.removeprefix(_RANGE)
     for pattern in (_OURS, _BACKWARD):

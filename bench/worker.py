@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from checks import ERROR_FACTOR, Inputs, attended_pairs, public_selection
+from checks import ERROR_FACTOR, Inputs, attended_pairs, expected_selection
 from peers import CPU_PEERS, PEERS, Peer, versions
 from report import DEVICE_LOST, FINAL, HEADER, Report, Row, line
 from shapes import FULL, SMALL, Case, Contenders, Sizes, Spec, specs
@@ -25,7 +25,7 @@ from timing import milliseconds, peak_bytes
 from torch import Tensor
 
 from vmoba_flex import vmoba_attention
-from vmoba_flex.attention import BACKENDS, DISPATCHES
+from vmoba_flex.dispatch import BACKENDS, DISPATCHES
 
 
 def work(args: Namespace) -> int:
@@ -190,20 +190,7 @@ class Bench:
         row["key_pairs"] = float(case.heads * case.tokens**2)
         if case.partition is None:
             return self._judge(spec, row, inputs, output, None)
-        assert case.rule is not None
-        selection = public_selection(spec.attention, inputs, case)
-        if selection is None:
-            query, key, value = (x.detach() for x in inputs.leaves)
-            _, stats = vmoba_attention(
-                *(query, key, value, case.partition, case.rule),
-                dispatch=spec.attention,
-                backend=spec.backend,
-                return_stats=True,
-            )
-            row["density"] = stats.density.mean().item()
-            row["key_pairs"] *= row["density"]
-            row["check"] = "unchecked"
-            return None
+        selection = expected_selection(spec.attention, inputs, case)
         row["density"], pairs = attended_pairs(selection, case)
         # "auto" may attend all keys where that is faster.
         if spec.attention == "auto" and inputs.error(output, None, case) < inputs.error(output, selection, case):
@@ -233,10 +220,8 @@ class Bench:
     def _gradient_errors(
         self, row: Row, gradients: tuple[Tensor, ...], inputs: Inputs, selection: Tensor | None, spec: Spec
     ) -> list[float] | None:
-        if row.get("check") == "unchecked":
-            return None
         try:
-            return inputs.gradient_errors(gradients, selection, spec.case)
+            return inputs.gradient_errors(gradients, selection, spec.case, spec.attention)
         except torch.OutOfMemoryError as error:
             row["check"] = f"gradients unchecked: {_text(error)}"
             return None

@@ -39,7 +39,7 @@ def test_small_run_measures_every_section_and_draws_it(tmp_path: Path):
     assert str(tmp_path) not in output.read_text()
     for section in ("main", "density", "tokens", "paper", "stages", "auto"):
         rows = [row for row in report["rows"] if section in row["sections"]]
-        ours = [row for row in rows if row["attention"] in ("tiles", "packed", "auto")]
+        ours = [row for row in rows if row["attention"] in ("tiles", "packed", "shared", "auto")]
         assert ours, section
         for row in ours:
             assert row["status"] == "ok", row
@@ -54,6 +54,7 @@ def test_small_run_measures_every_section_and_draws_it(tmp_path: Path):
         assert stages[mode]["kernels"]
     densities = {row["density"] for row in report["rows"] if "density" in row["sections"] and "density" in row}
     assert len(densities) >= 3
+    assert {row["attention"] for row in report["rows"] if row["blocks"]} == {"tiles", "packed", "shared", "auto"}
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "## density" in output.with_suffix(".md").read_text()
 
