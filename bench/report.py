@@ -65,12 +65,12 @@ class Report:
         self.save()
         return bool(running)
 
-    def fastest_backend(self, tokens: int, heads: int) -> str:
-        """The backend of the fastest packed row on windows, by forward + backward where it has one."""
+    def fastest_backend(self, attention: str, tokens: int, heads: int) -> str:
+        """The fastest backend of a dispatch on windows, by forward + backward where there is one; else "auto"."""
         rows = [
             row
             for row in self.rows.values()
-            if (row["attention"], row["tokens"], row["heads"], row["kind"]) == ("packed", tokens, heads, "2D")
+            if (row["attention"], row["tokens"], row["heads"], row["kind"]) == (attention, tokens, heads, "2D")
             if not row["compiled"] and "forward_ms" in row and row["status"] in ("ok", "forward only")
         ]
         rows = [row for row in rows if row["backend"] != "auto" and row["rule"] == rows[0]["rule"]]

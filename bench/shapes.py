@@ -63,7 +63,7 @@ class Spec:
         urgency: rows with less are measured first.
         case: the problem.
         attention: a peer's name, or a dispatch of ours.
-        backend: of a dispatch of ours; ``"best"`` is the fastest one in the main section so far.
+        backend: of a dispatch of ours; ``"best"`` is its fastest one on the windows of the main section so far.
         compiled: whether the call stands inside ``torch.compile(fullgraph=True)``.
         stages: measure the stages instead of the call.
     """

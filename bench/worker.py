@@ -89,7 +89,7 @@ class Bench:
         """Names the backend where the spec asks for the best one."""
         if spec.backend != "best":
             return spec
-        backend = self.report.fastest_backend(Case(self.sizes.grid, 1).tokens, self.sizes.heads[0])
+        backend = self.report.fastest_backend(spec.attention, Case(self.sizes.grid, 1).tokens, self.sizes.heads[0])
         return dataclasses.replace(spec, backend=backend)
 
     def measure(self, spec: Spec, row: Row) -> bool:
