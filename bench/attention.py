@@ -1,145 +1,128 @@
-"""Times vmoba_attention beside dense attention on one GPU, and writes the table as JSON.
+"""Times ours beside dense attention by others, on the same tensors; prints and saves the table, and draws it.
 
-python bench/attention.py --output bench/results/<gpu>_<date>.json
+    python bench/attention.py --output bench/results/<gpu>_<date>_attention.json --plot docs/speed.png
+
+Each row is one attention on one shape. Its output is checked before it is timed (checks.py), then forward and
+forward + backward are timed and their memory is taken (timing.py). The most urgent rows come first, over all sections:
+
+    main     55,296 tokens, 12 heads: all peers, all dispatches and backends, 8 slabs, 48 windows and 72 cubes
+    density  packed at densities 0.05 to 0.5
+    tokens   2K to 110K tokens at one density
+    paper    the paper's four shapes, 12 and 40 heads, 1D, 2D and 3D
+    stages   what each stage of packed takes (stages.py)
+    auto     what "auto" takes beside the dispatches that it chooses from, on inputs whose neighbours agree, too
+
+A row that fails is recorded with its error, and the others go on. The file is rewritten after each row; `--budget-s`
+stops starting rows, and `--add` keeps the good rows of a file, if the code is still the same, and measures the others:
+those that failed or were not run, and peers that were not installed. FlashAttention-4 and xformers do not go into one
+environment: run again in the other one with `--sections main --peers xformers --add`.
+The rows are measured by a second process, so that one that dies or hangs costs its row alone.
+
+    python bench/attention.py --output x.json --device cpu --small     # tries all of it out in seconds, without a GPU
 """
 
 import argparse
-import datetime
-import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from report import DEVICE_LOST, Report
 
-from block_masks import gather_rows, merge_rows, pad_keys, plan_rows
-from vmoba_flex import BlockPartition, Threshold, vmoba_attention
-from vmoba_flex.compiled import compiled_flex_attention_with_lse
-from vmoba_flex.gate import gate
-from vmoba_flex.mask import group_sizes
-from vmoba_flex.packed import max_row_tiles
-from vmoba_flex.selection import select
-
-GRID = (24, 36, 64)
-KINDS = {
-    "1D, 8 slabs": BlockPartition.temporal(GRID, 3),
-    "2D, 48 windows": BlockPartition.spatial(GRID, (6, 8)),
-    "3D, 72 cubes": BlockPartition.spatiotemporal(GRID, (8, 12, 8)),
-}
+SECTIONS = ("main", "density", "tokens", "paper", "stages", "auto")
+PEERS = ("FlashAttention-4", "cuDNN", "FlexAttention", "FlashAttention-2", "memory-efficient", "xformers")
 
 
-def milliseconds(call: Callable[[], Any], repeats: int = 10, warmup: int = 3) -> float:
-    """Median device time of a call."""
-    times = []
-    for _ in range(warmup + repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return median(times[warmup:])
+def main() -> int:
+    """Runs the table; the exit status."""
+    args = parse(sys.argv[1:])
+    if args.worker:
+        from worker import work  # the supervising process loads no torch
+
+        return work(args)
+    if not args.plot_only:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        if args.add:
+            Report.load(args.output).reopen()
+        else:
+            args.output.unlink(missing_ok=True)
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
+        status = supervise(command, args.output, args.budget_s, args.row_limit_s)
+        if status:
+            return status
+        print(f"table: {args.output.with_suffix('.md')}")
+    if args.plot:
+        from plot import draw  # matplotlib may be absent
+
+        draw(args.output, args.plot)
+    return 0
 
 
-def measure(attend: Callable[..., Tensor], leaves: list[Tensor], upstream: Tensor) -> dict[str, float]:
-    """Forward and forward + backward times, and peak memory above the inputs."""
-
-    def step() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        attend(*leaves).backward(upstream)
-
-    def forward() -> None:
-        with torch.no_grad():
-            attend(*leaves)
-
-    result = {"forward_ms": milliseconds(forward), "forward_backward_ms": milliseconds(step)}
-    for leaf in leaves:
-        leaf.grad = None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    return result | {"peak_gb_above_inputs": (torch.cuda.max_memory_allocated() - before) / 1e9}
-
-
-@torch.no_grad()
-def stages(leaves: list[Tensor], partition: BlockPartition, rule: Threshold) -> dict[str, float]:
-    """Forward time of each stage of the packed dispatch, in ms; those after the selection for two heads."""
-    query, key, value = leaves
-    own = torch.nn.functional.one_hot(partition.block_ids("cuda"), partition.num_blocks).bool()
-    scores = gate(query, key, partition)
-    selection = select(scores, own, rule)
-    two = slice(0, 2)
-    tiles = max_row_tiles(partition, rule, query.shape[1], 2)
-    assert tiles is not None  # the rule caps its pools
-    ids, sizes = partition.block_ids("cuda"), group_sizes(partition)
-    plan = plan_rows(selection[0, two], ids, sizes, tiles)
-    rows, keys, values = gather_rows(query[0, two], plan), pad_keys(key[0, two], plan), pad_keys(value[0, two], plan)
-
-    def attend() -> tuple[Tensor, Tensor]:
-        inputs = (x[None, None] for x in (rows, keys, values))
-        return compiled_flex_attention_with_lse(*inputs, block_mask=plan.block_mask, scale=None)
-
-    output, lse = attend()
-    return {
-        "gate_ms": milliseconds(lambda: gate(query, key, partition)),
-        "select_ms": milliseconds(lambda: select(scores, own, rule)),
-        "plan_ms": milliseconds(lambda: plan_rows(selection[0, two], ids, sizes, tiles)),
-        "gather_ms": milliseconds(lambda: gather_rows(query[0, two], plan)),
-        "pad_keys_ms": milliseconds(lambda: (pad_keys(key[0, two], plan), pad_keys(value[0, two], plan))),
-        "attention_ms": milliseconds(attend),
-        "merge_ms": milliseconds(lambda: merge_rows(output[0, 0], lse[0, 0], plan)),
-    }
-
-
-def main() -> None:
-    """Runs the table."""
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line; ``command`` is the one to state beside the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
-    torch.compiler.config.recompile_limit = 64  # one function is compiled for each row of the table
-    torch.manual_seed(0)
-    shape = (1, args.heads, KINDS["1D, 8 slabs"].num_tokens, 128)
-    leaves = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-    upstream = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-    rows = []
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="the JSON file; the table is written beside it as .md")
+    add("--sections", type=_list_of(SECTIONS), default=list(SECTIONS), help=f"some of {','.join(SECTIONS)}")
+    add("--peers", type=_list_of(PEERS), default=list(PEERS), help=f"some of {','.join(PEERS)}")
+    add("--device", choices=("cuda", "cpu"), default="cuda")
+    add("--small", action="store_true", help="tiny shapes in float32, to try the script out")
+    add("--budget-s", type=float, default=float("inf"), help="start no more rows after this many seconds")
+    add("--row-limit-s", type=float, default=240, help="give a row up after this many seconds (default 240)")
+    add("--error-factor", type=float, help="times FlexAttention's error that an output may have")
+    add("--add", action="store_true", help="keep the good rows of an existing file and measure the others")
+    add("--plot", type=Path, help="draw the speed-ups into this file")
+    add("--plot-only", action="store_true", help="draw from an existing file")
+    add("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    options = [("--sections", args.sections, SECTIONS), ("--peers", args.peers, PEERS)]
+    shown = [f"{name} {','.join(given)}" for name, given, default in options if given != list(default)]
+    shown += ["--device cpu"] * (args.device == "cpu") + ["--small"] * args.small
+    args.command = " ".join([f"python bench/attention.py --output bench/results/{args.output.name}", *shown])
+    return args
 
-    def run(name: str, attend: Callable[..., Tensor], **facts: float) -> None:
-        rows.append({"name": name} | facts | measure(attend, leaves, upstream))
-        print("  ".join(f"{key} {value:.3f}" if isinstance(value, float) else value for key, value in rows[-1].items()))
 
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-        with sdpa_kernel(backend):
-            run(f"dense, {backend.name}", torch.nn.functional.scaled_dot_product_attention)
-    rule = Threshold(0.25, max_density=0.25)
-    for kind, partition in KINDS.items():
-        query, key, value = leaves
-        _, stats = vmoba_attention(query, key, value, partition, rule, return_stats=True)
-        facts = {"density": stats.density.mean().item(), "tile_density": stats.tile_density.mean().item()}
-        for dispatch in ("tiles", "packed"):
+def supervise(command: list[str], output: Path, budget_s: float, row_limit_s: float) -> int:
+    """Runs ``command`` until it ends well; a run that dies or hangs costs the row it was at. The exit status."""
+    started = time.monotonic()
+    while True:
+        left = budget_s - (time.monotonic() - started)
+        status = _watch(subprocess.Popen([*command, "--budget-s", str(left)]), output, row_limit_s)
+        if status == 0:
+            return 0
+        reason = "the process " + (f"was stopped after {row_limit_s:g} s" if status is None else f"ended with {status}")
+        if not output.exists() or not (Report.load(output).bury(reason) or status == DEVICE_LOST):
+            return status or 1  # not at a row: starting again would not help
+        print(f"{reason}; going on with the next row", file=sys.stderr)
+        command = [*command, "--add"]
 
-            def attend(*inputs: Tensor, partition: BlockPartition = partition, dispatch: str = dispatch) -> Tensor:
-                query, key, value = inputs
-                return vmoba_attention(query, key, value, partition, rule, dispatch=dispatch)
 
-            run(f"{dispatch}, {kind}", attend, **facts)
-            run(f"{dispatch}, {kind}, torch.compile", torch.compile(attend, fullgraph=True, dynamic=False), **facts)
-        rows.append({"name": f"stages of packed, {kind}, one head group"} | stages(leaves, partition, rule))
-        print(rows[-1])
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "shape": {"batch_heads_tokens_dim": shape, "grid": GRID, "dtype": "bfloat16", "rule": repr(rule)},
-        "command": f"python bench/attention.py --heads {args.heads}",
-        "rows": rows,
-    }
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+def _watch(process: subprocess.Popen[bytes], output: Path, row_limit_s: float) -> int | None:
+    """The exit status; None if the file did not change for so long that the process was stopped."""
+    began = time.time()
+    try:
+        while process.poll() is None:
+            time.sleep(0.05)
+            changed = os.path.getmtime(output) if output.exists() else began
+            if time.time() - max(began, changed) > row_limit_s:
+                return None
+        return process.returncode
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _list_of(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
+    def parse_list(text: str) -> list[str]:
+        unknown = set(text.split(",")) - set(choices)
+        if unknown:
+            raise argparse.ArgumentTypeError(f"must be some of {','.join(choices)}, got {text!r}")
+        return [name for name in choices if name in text.split(",")]
+
+    return parse_list
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""Measures the rows, one after another, in one process on the same tensors."""
+
+import contextlib
+import dataclasses
+import datetime
+import gc
+import math
+import platform
+import re
+import sys
+import time
+import traceback
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from checks import ERROR_FACTOR, Inputs, attended_pairs, expected_selection
+from peers import CPU_PEERS, PEERS, Peer, versions
+from report import DEVICE_LOST, FINAL, HEADER, Report, Row, line
+from shapes import FULL, SMALL, Case, Contenders, Sizes, Spec, specs
+from stages import kernel_milliseconds, stage_milliseconds
+from timing import milliseconds, peak_bytes
+from torch import Tensor
+
+from vmoba_flex import vmoba_attention
+from vmoba_flex.dispatch import BACKENDS, DISPATCHES
+
+
+def work(args: Namespace) -> int:
+    """Measures what ``args`` ask for, within their budget; the exit status."""
+    started = time.monotonic()
+    sizes = SMALL if args.small else FULL
+    # Each shape and grad mode of dense FlexAttention is a kernel; past torch's 8 a compiled function is an error here.
+    torch.compiler.config.recompile_limit = 128  # pyright: ignore[reportAttributeAccessIssue]
+    warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+    if args.device == "cpu":
+        torch.set_num_threads(1)  # small tensors, and not the only process
+    report = Report.load(args.output) if args.add else Report(args.output)
+    bench = Bench(sizes, args, report)
+    facts = _facts(args, sizes)
+    if facts not in report.data["runs"]:
+        report.data["runs"].append(facts)
+    run = report.data["runs"].index(facts)
+    report.save()
+    print(HEADER, flush=True)
+    for spec in specs(sizes, args.sections, bench.contenders):
+        spec = bench.resolve(spec)
+        row = report.rows.get(spec.id)
+        if row is not None and row["status"] in FINAL:
+            row["sections"] = list(dict.fromkeys([*row["sections"], spec.section]))
+            continue
+        row = report.rows[spec.id] = _describe(spec, sizes, run)
+        if time.monotonic() - started > args.budget_s:
+            row["status"] = "not run"
+            continue
+        report.save()
+        usable = bench.measure(spec, row)
+        report.save()
+        print(line(row), flush=True)
+        if not usable:
+            return DEVICE_LOST
+    report.save()
+    return 0
+
+
+class Bench:
+    """What rows share: the peers that are there, and the inputs of the shape that was measured last."""
+
+    def __init__(self, sizes: Sizes, args: Namespace, report: Report) -> None:
+        self.sizes, self.device, self.report = sizes, args.device, report
+        self.error_factor = args.error_factor or ERROR_FACTOR[sizes.dtype]
+        self.peers = {name: peer for name, peer in _peers(self.device).items() if name in args.peers}
+        self.missing = {name: why for name, peer in self.peers.items() if (why := _why_missing(peer))}
+        there = [name for name in self.peers if name not in self.missing]
+        fast = tuple(name for name in there if self.peers[name].fast) or tuple(there)
+        self.contenders = Contenders(
+            asked=tuple(self.peers),
+            fast=fast,
+            other=tuple(name for name in there if name not in fast),
+            dispatches=tuple(name for name in DISPATCHES if name != "dense"),
+            backends=tuple(name for name in BACKENDS if name != "auto") if self.device == "cuda" else ("auto",),
+            compile=self.device == "cuda",
+        )
+        self.inputs: tuple[tuple[Any, ...], Inputs] | None = None
+
+    def resolve(self, spec: Spec) -> Spec:
+        """Names the backend where the spec asks for the best one."""
+        if spec.backend != "best":
+            return spec
+        backend = self.report.fastest_backend(spec.attention, Case(self.sizes.grid, 1).tokens, self.sizes.heads[0])
+        return dataclasses.replace(spec, backend=backend)
+
+    def measure(self, spec: Spec, row: Row) -> bool:
+        """Fills the row, with an error's text if there is one; whether the device still works."""
+        began = time.monotonic()
+        try:
+            if spec.attention in self.missing:
+                row["status"], row["error"] = "not installed", self.missing[spec.attention]
+            else:
+                self._measure(spec, row)
+        except torch.OutOfMemoryError as error:
+            row["status"], row["error"] = "out of memory", _text(error)
+        except Exception as error:
+            refused = isinstance(error, (ValueError, NotImplementedError)) and spec.attention not in self.peers
+            row["status"], row["error"] = "unsupported" if refused else "failed", _text(error)
+            if not refused:
+                _print_trace()
+        row["wall_s"] = time.monotonic() - began
+        return row["status"] == "ok" or self._clean()
+
+    def _clean(self) -> bool:
+        """Frees what nobody holds any more; whether the device still works."""
+        if self.device != "cuda":
+            return True
+        gc.collect()
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            print(f"the GPU no longer answers: {_text(error)}", file=sys.stderr)
+            return False
+        return True
+
+    def _measure(self, spec: Spec, row: Row) -> None:
+        inputs = self._inputs_of(spec.case)
+        tensors = [x.detach() for x in inputs.leaves]
+        attend, context = self._attention(spec)
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return attend(*tensors)
+
+        def forward_backward() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(attend(*inputs.leaves), inputs.leaves, inputs.upstream)
+
+        with context():
+            if spec.stages:
+                self._stages(row, forward, forward_backward)
+                return
+            selection = self._check(spec, row, inputs, forward)
+            if row["status"] == "wrong":
+                return
+            size = inputs.upstream.numel() * inputs.upstream.element_size()
+            self._time(row, "forward", forward, 1, size)
+            try:
+                gradients = forward_backward()
+                if "main" in row["sections"]:
+                    row["gradient_errors"] = self._gradient_errors(row, gradients, inputs, selection, spec)
+                del gradients
+                # The output and the gradients in query, key and value come on top of what is there before.
+                self._time(row, "forward_backward", forward_backward, 4, size)
+            except Exception as error:
+                row["status"], row["error"] = "forward only", _text(error)
+                _print_trace()
+                return
+        row["status"] = "ok"
+
+    def _inputs_of(self, case: Case) -> Inputs:
+        shape = case.grid, case.heads, case.inputs
+        if self.inputs is None or self.inputs[0] != shape:
+            self.inputs = None
+            if self.device == "cuda":
+                torch.compiler.reset()  # kernels of other shapes would count against the limit of them
+            self._clean()
+            self.inputs = shape, Inputs(case, self.sizes, self.device)
+        return self.inputs[1]
+
+    def _attention(self, spec: Spec) -> tuple[Callable[..., Any], Callable[[], Any]]:
+        if spec.attention in self.peers:
+            peer = self.peers[spec.attention]
+            return peer.load(), peer.context
+        partition, rule = spec.case.partition, spec.case.rule
+        assert partition is not None  # a sparse case has both
+        assert rule is not None
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return vmoba_attention(query, key, value, partition, rule, dispatch=spec.attention, backend=spec.backend)
+
+        if spec.compiled:
+            return torch.compile(attend, fullgraph=True, dynamic=False), contextlib.nullcontext
+        return attend, contextlib.nullcontext
+
+    def _check(self, spec: Spec, row: Row, inputs: Inputs, forward: Callable[[], Tensor]) -> Tensor | None:
+        """Sets the row's error and facts of its selection, and status "wrong" if the error is too large."""
+        case, output = spec.case, forward()
+        if output.shape != inputs.upstream.shape:
+            raise RuntimeError(f"output has shape {tuple(output.shape)}, not {tuple(inputs.upstream.shape)}")
+        row["key_pairs"] = float(case.heads * case.tokens**2)
+        if case.partition is None:
+            return self._judge(spec, row, inputs, output, None)
+        selection = expected_selection(spec.attention, inputs, case)
+        row["density"], pairs = attended_pairs(selection, case)
+        # "auto" may attend all keys where that is faster.
+        if spec.attention == "auto" and inputs.error(output, None, case) < inputs.error(output, selection, case):
+            row["check"] = "attends all keys"
+            return self._judge(spec, row, inputs, output, None)
+        row["key_pairs"] = pairs
+        return self._judge(spec, row, inputs, output, selection)
+
+    def _judge(self, spec: Spec, row: Row, inputs: Inputs, output: Tensor, selection: Tensor | None) -> Tensor | None:
+        error = inputs.error(output, selection, spec.case, flips=spec.compiled)
+        if not math.isfinite(error):
+            row["status"], row["error"] = "wrong", f"the output's error is {error}"
+            return selection
+        row["output_error"] = error
+        try:
+            budget = inputs.flex_error(spec.case)
+        except Exception as failure:
+            row["check"] = "no budget"
+            print(f"FlexAttention gives no budget: {_text(failure)}", file=sys.stderr)
+            return selection
+        row["error_ratio"] = row["output_error"] / budget
+        if row["error_ratio"] > self.error_factor:
+            row["status"] = "wrong"
+            row["error"] = f"error {row['output_error']:.3g} is over {self.error_factor} x {budget:.3g}"
+        return selection
+
+    def _gradient_errors(
+        self, row: Row, gradients: tuple[Tensor, ...], inputs: Inputs, selection: Tensor | None, spec: Spec
+    ) -> list[float] | None:
+        try:
+            return inputs.gradient_errors(gradients, selection, spec.case, spec.attention)
+        except torch.OutOfMemoryError as error:
+            row["check"] = f"gradients unchecked: {_text(error)}"
+            return None
+
+    def _time(self, row: Row, mode: str, call: Callable[[], Any], results: int, size: int) -> None:
+        peak = peak_bytes(call, self.device)
+        if peak is not None:
+            row[f"{mode}_extra_gb"] = (peak - results * size) / 1e9
+        row[f"{mode}_ms"] = milliseconds(call, self.device)
+
+    def _stages(self, row: Row, forward: Callable[[], Any], forward_backward: Callable[[], Any]) -> None:
+        row["stages"] = {}
+        for mode, call in (("forward", forward), ("forward_backward", forward_backward)):
+            call()
+            repeats = 5 if self.device == "cuda" else 1
+            row["stages"][mode] = {"elapsed_ms": stage_milliseconds(call, self.device, repeats)}
+            row["status"] = "ok"
+            try:
+                row["stages"][mode] |= kernel_milliseconds(call, self.device)
+            except Exception as error:  # a machine may not let its GPU be profiled
+                row["error"] = f"no profile: {_text(error)}"
+
+
+def _peers(device: str) -> dict[str, Peer]:
+    return PEERS if device == "cuda" else CPU_PEERS
+
+
+def _why_missing(peer: Peer) -> str | None:
+    # Importing others' packages fails in many ways, one of which is another package's version.
+    try:
+        peer.load()
+    except Exception as error:
+        return _text(error)
+    return None
+
+
+def _describe(spec: Spec, sizes: Sizes, run: int) -> Row:
+    case = spec.case
+    return {
+        "id": spec.id,
+        "sections": [spec.section],
+        "status": "running",
+        "attention": spec.attention,
+        "backend": spec.backend,
+        "compiled": spec.compiled,
+        "tokens": case.tokens,
+        "heads": case.heads,
+        "head_dim": sizes.head_dim,
+        "dtype": str(sizes.dtype).removeprefix("torch."),
+        "grid": case.grid,
+        "kind": case.kind,
+        "block": case.block,
+        "blocks": case.partition.num_blocks if case.partition else 0,
+        "rule": repr(case.rule) if case.rule else "",
+        "inputs": case.inputs,
+        "run": run,
+    }
+
+
+def _facts(args: Namespace, sizes: Sizes) -> dict[str, Any]:
+    cuda = args.device == "cuda"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})",
+        "python": platform.python_version(),
+        "versions": versions(),
+        "shape": f"batch 1, head dim {sizes.head_dim}, {str(sizes.dtype).removeprefix('torch.')}",
+        "error_factor": args.error_factor or ERROR_FACTOR[sizes.dtype],
+        "command": args.command,
+    }
+
+
+def _print_trace() -> None:
+    print(traceback.format_exc()[-1500:], file=sys.stderr)
+
+
+def _text(error: BaseException) -> str:
+    """An error in one line, without the folders of whoever ran into it."""
+    text = f"{type(error).__name__}: {error}".strip()
+    return re.sub(r"(?:/[\w.+-]+)+/", "", " ".join(text.split()))[:400]

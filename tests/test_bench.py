@@ -1,0 +1,162 @@
+"""The benchmark script: every section in small, and what it does about rows that fail, lie, die or hang."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+BENCH = ROOT / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch):
+    """Imports the script's modules as the script does: by plain names, from its folder."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    names = {path.stem for path in BENCH.glob("*.py")}
+    before = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
+    yield lambda name: importlib.import_module(name)
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
+
+
+def test_small_run_measures_every_section_and_draws_it(tmp_path: Path):
+    output, plot = tmp_path / "small.json", tmp_path / "plots" / "small.png"
+    command = [sys.executable, "bench/attention.py", "--device", "cpu", "--small", "--output", output, "--plot", plot]
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
+    report = json.loads(output.read_text())
+    assert report["formulas"]
+    assert report["runs"][0]["versions"]["torch"] == torch.__version__
+    assert str(tmp_path) not in output.read_text()
+    for section in ("main", "density", "tokens", "paper", "stages", "auto"):
+        rows = [row for row in report["rows"] if section in row["sections"]]
+        ours = [row for row in rows if row["attention"] in ("tiles", "packed", "shared", "auto")]
+        assert ours, section
+        for row in ours:
+            assert row["status"] == "ok", row
+            if section != "stages":
+                assert row["forward_ms"] > 0 and row["forward_backward_ms"] > 0
+                assert 0 < row["error_ratio"] <= report["runs"][0]["error_factor"]
+                assert row["forward_speed_up"] > 0 and row["forward_times_floor"] > 0
+        assert not [row for row in rows if row["status"] in ("wrong", "failed", "running", "not run")], result.stderr
+    stages = next(row["stages"] for row in report["rows"] if "stages" in row)
+    for mode in ("forward", "forward_backward"):
+        assert {"gate", "select", "plan", "gather", "attention", "merge"} <= stages[mode]["elapsed_ms"].keys()
+        assert stages[mode]["kernels"]
+    densities = {row["density"] for row in report["rows"] if "density" in row["sections"] and "density" in row}
+    assert len(densities) >= 3
+    assert {row["attention"] for row in report["rows"] if row["blocks"]} == {"tiles", "packed", "shared", "auto"}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "## density" in output.with_suffix(".md").read_text()
+
+
+def test_rows_that_fail_or_lie_are_recorded_and_the_others_go_on(bench, monkeypatch, tmp_path):
+    worker: ModuleType = bench("worker")
+    peers: ModuleType = bench("peers")
+    failures = []
+
+    def failing(query, key, value):
+        failures.append(1)
+        raise RuntimeError(f"no kernel in {tmp_path}/lib/kernel.so")
+
+    def out_of_memory(query, key, value):
+        raise torch.OutOfMemoryError("tried to allocate 137 GiB")
+
+    def missing():
+        raise ModuleNotFoundError("No module named 'xformers'")
+
+    stand_ins = {
+        "FlashAttention-2": peers.CPU_PEERS["FlashAttention-2"],
+        "cuDNN": peers.Peer(lambda: failing),
+        "memory-efficient": peers.Peer(lambda: lambda query, key, value: value * float("nan")),
+        "FlashAttention-4": peers.Peer(lambda: out_of_memory),
+        "xformers": peers.Peer(missing),
+    }
+    monkeypatch.setattr(worker, "CPU_PEERS", stand_ins)
+    monkeypatch.setattr(worker, "DISPATCHES", ("tiles", "unheard-of"))
+    output = tmp_path / "x.json"
+    arguments = ["--device", "cpu", "--small", "--sections", "main", "--output", str(output)]
+    assert worker.work(bench("attention").parse(arguments)) == 0
+
+    def statuses() -> dict[str, str]:
+        return {row["attention"]: row["status"] for row in json.loads(output.read_text())["rows"]}
+
+    expected = {
+        "FlashAttention-2": "ok",
+        "cuDNN": "failed",
+        "memory-efficient": "wrong",
+        "FlashAttention-4": "out of memory",
+        "xformers": "not installed",
+        "tiles": "ok",
+        "unheard-of": "unsupported",
+    }
+    # Packed rows are wanted whatever the table of dispatches holds.
+    assert statuses() == expected | {"packed": "ok"}
+    rows = {row["attention"]: row for row in json.loads(output.read_text())["rows"]}
+    assert rows["cuDNN"]["error"] == "RuntimeError: no kernel in kernel.so"
+    assert "forward_ms" not in rows["memory-efficient"]
+
+    # Another environment, where what was missing is there: nothing else is measured again.
+    monkeypatch.setitem(stand_ins, "xformers", stand_ins["FlashAttention-2"])
+    assert worker.work(bench("attention").parse([*arguments, "--add"])) == 0
+    assert statuses() == expected | {"packed": "ok", "xformers": "ok"}
+    assert len(failures) == 1
+    after = {row["attention"]: row for row in json.loads(output.read_text())["rows"]}
+    for measured in ("forward_ms", "forward_backward_ms", "output_error", "wall_s"):
+        assert after["tiles"][measured] == rows["tiles"][measured]
+
+
+def test_the_command_line_knows_all_peers_and_sections(bench):
+    assert set(bench("attention").PEERS) == bench("peers").PEERS.keys()
+    sizes = bench("shapes").FULL
+    contenders = bench("shapes").Contenders(("cuDNN",), ("cuDNN",), (), ("auto", "packed"), ("triton",), False)
+    sections = list(bench("attention").SECTIONS)
+    assert {spec.section for spec in bench("shapes").specs(sizes, sections, contenders)} == set(sections)
+
+
+def test_no_row_starts_without_budget(bench, tmp_path):
+    output = tmp_path / "x.json"
+    arguments = ["--device", "cpu", "--small", "--output", str(output), "--budget-s", "-1"]
+    assert bench("worker").work(bench("attention").parse(arguments)) == 0
+    assert {row["status"] for row in json.loads(output.read_text())["rows"]} == {"not run"}
+
+
+PROCESS = """
+import json, os, pathlib, sys, time
+path = pathlib.Path(sys.argv[1])
+rows = json.loads(path.read_text())["rows"] if "--add" in sys.argv else []
+def save(status):
+    row = dict.fromkeys(["attention", "backend", "compiled", "rule", "kind", "inputs"], "")
+    row |= {"id": str(len(rows)), "sections": [], "status": status, "tokens": 1, "heads": 1, "blocks": 0}
+    path.write_text(json.dumps({"runs": [], "formulas": {}, "rows": [*rows, row]}))
+if len(rows) == 0:
+    save("running"); os._exit(11)
+if len(rows) == 1:
+    save("running"); time.sleep(60)
+if len(rows) == 2:
+    save("failed"); sys.exit(75)
+save("ok")
+"""
+
+
+def test_a_process_that_dies_hangs_or_loses_its_gpu_costs_one_row(bench, tmp_path):
+    output = tmp_path / "x.json"
+    command = [sys.executable, "-c", PROCESS, str(output)]
+    assert bench("attention").supervise(command, output, budget_s=60, row_limit_s=1) == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["status"] for row in rows] == ["failed", "failed", "failed", "ok"]
+    assert rows[0]["error"] == "the process ended with 11"
+    assert rows[1]["error"] == "the process was stopped after 1 s"
+
+
+def test_a_process_that_ends_between_rows_is_not_started_again(bench, tmp_path):
+    assert bench("attention").supervise([sys.executable, "-c", "exit(3)"], tmp_path / "x.json", 60, 60) == 3
