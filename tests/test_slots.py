@@ -12,7 +12,7 @@ from block_masks import Slots, plan_slots, slot_mask, slot_tile_map
 from tests.strategies import generators
 from tests.test_block_masks import INDEX_TENSORS
 
-SLOT_TENSORS = [field.name for field in dataclasses.fields(Slots) if field.name != "tile_size"]
+SLOT_TENSORS = [field.name for field in dataclasses.fields(Slots) if field.type is Tensor]
 
 
 @dataclasses.dataclass
