@@ -311,3 +311,110 @@ def test_memory_at_55296_tokens_holds_no_square(partition: BlockPartition, dispa
     truth = reference.attention(query[:, :, rows], key, value, mask)[0]
     low = torch.nn.functional.scaled_dot_product_attention(query[:, :, rows], key, value, attn_mask=mask)
     assert_within_budget([output], [low], [truth])
+
+
+EDGES = {
+    "one-block": (BlockPartition((2, 9, 11), (2, 9, 11)), TopK(1)),
+    "one-token-blocks": (BlockPartition((1, 17, 17), (1, 16, 16)), TopK(2)),
+    "one-token": (BlockPartition((1, 1, 1), (1, 1, 1)), Threshold(0.25, max_density=0.5)),
+    "prime-tokens": (BlockPartition((1, 1, 1009), (1, 1, 100), prefix=3), Threshold(0.25, max_density=0.25)),
+}
+
+
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+@pytest.mark.parametrize("edge", EDGES)
+def test_packed_at_the_edges(edge: str, backend: str):
+    partition, rule = EDGES[edge]
+    query, key, value, upstream = torch.randn(4, 2, 2, partition.num_tokens, 64, device="cuda", dtype=torch.bfloat16)
+    case = Problem(query, key, value, partition, rule)
+    mask = expected_mask(case)
+    actual = outputs_and_gradients(through_attention("packed", backend), case, upstream)
+    low = outputs_and_gradients(functools.partial(low_precision, mask=mask), case, upstream)
+    truth = outputs_and_gradients(functools.partial(exact, mask=mask), case.to(torch.float64), upstream)
+    assert_within_budget(actual, low, truth)
+
+
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_packed_where_all_queries_choose_one_block(backend: str):
+    partition = BlockPartition.spatial((4, 24, 24), (6, 8))
+    query, key, value, upstream = torch.randn(4, 1, 2, partition.num_tokens, 128, device="cuda", dtype=torch.bfloat16)
+    query[:, 1] = query[:, 1].abs()
+    key[:, 1][:, partition.block_ids("cuda") == 5] += 4  # every query of the second head likes block 5 best
+    case = Problem(query, key, value, partition, TopK(2, pool="query"))
+    selection = vmoba_selection(query, key, partition, case.rule)
+    assert selection[0, 1, :, 5].all()
+    mask = expected_mask(case)
+    actual = outputs_and_gradients(through_attention("packed", backend), case, upstream)
+    low = outputs_and_gradients(functools.partial(low_precision, mask=mask), case, upstream)
+    truth = outputs_and_gradients(functools.partial(exact, mask=mask), case.to(torch.float64), upstream)
+    assert_within_budget(actual, low, truth)
+
+
+def test_packed_at_a_million_tokens():
+    partition = BlockPartition.spatiotemporal((64, 128, 128), (8, 32, 32))
+    query, key, value = torch.randn(3, 1, 1, partition.num_tokens, 128, device="cuda", dtype=torch.bfloat16)
+    rule = TopK(5)
+    output = vmoba_attention(query, key, value, partition, rule, dispatch="packed")
+    rows = torch.randint(partition.num_tokens, (32,), device="cuda")
+    mask = vmoba_selection(query, key, partition, rule)[:, :, rows][..., partition.block_ids("cuda")]
+    truth = reference.attention(query[:, :, rows], key, value, mask)[0]
+    low = torch.nn.functional.scaled_dot_product_attention(query[:, :, rows], key, value, attn_mask=mask)
+    assert_within_budget([output[:, :, rows]], [low], [truth])
+
+
+CAPTURED = {"packed": Threshold(0.25, max_density=0.4), "tiles": Threshold(0.25), "shared": Threshold(0.25)}
+
+
+def fresh_inputs(partition: BlockPartition, seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shape = (1, 2, partition.num_tokens, 128)
+    return [torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator) for _ in range(4)]
+
+
+@pytest.mark.parametrize("dispatch", CAPTURED)
+def test_a_captured_graph_replays_with_fresh_inputs(dispatch: str):
+    partition, rule = CASES["spatial"][0], CAPTURED[dispatch]
+    *inputs, upstream = fresh_inputs(partition, 0)
+    leaves = [x.requires_grad_() for x in inputs]
+
+    def step() -> list[torch.Tensor]:
+        output = vmoba_attention(*leaves, partition, rule, dispatch=dispatch, backend="triton")
+        return [output, *torch.autograd.grad(output, leaves, upstream)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):
+        with torch.no_grad():
+            for target, x in zip((*leaves, upstream), fresh_inputs(partition, seed), strict=True):
+                target.copy_(x)
+        graph.replay()
+        for x, y in zip(captured, step(), strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dispatch", CAPTURED)
+def test_reduce_overhead_gives_what_eager_gives(dispatch: str):
+    partition, rule = CASES["spatial"][0], CAPTURED[dispatch]
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return vmoba_attention(query, key, value, partition, rule, dispatch=dispatch, backend="triton")
+
+    fast = torch.compile(attend, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    for seed in range(4):
+        *inputs, upstream = fresh_inputs(partition, seed)
+        leaves = [x.requires_grad_() for x in inputs]
+        torch.compiler.cudagraph_mark_step_begin()
+        output = fast(*leaves)
+        gradients = torch.autograd.grad(output, leaves, upstream)
+        expected = attend(*leaves)
+        truth = [expected, *torch.autograd.grad(expected, leaves, upstream)]
+        for x, y in zip([output, *gradients], truth, strict=True):
+            # The compiled mean query of a tile may round otherwise, and flip choices at the cut.
+            assert (x - y).norm() <= (0.05 if dispatch == "shared" else 1e-2) * y.norm()

@@ -1,12 +1,15 @@
-"""Runs the Triton kernels of packed rows in Triton's interpreter, on a CPU, against their eager twins.
+"""Runs the Triton kernels of packed rows at odd sizes against their eager twins.
 
-TRITON_INTERPRET=1 python -m tests.interpreted_rows
+TRITON_INTERPRET=1 python -m tests.row_kernels_at_odd_sizes                       # on a CPU
+compute-sanitizer --tool memcheck python -m tests.row_kernels_at_odd_sizes        # on a GPU
 """
 
 import torch
 
-from block_masks import attend_packed, plan_rows, plan_slots, row_kernels, row_steps
-from block_masks.rows import _plan_on_gpu
+from block_masks import RowPlan, attend_packed, plan_slots, row_kernels, row_steps
+from block_masks.rows import _plan, _plan_on_gpu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def problem(heads: int, queries: int, sizes: list[int], density: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,7 +22,7 @@ def check_plan(heads: int, queries: int, sizes: list[int], density: float, toget
     """The plan, and the steps that move rows."""
     selected, key_group = problem(heads, queries, sizes, density)
     row_tiles = together * len(sizes) * -(-queries // 128) + 1
-    plan = plan_rows(selected, row_tiles, together)
+    plan = RowPlan(*_plan(selected, row_tiles, together, 128), 128)
     names = ("row_query", "row_pool", "query_rows", "query_count", "first_tile", "tiles")
     for name, actual in zip(names, _plan_on_gpu(selected, row_tiles, together, 128), strict=True):
         expected = getattr(plan, name)
@@ -63,6 +66,7 @@ def check_attention(heads: int, repeats: int, sizes: list[int], dims: tuple[int,
 
 if __name__ == "__main__":
     torch.manual_seed(0)
+    torch.set_default_device(DEVICE)
     check_plan(4, 300, [1, 130, 40], 0.3, 2)
     check_plan(2, 5000, [3], 1.0, 1)
     check_plan(1, 1, [1, 1], 0.5, 1)
