@@ -17,11 +17,11 @@ from torch import Tensor
 from vmoba_flex.select_kernels import LARGEST, bits_of, key_of, rest_of, scale_of, score_of, weight_of
 
 _PROGRAMS = 2112  # sixteen per multiprocessor of an H200
-_BLOCK = 2048
+_BLOCK = 1024
 _BINS = 128
-# What the kernels tell each other about a pool, int64, zero at first. Minima are kept as maxima of what they lack to
-# 2**32 - 1.
-_KEY_MAX, _KEY_LACK, _TOTAL, _OWN_WEIGHT, _OWN_COUNT, _ABOVE_WEIGHT, _ABOVE_COUNT, _LISTED, _LIST_MAX, _LIST_LACK = (
+# What the kernels tell each other about a pool, int64, zero at first. Keys are counted from -2**31 here; the smallest is
+# kept as the most that any lacks to 2**32 - 1.
+_KEY_MAX, _KEY_LACK, _TOTAL, _OWN_WEIGHT, _OWN_COUNT, _ABOVE_WEIGHT, _ABOVE_COUNT, _LISTED, _FROM, _TO = (
     tl.constexpr(i) for i in range(10)
 )
 _PAIRS, _REST, _OUTCOME, _DIGITS = (tl.constexpr(i) for i in range(10, 14))
@@ -93,14 +93,16 @@ def _bin_kernel(
         tl.atomic_add(here + _OWN_WEIGHT, tl.sum(own_weight, 0), sem="relaxed")
 
 
-@triton.jit
-def _bracket(
-    here, bins, max_pairs, tau_bits, one_bits, finite,
+@triton.jit(do_not_specialize=["max_pairs", "tau_bits"])
+def _bracket_kernel(
+    state, counts, fields, max_pairs, tau_bits, one_bits,
     HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr, BIN_BITS: tl.constexpr,
 ):  # fmt: skip
-    """The targets of a pool's non-own pairs, what is known of the cut, and weights from and below which it lies."""
+    """The targets of a pool's non-own pairs, what is known of the cut, and the keys among which it lies."""
+    here = state + tl.program_id(0).to(tl.int64) * fields
+    low, unit, finite = _pool_scale(here, one_bits)
     bin = tl.arange(0, 1 << BIN_BITS)
-    count = tl.load(bins + bin).to(tl.int64)
+    count = tl.load(counts + tl.program_id(0).to(tl.int64) * (1 << BIN_BITS) + bin).to(tl.int64)
     pairs = tl.full((), 0, tl.int64)
     rest = pairs
     sure = bin < 0
@@ -117,78 +119,79 @@ def _bracket(
         lowest = bin.to(tl.int64) << (one_bits - BIN_BITS)
         # The largest weight may be one, rounded up.
         top = (tl.full((), 1, tl.int64) << one_bits) + (tl.full((), 1, tl.int64) << (one_bits // 2))
-        highest = tl.where(bin == (1 << BIN_BITS) - 1, top, lowest + (tl.full((), 1, tl.int64) << (one_bits - BIN_BITS)))
+        width = tl.full((), 1, tl.int64) << (one_bits - BIN_BITS)
+        highest = tl.where(bin == (1 << BIN_BITS) - 1, top, lowest + width)
         sure = sure | (tl.cumsum(count * lowest, 0, reverse=True) >= rest)
         possible = possible | (tl.cumsum(count * highest, 0, reverse=True) >= rest)
         nothing = nothing | (rest <= 0)
     last, first = tl.max(tl.where(possible, bin, -1), 0), tl.max(tl.where(sure, bin, 0), 0)
+    from_weight = first.to(tl.int64) << (one_bits - BIN_BITS)
+    to_weight = tl.where(last == (1 << BIN_BITS) - 1, LARGEST, (last + 1).to(tl.int64) << (one_bits - BIN_BITS))
+
+    # The smallest keys with these weights, by bisection of the pool's keys, both at once.
+    goal = tl.where(tl.arange(0, 2) == 0, from_weight, to_weight)
+    start = tl.zeros((2,), tl.int64) + (_KEYS - tl.load(here + _KEY_LACK))
+    end = tl.zeros((2,), tl.int64) + (tl.load(here + _KEY_MAX) + 1)
+    for _ in range(33):
+        middle = (start + end) // 2
+        enough = weight_of(score_of((middle - 2**31).to(tl.int32)), low, unit) >= goal
+        open_yet = start < end
+        start = tl.where(open_yet & (enough == 0), middle + 1, start)
+        end = tl.where(open_yet & enough, middle, end)
+    tl.store(here + _FROM + tl.arange(0, 2), start)
+    tl.store(here + _PAIRS, pairs)
+    tl.store(here + _REST, rest)
     outcome = tl.where(nothing, _NOTHING, tl.where(last < 0, _EVERYTHING, _OPEN))
-    above = tl.where(last == (1 << BIN_BITS) - 1, LARGEST, (last + 1).to(tl.int64) << (one_bits - BIN_BITS))
-    return pairs, rest, outcome, first.to(tl.int64) << (one_bits - BIN_BITS), above
+    tl.store(here + _OUTCOME, outcome.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["max_pairs", "tau_bits"])
+@triton.jit
 def _list_kernel(
-    scores, own, state, counts, listed, fields, length, own_pools, chunk, parts, max_pairs, tau_bits, one_bits,
-    HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr, BIN_BITS: tl.constexpr, BLOCK: tl.constexpr,
+    scores, own, state, listed, fields, length, own_pools, chunk, parts, one_bits,
+    HAS_TAU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Lists the places of the pairs among which the cut lies, and adds up the pairs above these."""
     pool, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     first = part.to(tl.int64) * chunk
     here = state + pool.to(tl.int64) * fields
-    low, unit, finite = _pool_scale(here, one_bits)
-    bins = counts + pool.to(tl.int64) * (1 << BIN_BITS)
-    pairs, rest, outcome, from_weight, to_weight = _bracket(
-        here, bins, max_pairs, tau_bits, one_bits, finite, HAS_CAP, HAS_TAU, BIN_BITS
-    )
-    if part == 0:
-        tl.store(here + _PAIRS, pairs)
-        tl.store(here + _REST, rest)
-        tl.store(here + _OUTCOME, outcome.to(tl.int64))
-    if outcome == _OPEN:
+    low, unit, _ = _pool_scale(here, one_bits)
+    # A pool's keys end well below 2**31, that of NaN being the largest.
+    from_key = (tl.load(here + _FROM) - 2**31).to(tl.int32)
+    to_key = (tl.load(here + _TO) - 2**31).to(tl.int32)
+    if tl.load(here + _OUTCOME) == _OPEN:
         above_weight = tl.zeros((BLOCK,), tl.int64)
         above_count = tl.zeros((BLOCK,), tl.int32)
-        least = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
-        most = tl.full((BLOCK,), -(2**31), tl.int32)
-        number = tl.full((), 0, tl.int32)
         for start in range(0, chunk, BLOCK):
             inside = tl.arange(0, BLOCK) < tl.minimum(length - first - start, BLOCK).to(tl.int32)
             at = scores + (pool.to(tl.int64) * length + first + start)
             score = tl.load(at + tl.arange(0, BLOCK), mask=inside, other=0.0)
             own_at = own + ((pool % own_pools).to(tl.int64) * length + first + start)
             mine = tl.load(own_at + tl.arange(0, BLOCK), mask=inside, other=0) != 0
-            weight = weight_of(score, low, unit)
-            others = inside & (mine == 0)
-            above = others & (weight >= to_weight)
-            between = others & (weight >= from_weight) & (weight < to_weight)
+            key = key_of(score)
+            live = inside & (mine == 0) & (key >= from_key)
+            above = live & (key >= to_key)
+            between = (live & (key < to_key)).to(tl.int32)
             above_count += above.to(tl.int32)
             if HAS_TAU:
-                above_weight += tl.where(above, weight, 0)
-            key = key_of(score)
-            least = tl.where(between, tl.minimum(least, key), least)
-            most = tl.where(between, tl.maximum(most, key), most)
-            before = tl.cumsum(between.to(tl.int32), 0)
-            found = tl.max(before, 0)
+                above_weight += tl.where(above, weight_of(score, low, unit), 0)
+            before = tl.cumsum(between, 0)
+            found = tl.sum(between, 0)
             if found > 0:
                 slot = tl.atomic_add(here + _LISTED, found.to(tl.int64), sem="relaxed")
                 to = listed + (pool.to(tl.int64) * length + slot - 1)
                 place = (first + start).to(tl.int32) + tl.arange(0, BLOCK)
-                tl.store(to + before, place, mask=between)
-            number += found
+                tl.store(to + before, place, mask=between != 0)
         tl.atomic_add(here + _ABOVE_COUNT, tl.sum(above_count, 0).to(tl.int64), sem="relaxed")
         if HAS_TAU:
             tl.atomic_add(here + _ABOVE_WEIGHT, tl.sum(above_weight, 0), sem="relaxed")
-        if number > 0:
-            tl.atomic_max(here + _LIST_MAX, tl.max(most, 0).to(tl.int64) + 2**31, sem="relaxed")
-            tl.atomic_max(here + _LIST_LACK, 2**31 - 1 - tl.min(least, 0).to(tl.int64), sem="relaxed")
 
 
 @triton.jit
 def _before_first_digit(here, place_bits, HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr):
     """The record before any digit is known: the cut is among the listed pairs, or known."""
     outcome = tl.load(here + _OUTCOME)
-    lowest = _KEYS - tl.load(here + _LIST_LACK)
-    keys = tl.load(here + _LIST_MAX) - lowest
+    lowest = tl.load(here + _FROM)
+    keys = tl.load(here + _TO) - 1 - lowest
     bits = tl.full((), 0, tl.int32)
     while (keys >> bits) > 0:
         bits += 1
@@ -339,9 +342,10 @@ def take_long(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | N
         scores, own, state, counts, fields, length, own_pools, chunk, parts, one_bits,
         HAS_TAU=tau is not None, BIN_BITS=bin_bits, BLOCK=_BLOCK,
     )  # fmt: skip
+    _bracket_kernel[pools,](state, counts, fields, *targets, BIN_BITS=bin_bits, **flags)
     _list_kernel[grid](
-        scores, own, state, counts, listed, fields, length, own_pools, chunk, parts, *targets,
-        BIN_BITS=bin_bits, BLOCK=_BLOCK, **flags,
+        scores, own, state, listed, fields, length, own_pools, chunk, parts, one_bits,
+        HAS_TAU=tau is not None, BLOCK=_BLOCK,
     )  # fmt: skip
     for step in range(steps + 1):
         _digit_kernel[pools * list_parts,](

@@ -67,7 +67,7 @@ def bits_of(tau: float | None) -> int:
 
 @triton.jit(do_not_specialize=["max_pairs", "tau_bits"])
 def _short_kernel(
-    scores, own, taken, inner, length, stride_outer, stride_inner, stride_entry, own_inner, own_entry, own_pools,
+    scores, own, taken, inner, length, stride_outer, stride_inner, stride_entry, own_inner, own_entry,
     max_pairs, tau_bits, one_bits,
     HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr, LENGTH: tl.constexpr, POOLS: tl.constexpr,
 ):  # fmt: skip
@@ -77,14 +77,15 @@ def _short_kernel(
     column = (tl.program_id(0) % blocks) * POOLS + tl.arange(0, POOLS)
     place = tl.arange(0, LENGTH)[:, None]
     inside = (place < length) & (column < inner)[None, :]
-    wide = column[None, :].to(tl.int64)
-    offset = outer * stride_outer + wide * stride_inner + place.to(tl.int64) * stride_entry
-    score = tl.load(scores + offset, mask=inside, other=0.0)
-    own_row = ((outer * inner + wide) % own_pools) * own_inner
-    mine = tl.load(own + own_row + place.to(tl.int64) * own_entry, mask=inside, other=0) != 0
+    # Within a head 32 bits do: it has fewer than 2**31 entries.
+    scores += outer * stride_outer
+    offset = column[None, :] * stride_inner + place * stride_entry
+    own_offset = column[None, :] * own_inner + place * own_entry
+    # A thread is to hold as much of a pool as it can, not neighbouring pools, so that it adds up with few others.
+    score = tl.load(tl.max_contiguous(scores + offset, [1, 1]), mask=inside, other=0.0)
+    mine = tl.load(tl.max_contiguous(own + own_offset, [1, 1]), mask=inside, other=0) != 0
     mine = mine & inside
     key = key_of(score)
-    others = inside & (mine == 0)
     pairs = tl.zeros((POOLS,), tl.int32)
     rest = tl.zeros((POOLS,), tl.int64)
     weight = tl.zeros((1, 1), tl.int64)
@@ -97,7 +98,7 @@ def _short_kernel(
         value = tl.where(finite[None, :], score, 0.0)
         weight = tl.where(inside, weight_of(value, low[None, :], unit[None, :]), 0)
         rest = rest_of(tl.sum(weight, 0), tl.sum(tl.where(mine, weight, 0), 0), tau_bits, one_bits, finite)
-    key = tl.where(others, key, _NO_KEY)
+    key = tl.where(inside & (mine == 0), key, _NO_KEY)
 
     # The cut is the largest key at which a target is reached, in bits that order as unsigned. Where none is reached it
     # is no key, below all of them.
@@ -126,23 +127,24 @@ def _short_kernel(
                 bit = -1
     cut = cut ^ _NO_KEY
     above = key > cut[None, :]
-    tied = others & (key == cut[None, :])
+    tied = (key != _NO_KEY) & (key == cut[None, :])
     before = tl.cumsum(tied.to(tl.int32), 0) - tied.to(tl.int32)
     if HAS_CAP:
         tied = tied & (before < (pairs - tl.sum(above.to(tl.int32), 0))[None, :])
     if HAS_TAU:
         left = rest - tl.sum(tl.where(above, weight, 0), 0)
         tied = tied & (before.to(tl.int64) * weight < left[None, :])
-    out = (outer * length + place) * inner + wide
-    tl.store(taken + out, mine | above | tied, mask=inside)
+    taken += outer * length * inner
+    chosen = (key == _NO_KEY) | above | tied  # inside the pools, only own pairs do not compete
+    tl.store(tl.max_contiguous(taken + (place * inner + column[None, :]), [1, 1]), chosen, mask=inside)
 
 
 def take_short(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None, one_bits: int) -> Tensor:
     """Takes pairs in pools of at most ``SHORT`` entries.
 
     Args:
-        scores: float32 ``(outer, inner, entries)``, any strides; each ``(outer, inner)`` is a pool.
-        own: bool ``(own pools, entries)``, any strides; pool p has row ``p % own pools``.
+        scores: float32 ``(outer, inner, entries)``, dense in some order of dims; each ``(outer, inner)`` is a pool.
+        own: bool ``(inner, entries)``, dense likewise.
         max_pairs: pairs that a pool keeps, or None.
         tau: share of the pool's weight to reach, or None.
         one_bits: fraction bits of the fixed-point weights.
@@ -158,7 +160,7 @@ def take_short(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | 
     warps = max(1, min(8, padded * pools // budget))
     taken = torch.empty(outer, length, inner, dtype=torch.bool, device=scores.device)
     _short_kernel[outer * triton.cdiv(inner, pools),](
-        scores, own, taken, inner, length, *scores.stride(), *own.stride(), len(own), max_pairs or 0, bits_of(tau),
+        scores, own, taken, inner, length, *scores.stride(), *own.stride(), max_pairs or 0, bits_of(tau),
         one_bits, HAS_CAP=max_pairs is not None, HAS_TAU=tau is not None, LENGTH=padded, POOLS=pools, num_warps=warps,
     )  # fmt: skip
     return taken
