@@ -123,8 +123,7 @@ def _short_kernel(
         found = found | exact
         bit -= 1
         if HAS_CAP:
-            if tl.min(found.to(tl.int32), 0) != 0:
-                bit = -1
+            bit = tl.where(tl.min(found.to(tl.int32), 0) != 0, -1, bit)
     cut = cut ^ _NO_KEY
     above = key > cut[None, :]
     tied = (key != _NO_KEY) & (key == cut[None, :])
@@ -154,10 +153,10 @@ def take_short(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | 
     """
     outer, inner, length = scores.shape
     padded = max(triton.next_power_of_2(length), 2)
-    # A warp keeps 64 keys a thread, or half as many with their weights, and adds them up without the other warps.
-    budget = 2048 if tau is None else 1024
+    # A thread keeps 32 keys, or half as many with their weights; more would spill. A short pool stays in one warp.
+    budget = 1024 if tau is None else 512
     pools = min(32, max(8, budget // padded))
-    warps = max(1, min(8, padded * pools // budget))
+    warps = max(1, min(16, padded * pools // budget))
     taken = torch.empty(outer, length, inner, dtype=torch.bool, device=scores.device)
     _short_kernel[outer * triton.cdiv(inner, pools),](
         scores, own, taken, inner, length, *scores.stride(), *own.stride(), max_pairs or 0, bits_of(tau),

@@ -78,9 +78,11 @@ def _select(
 
         if blocks <= select_kernels.SHORT:
             one_bits = _one_bits(blocks)
-            return select_kernels.take_short(scores.flatten(0, 1), own, max_pairs, tau, one_bits).view(
-                batch, heads, blocks, tokens
-            ).mT
+            return (
+                select_kernels.take_short(scores.flatten(0, 1), own, max_pairs, tau, one_bits)
+                .view(batch, heads, blocks, tokens)
+                .mT
+            )
     order = [*apart, *competing]
     pooled = scores.permute(order)
     entries = pooled.shape[len(apart) :]
