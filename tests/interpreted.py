@@ -70,11 +70,12 @@ def check_gate() -> None:
     for partition, dim, dtype in [
         (BlockPartition((3, 7, 8), (2, 5, 5), prefix=3, suffix=2), 24, torch.bfloat16),
         (BlockPartition((2, 9, 17), (2, 9, 17)), 16, torch.float16),
-        (BlockPartition((5, 6, 6), (1, 2, 2)), 130, torch.float16),
+        (BlockPartition((2, 6, 6), (1, 1, 1)), 16, torch.bfloat16),
+        (BlockPartition((1, 6, 12), (1, 3, 3)), 130, torch.float16),
         (BlockPartition((1, 1, 1), (1, 1, 1), prefix=1), 8, torch.bfloat16),
     ]:
-        query = torch.randn(2, partition.num_tokens, 4, dim, generator=generator).transpose(1, 2).to(dtype)
-        key = torch.randn(2, 2, partition.num_tokens, dim, generator=generator).to(dtype) + 0.5
+        query = torch.randn(2, partition.num_tokens, 2, dim, generator=generator).transpose(1, 2).to(dtype)
+        key = torch.randn(2, 1, partition.num_tokens, dim, generator=generator).to(dtype) + 0.5
         means = block_means(key.double(), partition)
         largest = max(partition.block_sizes().tolist())
         epsilon = torch.finfo(torch.float32).eps

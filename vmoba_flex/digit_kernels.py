@@ -54,6 +54,8 @@ def _after_digit(
         shift = tl.maximum(bits - BITS, 0)
         digit = tl.arange(0, 1 << BITS)
         count = tl.load(counts + digit).to(tl.int64)
+        weight = tl.zeros((1 << BITS,), tl.int64)
+        above, above_weight = weight, weight
         reached = digit < 0
         if HAS_CAP:
             above = tl.cumsum(count, 0, reverse=True)
