@@ -1,5 +1,7 @@
 """The gate: how well each query likes the mean key of each block."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,9 +74,9 @@ def _gate(query: Tensor, key: Tensor, grid: list[int], block: list[int], prefix:
 
 @_gate.register_fake
 def _(query: Tensor, key: Tensor, grid: list[int], block: list[int], prefix: int, suffix: int) -> Tensor:
-    partition = BlockPartition(_triple(grid), _triple(block))
-    shape = (*query.shape[:2], partition.num_blocks, partition.num_video_tokens)
-    return query.new_empty(shape, dtype=_accumulator(query)).mT
+    # Sizes may be symbolic, of which no partition can be made.
+    blocks = math.prod([-(-size // part) for size, part in zip(grid, block, strict=True)])
+    return query.new_empty((*query.shape[:2], blocks, math.prod(grid)), dtype=_accumulator(query)).mT
 
 
 def _has_kernels(x: Tensor) -> bool:
