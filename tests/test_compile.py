@@ -19,7 +19,7 @@ from tests.paths import (
     through_shared,
 )
 from tests.strategies import Problem
-from vmoba_flex import BlockPartition, Threshold, TopK, compiled, reference, vmoba_attention
+from vmoba_flex import BlockPartition, Threshold, TopK, compiled, reference, vmoba_attention, vmoba_selection
 from vmoba_flex.rules import Rule
 
 GRID = (4, 9, 10)
@@ -158,6 +158,18 @@ def test_a_gradient_in_value_alone_is_enough():
     (grad,) = torch.autograd.grad(output.sum(), value)
     (expected,) = torch.autograd.grad(through_attention("tiles")(case).sum(), value)
     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_selections_compile_with_symbolic_sizes():
+    torch.compiler.reset()
+    graph = torch.compile(vmoba_selection, backend="aot_eager", fullgraph=True, dynamic=True)
+    for block in [(1, 9, 10), (2, 3, 4), (3, 4, 4)]:
+        partition = BlockPartition(GRID, block, suffix=block[0])
+        query, key = torch.randn(2, 1, 2, partition.num_tokens, 32)
+        expected = vmoba_selection(query, key, partition, TopK(2))
+        actual = graph(query, key, partition, TopK(2))
+        assert torch.equal(actual, expected)
+        assert actual.stride() == expected.stride()
 
 
 def test_packed_in_a_graph_needs_a_bound():

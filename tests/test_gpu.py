@@ -27,6 +27,7 @@ from tests.test_selection import own_blocks
 from tests.test_shared import exact_means
 from tests.test_slots import SLOT_TENSORS, slot_problems
 from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_attention, vmoba_mask, vmoba_selection
+from vmoba_flex.gate import block_means, gate
 from vmoba_flex.rules import POOLS, Rule
 from vmoba_flex.selection import select
 
@@ -204,6 +205,79 @@ def test_selection_kernels_equal_their_eager_forms_in_long_pools(rule: Rule, lev
     )
     own = own_blocks(partition)
     assert torch.equal(select(scores.cuda(), own.cuda(), rule).cpu(), select(scores, own, rule))
+
+
+@pytest.mark.parametrize("bad", [[torch.nan, -torch.nan], [torch.inf], [-torch.inf], [1e9], []], ids=repr)
+@pytest.mark.parametrize("pool", POOLS)
+def test_selection_kernels_equal_their_eager_forms_at_odd_sizes(pool: str, bad: list[float]):
+    partition = BlockPartition((7, 11, 13), (2, 3, 4))  # 64 blocks cut short, 1,001 queries
+    scores = torch.randn(2, 3, partition.num_video_tokens, partition.num_blocks, generator=torch.Generator())
+    scores[0, 1, 5, : len(bad)] = torch.tensor(bad)
+    own = own_blocks(partition)
+    rules_here: list[Rule] = [
+        Threshold(tau, pool=pool, max_density=cap) for tau in (1e-3, 0.3, 1.0) for cap in (1e-3, 0.2, None)
+    ]
+    if pool != "block":
+        rules_here += [TopK(1, pool=pool), TopK(9, pool=pool), TopK(partition.num_blocks, pool=pool)]
+    for rule in rules_here:
+        actual = select(scores.cuda(), own.cuda(), rule)
+        expected = select(scores, own, rule)
+        assert torch.equal(actual.cpu(), expected), rule
+        assert actual.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 72, 100, 513, 1024, 1025])
+@pytest.mark.parametrize(
+    "rule", [TopK(1), Threshold(0.25, pool="query"), Threshold(0.5, pool="query", max_density=0.1)]
+)
+def test_selection_kernels_equal_their_eager_forms_for_any_number_of_blocks(rule: Rule, blocks: int):
+    partition = BlockPartition((blocks, 1, 1), (1, 1, 1))
+    scores = torch.randn(1, 2, blocks, blocks, generator=torch.Generator()).mul(8).round()
+    own = own_blocks(partition)
+    assert torch.equal(select(scores.cuda(), own.cuda(), rule).cpu(), select(scores, own, rule))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [8, 72, 128, 256])
+@pytest.mark.parametrize(
+    "partition",
+    [
+        BlockPartition((5, 14, 18), (2, 5, 7), prefix=3, suffix=2),
+        BlockPartition.temporal((5, 14, 18), 5),
+        BlockPartition((5, 14, 18), (1, 1, 3), suffix=1),
+    ],
+    ids=["edges", "one-block", "420-blocks"],
+)
+def test_gate_kernels_are_as_accurate_as_float32(partition: BlockPartition, head_dim: int, dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    # Heads inside tokens, as projections leave them; a common offset, as real keys have.
+    query = torch.randn(2, partition.num_tokens, 4, head_dim, generator=generator).to("cuda", dtype).transpose(1, 2)
+    key = torch.randn(2, 2, partition.num_tokens, head_dim, generator=generator).add(3).to("cuda", dtype)
+    truth = gate(query.double(), key.double(), partition)
+    single = gate(query.float(), key.float(), partition)
+    scores = gate(query, key, partition)
+    means = block_means(key.double().abs(), partition).repeat_interleave(2, 1)
+    video = query[:, :, partition.prefix :][:, :, : partition.num_video_tokens].double().abs()
+    # A chain of n float32 operations is off by at most n half-ulps of the sum of magnitudes.
+    assert ((scores - truth).abs() <= (head_dim + 64) * torch.finfo(torch.float32).eps * (video @ means.mT)).all()
+    # On average no worse than float32 products, but for what tensor cores cut off where they would round.
+    assert (scores - truth).abs().mean() <= 4 * (single - truth).abs().mean() + 1e-7
+    assert scores.stride() == truth.stride()
+    assert torch.equal(scores, gate(query, key, partition))
+
+
+@pytest.mark.parametrize("rule", [Threshold(0.25, max_density=0.25), TopK(2), TopK(2, pool="head")], ids=repr)
+def test_a_selection_can_be_captured_in_a_cuda_graph(rule: Rule):
+    partition = CASES["spatial"][0]
+    query, key = torch.randn(2, 1, 2, partition.num_tokens, 64, device="cuda", dtype=torch.bfloat16)
+    vmoba_selection(query, key, partition, rule)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = vmoba_selection(query, key, partition, rule)
+    for x in (query, key):
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(captured, vmoba_selection(query, key, partition, rule))
 
 
 @pytest.mark.parametrize("rule", [TopK(2), TopK(2, pool="global"), Threshold(0.25), Threshold(0.25, max_density=0.3)])

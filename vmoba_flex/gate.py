@@ -1,10 +1,14 @@
 """The gate: how well each query likes the mean key of each block."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vmoba_flex.partition import BlockPartition
+
+_KERNEL_MAX_DIM = 256
 
 
 def block_means(key: Tensor, partition: BlockPartition) -> Tensor:
@@ -17,6 +21,10 @@ def block_means(key: Tensor, partition: BlockPartition) -> Tensor:
     Returns:
         float32 or float64 ``(B, H, N, D)``.
     """
+    if _has_kernels(key):
+        from vmoba_flex import gate_kernels
+
+        return gate_kernels.block_means(key, partition)
     (frames, height, width), (bt, bh, bw) = partition.grid, partition.block
     video = key[..., partition.prefix : partition.prefix + partition.num_video_tokens, :]
     # Zeros fill the cells at the far edges: they add nothing, and each sum is divided by its cell's true size.
@@ -39,15 +47,45 @@ def gate(query: Tensor, key: Tensor, partition: BlockPartition) -> Tensor:
         partition: the blocks.
 
     Returns:
-        ``(B, H, video tokens, N)``, float32, or float64 for float64 inputs.
+        ``(B, H, video tokens, N)``, float32, or float64 for float64 inputs; block by block in memory, as most pools
+        read it.
     """
+    return _gate(query, key, list(partition.grid), list(partition.block), partition.prefix, partition.suffix)
+
+
+# Opaque to Inductor, so that a compiled selection sees the same scores, to the bit, as an eager one.
+@torch.library.custom_op("vmoba_flex::gate", mutates_args=())
+def _gate(query: Tensor, key: Tensor, grid: list[int], block: list[int], prefix: int, suffix: int) -> Tensor:
+    partition = BlockPartition(_triple(grid), _triple(block), prefix=prefix, suffix=suffix)
+    if _has_kernels(query):
+        from vmoba_flex import gate_kernels
+
+        return gate_kernels.gate(query, key, partition)
     means = block_means(key, partition)
-    video = query[..., partition.prefix : partition.prefix + partition.num_video_tokens, :]
+    video = query[..., prefix : prefix + partition.num_video_tokens, :]
     grouped = video.unflatten(1, (key.shape[1], -1)).to(means.dtype)
     # Under autocast the product would be rounded to 16 bits, and close blocks would tie.
     with torch.autocast(query.device.type, enabled=False):
-        # Block by block in memory, as most pools read it.
-        return (means[:, :, None] @ grouped.mT).flatten(1, 2).mT
+        products = means[:, :, None] @ grouped.mT
+    # Flat in between, so that dims of size 1 have the strides that the fake promises.
+    shape = (*query.shape[:2], partition.num_blocks, partition.num_video_tokens)
+    return products.flatten().view(shape).mT
+
+
+@_gate.register_fake
+def _(query: Tensor, key: Tensor, grid: list[int], block: list[int], prefix: int, suffix: int) -> Tensor:
+    # Sizes may be symbolic, of which no partition can be made.
+    blocks = math.prod([-(-size // part) for size, part in zip(grid, block, strict=True)])
+    return query.new_empty((*query.shape[:2], blocks, math.prod(grid)), dtype=_accumulator(query)).mT
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.is_cuda and x.element_size() == 2 and x.shape[-1] <= _KERNEL_MAX_DIM
+
+
+def _triple(sizes: list[int]) -> tuple[int, int, int]:
+    t, y, x = sizes
+    return t, y, x
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

@@ -1,266 +1,165 @@
-"""Triton forms of ``selection.select``'s work, loaded on first use on a CUDA device: no sort of a long pool.
+"""Triton kernels for short pools (the blocks of one query), and what they share with those for long pools.
 
-Each pair gets a 63-bit rank: its score's bits, made to order like the score, above its place in the pool, counted from
-the end. Ranks are distinct and order pairs as the rule does, so a selection is "all ranks from a cut on".
-
-Short pools (the blocks of one query) are sorted in registers. In long pools the cut is found digit by digit: a pass
-adds up counts and weights by digit among the pairs that share the digits found so far, and the digit is the first, from
-the top, at which a target is reached. All sums are of integers, so atomics do not make them depend on an order.
+Loaded on first use on a CUDA device. Nothing is sorted. A score's *key* is its bits, made to order as an int32 like the
+scores; NaNs rank highest and tie, as the two zeros do. The best pairs of a pool are those whose key lies above that of
+the pool's *cut*, and of the pairs that tie with the cut those that come first.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
+import struct
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 SHORT = 1024
-_DIGITS = (11, 11, 11, 10, 10, 10)
-_PROGRAMS = 528  # four per multiprocessor of an H200: each has sums of its own, which bounds contention
-_EVERYTHING, _NOTHING = tl.constexpr(-1), tl.constexpr(-2)
-_LARGEST = tl.constexpr(2**63 - 1)
+# No score has this key: it stands for pairs that do not compete.
+_NO_KEY = tl.constexpr(-(2**31))
+LARGEST = tl.constexpr(2**63 - 1)
 
 
 @triton.jit
-def _rank(score, place):
+def key_of(score):
+    """A score's bits as an int32 that orders like the score."""
     bits = tl.where(score != score, 0x7FC00000, score.to(tl.int32, bitcast=True))
     bits = tl.where(score == 0, 0, bits)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return ((ordered.to(tl.int64) + 2**31) << 31) | (2**31 - 1 - place.to(tl.int64))
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _weight(score, low, unit):
+def score_of(key):
+    """The score with this key."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scale_of(least, most, one_bits):
+    """A pool's smallest score, its weight per unit of score (both 0 where it is not finite), and if it is finite."""
+    # Literals would be float32.
+    finite = (tl.abs(least) < float("inf")) & (tl.abs(most) < float("inf"))
+    low = tl.where(finite, least, 0.0).to(tl.float64)
+    spread = tl.where(finite, most, 0.0).to(tl.float64) - low
+    one = (tl.full((), 1, tl.int64) << one_bits).to(tl.float64)
+    unit = one / tl.where(spread <= tl.full((), 1e-6, tl.float64), tl.full((), 1, tl.float64), spread)
+    return low, tl.where(finite, unit, tl.full((), 0, tl.float64)), finite
+
+
+@triton.jit
+def weight_of(score, low, unit):
+    """Fixed-point weight, as in ``selection._threshold_weights``; it never falls as the key rises."""
     return tl.where(unit == 0, 0, ((score.to(tl.float64) - low) * unit).to(tl.int64))
 
 
 @triton.jit
-def _rest(total, own, tau, one_bits, bounded):
-    # Literals and scalar arguments would be float32.
+def rest_of(total, own, tau_bits, one_bits, finite):
+    """What the non-own pairs of a pool have to reach; ``tau_bits`` are tau's, since a float would come as float32."""
     one = (tl.full((), 1, tl.int64) << one_bits).to(tl.float64)
-    share = tl.load(tau)
+    share = tl.cast(tau_bits, tl.int64).to(tl.float64, bitcast=True)
     reach = tl.ceil(share * (total.to(tl.float64) + one * tl.full((), 1e-6, tl.float64))).to(tl.int64)
-    return tl.where(bounded, reach - own, _LARGEST)
+    return tl.where(finite, reach - own, LARGEST)
 
 
-@triton.jit
+def bits_of(tau: float | None) -> int:
+    """The bits of ``tau`` in float64, as an int."""
+    return struct.unpack("<q", struct.pack("<d", tau or 0.0))[0]
+
+
+@triton.jit(do_not_specialize=["max_pairs", "tau_bits"])
 def _short_kernel(
-    scores, own, taken, inner, length, stride_outer, stride_inner, stride_entry, own_pools, max_pairs, tau, one_bits,
-    HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr, POOLS: tl.constexpr, LENGTH: tl.constexpr,
+    scores, own, taken, inner, length, stride_outer, stride_inner, stride_entry, own_inner, own_entry,
+    max_pairs, tau_bits, one_bits,
+    HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr, LENGTH: tl.constexpr, POOLS: tl.constexpr,
 ):  # fmt: skip
-    """One pool a row: ``POOLS`` neighbouring pools, sorted in registers."""
+    """One pool a column: finds the bits of each cut's key from the top, by adding up what lies above."""
     blocks = tl.cdiv(inner, POOLS)
     outer = (tl.program_id(0) // blocks).to(tl.int64)
-    row = (tl.program_id(0) % blocks) * POOLS + tl.arange(0, POOLS)
-    place = tl.arange(0, LENGTH)[None, :]
-    inside = (row < inner)[:, None] & (place < length)
-    offset = outer * stride_outer + row[:, None].to(tl.int64) * stride_inner + place * stride_entry
-    score = tl.load(scores + offset, mask=inside, other=0.0)
-    pool = outer * inner + row
-    mine = tl.load(own + (pool % own_pools)[:, None] * length + place, mask=inside, other=0) != 0
-    others = inside & (mine == 0)
-    ranks = tl.where(others, _rank(score, place), -1)
-    sorted_ranks = tl.sort(ranks, descending=True)
-    taken_here = sorted_ranks >= 0
+    column = (tl.program_id(0) % blocks) * POOLS + tl.arange(0, POOLS)
+    place = tl.arange(0, LENGTH)[:, None]
+    inside = (place < length) & (column < inner)[None, :]
+    # Within a head 32 bits do: it has fewer than 2**31 entries.
+    scores += outer * stride_outer
+    offset = column[None, :] * stride_inner + place * stride_entry
+    own_offset = column[None, :] * own_inner + place * own_entry
+    # A thread is to hold as much of a pool as it can, not neighbouring pools, so that it adds up with few others.
+    score = tl.load(tl.max_contiguous(scores + offset, [1, 1]), mask=inside, other=0.0)
+    mine = tl.load(tl.max_contiguous(own + own_offset, [1, 1]), mask=inside, other=0) != 0
+    mine = mine & inside
+    key = key_of(score)
+    pairs = tl.zeros((POOLS,), tl.int32)
+    rest = tl.zeros((POOLS,), tl.int64)
+    weight = tl.zeros((1, 1), tl.int64)
     if HAS_CAP:
-        taken_here = taken_here & (place < max_pairs - tl.sum(mine.to(tl.int32), 1)[:, None])
+        pairs = max_pairs.to(tl.int32) - tl.sum(mine.to(tl.int32), 0)
     if HAS_TAU:
-        finite = tl.sum((inside & (tl.abs(score) < float("inf"))).to(tl.int32), 1) == tl.sum(inside.to(tl.int32), 1)
-        value = tl.where(finite[:, None], score, 0.0)
-        low = tl.min(tl.where(inside, value, float("inf")), 1).to(tl.float64)
-        spread = tl.max(tl.where(inside, value, -float("inf")), 1).to(tl.float64) - low
-        one = (tl.full((), 1, tl.int64) << one_bits).to(tl.float64)
-        unit = one / tl.where(spread <= tl.full((), 1e-6, tl.float64), 1.0, spread)
-        weight = tl.where(inside, _weight(value, low[:, None], unit[:, None]), 0)
-        rest = _rest(tl.sum(weight, 1), tl.sum(tl.where(mine, weight, 0), 1), tau, one_bits, finite)
-        ordered = ((sorted_ranks >> 31) - 2**31).to(tl.int32)
-        bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
-        sorted_value = tl.where(finite[:, None], bits.to(tl.float32, bitcast=True), 0.0)
-        sorted_weight = tl.where(sorted_ranks >= 0, _weight(sorted_value, low[:, None], unit[:, None]), 0)
-        taken_here = taken_here & (tl.cumsum(sorted_weight, 1) - sorted_weight < rest[:, None])
-    cut = tl.min(tl.where(taken_here, sorted_ranks, _LARGEST), 1)
-    tl.store(taken + pool[:, None] * length + place, mine | (others & (ranks >= cut[:, None])), mask=inside)
+        least = tl.min(tl.where(inside, key, 0x7FFFFFFF), 0)
+        most = tl.max(tl.where(inside, key, -(2**31)), 0)
+        low, unit, finite = scale_of(score_of(least), score_of(most), one_bits)
+        value = tl.where(finite[None, :], score, 0.0)
+        weight = tl.where(inside, weight_of(value, low[None, :], unit[None, :]), 0)
+        rest = rest_of(tl.sum(weight, 0), tl.sum(tl.where(mine, weight, 0), 0), tau_bits, one_bits, finite)
+    key = tl.where(inside & (mine == 0), key, _NO_KEY)
 
-
-@triton.jit
-def _digit_kernel(
-    scores, own, found, low, unit, counts, weights, own_counts, own_weights, length, own_pools, chunk, shift, chunks,
-    HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr, FIRST: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Adds up the non-own pairs of a chunk of a pool by their next digit; in the first pass also the own pairs."""
-    pool, part = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    sums = tl.program_id(0).to(tl.int64) * (1 << BITS)
-    prefix = tl.load(found + pool)
-    base, step = tl.load(low + pool), tl.load(unit + pool)
-    own_count = tl.zeros((BLOCK,), tl.int64)
-    own_weight = tl.zeros((BLOCK,), tl.int64)
-    weight = own_weight
-    if FIRST or prefix >= 0:
-        for start in range(0, chunk, BLOCK):
-            place = part * chunk + start + tl.arange(0, BLOCK)
-            inside = place < length
-            score = tl.load(scores + pool.to(tl.int64) * length + place, mask=inside, other=0.0)
-            mine = tl.load(own + (pool % own_pools).to(tl.int64) * length + place, mask=inside, other=0) != 0
-            rank = _rank(score, place)
-            live = inside & (mine == 0)
-            if not FIRST:
-                live = live & ((rank >> (shift + BITS)) == prefix)
-            digit = ((rank >> shift) & ((1 << BITS) - 1)).to(tl.int32)
-            if HAS_CAP:
-                tl.atomic_add(counts + sums + digit, tl.full((BLOCK,), 1, tl.int64), mask=live, sem="relaxed")
-            if HAS_TAU:
-                weight = _weight(score, base, step)
-                tl.atomic_add(weights + sums + digit, weight, mask=live, sem="relaxed")
-            if FIRST:
-                own_count += (inside & mine).to(tl.int64)
-                if HAS_TAU:
-                    own_weight += tl.where(inside & mine, weight, 0)
-    if FIRST:
-        tl.store(own_counts + tl.program_id(0), tl.sum(own_count, 0))
-        tl.store(own_weights + tl.program_id(0), tl.sum(own_weight, 0))
-
-
-@triton.jit
-def _scan_kernel(
-    counts, weights, own_counts, own_weights, found, left_count, left_weight, finite, max_pairs, tau, one_bits, chunks,
-    HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr, FIRST: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
-    """Finds the next digit of a pool's cut, and what is left of the targets below it."""
-    pool = tl.program_id(0)
-    digit = tl.arange(0, 1 << BITS)
-    count = tl.zeros((1 << BITS,), tl.int64)
-    weight = tl.zeros((1 << BITS,), tl.int64)
-    own_count = tl.full((), 0, tl.int64)
-    own_weight = tl.full((), 0, tl.int64)
-    for part in range(chunks):
-        sums = (pool * chunks + part).to(tl.int64) * (1 << BITS)
+    # The cut is the largest key at which a target is reached, in bits that order as unsigned. Where none is reached it
+    # is no key, below all of them.
+    cut = tl.zeros((POOLS,), tl.int32)
+    found = column >= inner
+    bit = 31
+    while bit >= 0:
+        tried = cut | (tl.full((), 1, tl.int32) << bit)
+        above = key >= (tried ^ _NO_KEY)[None, :]
+        reached = column < 0
+        exact = column < 0
         if HAS_CAP:
-            count += tl.load(counts + sums + digit)
+            count = tl.sum(above.to(tl.int32), 0)
+            reached = count >= pairs
+            exact = count == pairs
         if HAS_TAU:
-            weight += tl.load(weights + sums + digit)
-        if FIRST:
-            own_count += tl.load(own_counts + pool * chunks + part)
-            own_weight += tl.load(own_weights + pool * chunks + part)
-    prefix = tl.load(found + pool)
-    if FIRST:
-        pairs = max_pairs - own_count
-        rest = own_weight
-        if HAS_TAU:
-            rest = _rest(tl.sum(weight, 0) + own_weight, own_weight, tau, one_bits, tl.load(finite + pool) != 0)
-    else:
-        pairs, rest = tl.load(left_count + pool), tl.load(left_weight + pool)
-    above_count, above_weight = tl.cumsum(count, 0, reverse=True), tl.cumsum(weight, 0, reverse=True)
-    reached = digit < 0
-    none_wanted = pool < 0
+            held = tl.sum(tl.where(above, weight, 0), 0)
+            reached = reached | (held >= rest)
+            exact = exact & (held < rest)
+        cut = tl.where(reached & (found == 0), tried, cut)
+        # Exactly the pairs wanted lie from here on: the lower bits do not matter.
+        found = found | exact
+        bit -= 1
+        if HAS_CAP:
+            bit = tl.where(tl.min(found.to(tl.int32), 0) != 0, -1, bit)
+    cut = cut ^ _NO_KEY
+    above = key > cut[None, :]
+    tied = (key != _NO_KEY) & (key == cut[None, :])
+    before = tl.cumsum(tied.to(tl.int32), 0) - tied.to(tl.int32)
     if HAS_CAP:
-        reached = reached | (above_count >= pairs)
-        none_wanted = none_wanted | (pairs <= 0)
+        tied = tied & (before < (pairs - tl.sum(above.to(tl.int32), 0))[None, :])
     if HAS_TAU:
-        reached = reached | (above_weight >= rest)
-        none_wanted = none_wanted | (rest <= 0)
-    here = tl.max(tl.where(reached, digit, -1), 0)
-    pairs -= tl.sum(tl.where(digit == here, above_count - count, 0), 0)
-    rest -= tl.sum(tl.where(digit == here, above_weight - weight, 0), 0)
-    if FIRST:
-        prefix = tl.full((), 0, tl.int64)
-    grown = (prefix << BITS) | here.to(tl.int64)
-    if FIRST:
-        grown = tl.where(here < 0, _EVERYTHING, grown)
-        grown = tl.where(none_wanted, _NOTHING, grown)
-    tl.store(found + pool, tl.where(prefix < 0, prefix, grown))
-    tl.store(left_count + pool, pairs)
-    tl.store(left_weight + pool, rest)
-
-
-@triton.jit
-def _cut_kernel(scores, own, found, taken, length, own_pools, blocks, BLOCK: tl.constexpr):
-    """Takes own pairs, and all from the cut on."""
-    pool = (tl.program_id(0) // blocks).to(tl.int64)
-    place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < length
-    cut = tl.load(found + pool)
-    cut = tl.where(cut == _EVERYTHING, 0, tl.where(cut == _NOTHING, _LARGEST, cut))
-    score = tl.load(scores + pool * length + place, mask=inside, other=0.0)
-    mine = tl.load(own + (pool % own_pools) * length + place, mask=inside, other=0) != 0
-    tl.store(taken + pool * length + place, mine | (_rank(score, place) >= cut), mask=inside)
-
-
-def _share(tau: float | None, like: Tensor) -> Tensor:
-    """``tau`` in memory, in float64: a scalar argument would be rounded to float32."""
-    return torch.full((), tau or 0.0, dtype=torch.float64, device=like.device)
+        left = rest - tl.sum(tl.where(above, weight, 0), 0)
+        tied = tied & (before.to(tl.int64) * weight < left[None, :])
+    taken += outer * length * inner
+    chosen = (key == _NO_KEY) | above | tied  # inside the pools, only own pairs do not compete
+    tl.store(tl.max_contiguous(taken + (place * inner + column[None, :]), [1, 1]), chosen, mask=inside)
 
 
 def take_short(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None, one_bits: int) -> Tensor:
     """Takes pairs in pools of at most ``SHORT`` entries.
 
     Args:
-        scores: float32 ``(outer, inner, entries)``, any strides; each ``(outer, inner)`` is a pool.
-        own: bool ``(own pools, entries)``, contiguous; pool p has row ``p % own pools``.
+        scores: float32 ``(outer, inner, entries)``, dense in some order of dims; each ``(outer, inner)`` is a pool.
+        own: bool ``(inner, entries)``, dense likewise.
         max_pairs: pairs that a pool keeps, or None.
         tau: share of the pool's weight to reach, or None.
         one_bits: fraction bits of the fixed-point weights.
 
     Returns:
-        bool ``(outer * inner, entries)``.
+        bool ``(outer, entries, inner)``, contiguous.
     """
     outer, inner, length = scores.shape
     padded = max(triton.next_power_of_2(length), 2)
-    pools = max(1, min(32, 2048 // padded))
-    taken = torch.empty(outer * inner, length, dtype=torch.bool, device=scores.device)
+    # A thread keeps 32 keys, or half as many with their weights; more would spill. A short pool stays in one warp.
+    budget = 1024 if tau is None else 512
+    pools = min(32, max(8, budget // padded))
+    warps = max(1, min(16, padded * pools // budget))
+    taken = torch.empty(outer, length, inner, dtype=torch.bool, device=scores.device)
     _short_kernel[outer * triton.cdiv(inner, pools),](
-        scores, own, taken, inner, length, *scores.stride(), len(own), max_pairs or 0, _share(tau, scores), one_bits,
-        HAS_CAP=max_pairs is not None, HAS_TAU=tau is not None, POOLS=pools, LENGTH=padded,
+        scores, own, taken, inner, length, *scores.stride(), *own.stride(), max_pairs or 0, bits_of(tau),
+        one_bits, HAS_CAP=max_pairs is not None, HAS_TAU=tau is not None, LENGTH=padded, POOLS=pools, num_warps=warps,
     )  # fmt: skip
-    return taken
-
-
-def take_long(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None, one_bits: int) -> Tensor:
-    """Takes pairs in pools of any length.
-
-    Args:
-        scores: float32 ``(pools, entries)``, contiguous.
-        own: as in ``take_short``.
-        max_pairs: as in ``take_short``.
-        tau: as in ``take_short``.
-        one_bits: as in ``take_short``.
-
-    Returns:
-        bool ``(pools, entries)``.
-    """
-    pools, length = scores.shape
-    block = 1024
-    chunks = max(1, min(triton.cdiv(length, 4 * block), _PROGRAMS // pools))
-    chunk = triton.cdiv(triton.cdiv(length, chunks), block) * block
-
-    def per_pool(value: int = 0) -> Tensor:
-        return torch.full((pools,), value, dtype=torch.int64, device=scores.device)
-
-    found, left_count, left_weight = per_pool(), per_pool(), per_pool()
-    own_counts, own_weights = (torch.empty(pools * chunks, dtype=torch.int64, device=scores.device) for _ in range(2))
-    if tau is None:
-        low, unit, finite = found, found, found
-    else:
-        least, most = scores.aminmax(dim=-1)
-        low, spread = least.double(), most.double() - least.double()
-        finite = spread.isfinite()
-        low, unit = low.where(finite, 0), (2.0**one_bits / torch.where(spread <= 1e-6, 1.0, spread)).where(finite, 0)
-    flags = {"HAS_CAP": max_pairs is not None, "HAS_TAU": tau is not None}
-    share, shift = _share(tau, scores), sum(_DIGITS)
-    for i, bits in enumerate(_DIGITS):
-        shift -= bits
-        shape = (pools * chunks, 2**bits)
-        counts, weights = (
-            torch.zeros(shape if wanted else 1, dtype=torch.int64, device=scores.device) for wanted in flags.values()
-        )
-        _digit_kernel[pools * chunks,](
-            scores, own, found, low, unit, counts, weights, own_counts, own_weights,
-            length, len(own), chunk, shift, chunks, FIRST=i == 0, BITS=bits, BLOCK=block, **flags,
-        )  # fmt: skip
-        _scan_kernel[pools,](
-            counts, weights, own_counts, own_weights, found, left_count, left_weight, finite,
-            max_pairs or 0, share, one_bits, chunks, FIRST=i == 0, BITS=bits, **flags,
-        )  # fmt: skip
-    taken = torch.empty(pools, length, dtype=torch.bool, device=scores.device)
-    blocks = triton.cdiv(length, block)
-    _cut_kernel[pools * blocks,](scores, own, found, taken, length, len(own), blocks, BLOCK=block)
     return taken

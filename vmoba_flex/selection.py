@@ -32,7 +32,7 @@ def vmoba_selection(query: Tensor, key: Tensor, partition: BlockPartition, rule:
         rule: ``TopK`` or ``Threshold``.
 
     Returns:
-        bool ``(B, H, video tokens, N)`` in raster order.
+        bool ``(B, H, video tokens, N)`` in raster order; block by block in memory, so not contiguous.
 
     Raises:
         TypeError: if an argument has a wrong type or dtype.
@@ -44,7 +44,8 @@ def vmoba_selection(query: Tensor, key: Tensor, partition: BlockPartition, rule:
 
 def choose_blocks(query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule) -> Tensor:
     """``vmoba_selection`` of inputs that have been checked."""
-    own = partition.block_ids(query.device)[:, None] == torch.arange(partition.num_blocks, device=query.device)
+    blocks = torch.arange(partition.num_blocks, device=query.device)
+    own = (blocks[:, None] == partition.block_ids(query.device)).mT
     return select(gate(query, key, partition), own, rule)
 
 
@@ -57,7 +58,7 @@ def select(scores: Tensor, own: Tensor, rule: Rule) -> Tensor:
         rule: ``TopK`` or ``Threshold``.
 
     Returns:
-        bool ``(B, H, S, N)``.
+        bool ``(B, H, S, N)``, the transpose of a contiguous ``(B, H, N, S)``.
     """
     apart, competing = _POOL_DIMS[rule.pool]
     max_pairs = rule.max_pairs(math.prod([scores.shape[dim] for dim in competing]), scores.shape[-1])
@@ -70,27 +71,35 @@ def select(scores: Tensor, own: Tensor, rule: Rule) -> Tensor:
 def _select(
     scores: Tensor, own: Tensor, apart: list[int], competing: list[int], max_pairs: int | None, tau: float | None
 ) -> Tensor:
+    batch, heads, tokens, blocks = scores.shape
+    on_gpu = scores.is_cuda and scores.dtype == torch.float32
+    if on_gpu and len(apart) == 3:
+        from vmoba_flex import select_kernels
+
+        if blocks <= select_kernels.SHORT:
+            one_bits = _one_bits(blocks)
+            return (
+                select_kernels.take_short(scores.flatten(0, 1), own, max_pairs, tau, one_bits)
+                .view(batch, heads, blocks, tokens)
+                .mT
+            )
     order = [*apart, *competing]
     pooled = scores.permute(order)
     entries = pooled.shape[len(apart) :]
     # Pools that differ in batch and head alone have the same own pairs: pool p has row p modulo the rows.
-    own = own.expand(1, scores.shape[1] if 1 in competing else 1, *own.shape).permute(order)
+    own = own.expand(1, heads if 1 in competing else 1, *own.shape).permute(order)
     own = own.flatten(0, len(apart) - 1).flatten(1).contiguous()
-    if scores.is_cuda and scores.dtype == torch.float32:
-        selected = _take_on_gpu(pooled, own, len(apart), max_pairs, tau)
+    pools = pooled.flatten(0, len(apart) - 1).flatten(1)
+    if on_gpu and len(apart) < 3:
+        from vmoba_flex import cut_kernels
+
+        selected = cut_kernels.take_long(pools.contiguous(), own, max_pairs, tau, _one_bits(pools.shape[1]))
     else:
-        selected = _take(pooled.flatten(0, len(apart) - 1).flatten(1), own, max_pairs, tau)
+        selected = _take(pools, own, max_pairs, tau)
     selected = selected.view(*pooled.shape[: len(apart)], *entries)
-    return selected.permute([order.index(dim) for dim in range(4)]).contiguous()
-
-
-def _take_on_gpu(pooled: Tensor, own: Tensor, apart: int, max_pairs: int | None, tau: float | None) -> Tensor:
-    from vmoba_flex import select_kernels as kernels
-
-    if apart == 3 and pooled.shape[-1] <= kernels.SHORT:
-        return kernels.take_short(pooled.flatten(0, 1), own, max_pairs, tau, _one_bits(pooled.shape[-1]))
-    scores = pooled.flatten(0, apart - 1).flatten(1).contiguous()
-    return kernels.take_long(scores, own, max_pairs, tau, _one_bits(scores.shape[-1]))
+    by_block = selected.permute([order.index(dim) for dim in (0, 1, 3, 2)])
+    # Flat in between, so that dims of size 1 have the strides that the fake promises.
+    return by_block.flatten().view(batch, heads, blocks, tokens).mT
 
 
 def _one_bits(length: int) -> int:
@@ -100,7 +109,7 @@ def _one_bits(length: int) -> int:
 
 @_select.register_fake
 def _(scores: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
+    return scores.new_empty(scores.mT.shape, dtype=torch.bool).mT
 
 
 def _take(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None) -> Tensor:

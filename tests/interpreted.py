@@ -1,0 +1,96 @@
+"""Runs the Triton kernels of gate and selection on the CPU, against their eager forms: a script, not a test module.
+
+Triton decides at import whether to interpret, so this needs ``TRITON_INTERPRET=1`` from the start.
+"""
+
+import itertools
+
+import torch
+
+from vmoba_flex import BlockPartition, cut_kernels, gate_kernels, select_kernels
+from vmoba_flex.gate import block_means, gate
+from vmoba_flex.selection import _one_bits, _take
+
+INF, NAN = torch.inf, torch.nan
+KINDS = {
+    "reals": [],
+    "tiny": [],
+    "ties": [],
+    "constant": [],
+    "zeros": [],
+    "one infinite": [INF],
+    "all bad": [INF, -INF, NAN, -NAN],
+    "outlier": [1e9],
+}
+# Cap as a share of the pool, and tau.
+TARGETS = [(None, 0.25), (0.25, None), (0.25, 0.3), (0.1, 0.5), (None, 1.0), (0.5, 1e-3)]
+
+
+def pools(kind: str, count: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    scores = torch.randn(count, length, generator=generator)
+    if kind == "tiny":
+        scores *= 1e-9
+    elif kind == "ties":
+        scores = scores.round()
+    elif kind == "constant":
+        scores.fill_(2.5)
+    elif kind == "zeros":
+        scores = torch.where(scores < 0, 0.0, -0.0)
+    for i, bad in enumerate(KINDS[kind]):
+        scores[:, 3 * i % length] = bad
+    return scores
+
+
+def check_selection() -> None:
+    # Small blocks, so that small pools take several programs and several blocks of each.
+    cut_kernels._BLOCK, cut_kernels._PROGRAMS = 64, 4
+    generator = torch.Generator().manual_seed(0)
+    targets = itertools.cycle(TARGETS)
+    # Six targets over kinds and shapes in turn: the shapes' number shares no factor with six.
+    for i, (kind, (count, length, own_rows)) in enumerate(
+        itertools.product(KINDS, [(2, 200, 1), (2, 50, 2), (1, 1, 1), (1, 2, 1), (2, 70, 2)])
+    ):
+        if i % 2:
+            continue
+        scores = pools(kind, count, length, generator)
+        own = torch.rand(own_rows, length, generator=generator) < 0.15
+        share, tau = next(targets)
+        cap = None if share is None else int(share * length)
+        expected = _take(scores, own, cap, tau)
+        case = (kind, count, length, cap, tau)
+        assert torch.equal(cut_kernels.take_long(scores, own, cap, tau, _one_bits(length)), expected), case
+        by_entry = scores.T.contiguous().T[None]
+        each_own = own.repeat(count // own_rows, 1)
+        taken = select_kernels.take_short(by_entry, each_own, cap, tau, _one_bits(length))
+        assert torch.equal(taken[0].T, expected), case
+
+
+def check_gate() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for batch, partition, dim, dtype in [
+        (2, BlockPartition((3, 7, 8), (2, 5, 5), prefix=3, suffix=2), 24, torch.bfloat16),
+        (1, BlockPartition((2, 9, 17), (2, 9, 17)), 16, torch.float16),
+        (1, BlockPartition((1, 6, 12), (1, 1, 1)), 16, torch.bfloat16),
+        (1, BlockPartition((1, 6, 12), (1, 3, 3)), 130, torch.float16),
+        (2, BlockPartition((1, 1, 1), (1, 1, 1), prefix=1), 8, torch.bfloat16),
+    ]:
+        query = torch.randn(batch, partition.num_tokens, 2, dim, generator=generator).transpose(1, 2).to(dtype)
+        key = torch.randn(batch, 1, partition.num_tokens, dim, generator=generator).to(dtype) + 0.5
+        means = block_means(key.double(), partition)
+        largest = max(partition.block_sizes().tolist())
+        epsilon = torch.finfo(torch.float32).eps
+        magnitude = block_means(key.double().abs(), partition)
+        assert ((gate_kernels.block_means(key, partition) - means).abs() <= largest * epsilon * magnitude).all()
+        video = query[:, :, partition.prefix :][:, :, : partition.num_video_tokens].double().abs()
+        bound = (dim + largest) * epsilon * (video @ magnitude.repeat_interleave(2, 1).mT)
+        scores, expected = (
+            gate_kernels.gate(query, key, partition, wide=True),
+            gate(query.double(), key.double(), partition),
+        )
+        assert scores.stride() == expected.stride()
+        assert ((scores - expected).abs() <= bound).all()
+
+
+if __name__ == "__main__":
+    check_selection()
+    check_gate()

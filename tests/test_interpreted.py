@@ -1,0 +1,21 @@
+"""The Triton kernels, on the CPU: where Triton is installed, its interpreter runs them without a GPU."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_interpreted_kernels_equal_their_eager_forms():
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore::RuntimeWarning", "-m", "tests.interpreted"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parent.parent,
+    )
+    assert result.returncode == 0, result.stderr
