@@ -1,4 +1,4 @@
-"""Runs the Triton kernels of packed rows at odd sizes against their eager twins.
+"""Runs the Triton kernels of packed rows at odd sizes against their eager twins: a script, not a test module.
 
 TRITON_INTERPRET=1 python -m tests.row_kernels_at_odd_sizes                       # on a CPU
 compute-sanitizer --tool memcheck python -m tests.row_kernels_at_odd_sizes        # on a GPU

@@ -1,6 +1,7 @@
-"""Runs the Triton kernels of gate and selection on the CPU, against their eager forms: a script, not a test module.
+"""Runs the Triton kernels of gate and selection at odd sizes against their eager forms: a script, not a test module.
 
-Triton decides at import whether to interpret, so this needs ``TRITON_INTERPRET=1`` from the start.
+TRITON_INTERPRET=1 python -m tests.selection_kernels_at_odd_sizes                       # on a CPU
+compute-sanitizer --tool memcheck python -m tests.selection_kernels_at_odd_sizes        # on a GPU
 """
 
 import itertools
@@ -11,6 +12,7 @@ from vmoba_flex import BlockPartition, cut_kernels, gate_kernels, select_kernels
 from vmoba_flex.gate import block_means, gate
 from vmoba_flex.selection import _one_bits, _take
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF, NAN = torch.inf, torch.nan
 KINDS = {
     "reals": [],
@@ -44,7 +46,7 @@ def pools(kind: str, count: int, length: int, generator: torch.Generator) -> tor
 def check_selection() -> None:
     # Small blocks, so that small pools take several programs and several blocks of each.
     cut_kernels._BLOCK, cut_kernels._PROGRAMS = 64, 4
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     targets = itertools.cycle(TARGETS)
     # Six targets over kinds and shapes in turn: the shapes' number shares no factor with six.
     for i, (kind, (count, length, own_rows)) in enumerate(
@@ -66,7 +68,7 @@ def check_selection() -> None:
 
 
 def check_gate() -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     for batch, partition, dim, dtype in [
         (2, BlockPartition((3, 7, 8), (2, 5, 5), prefix=3, suffix=2), 24, torch.bfloat16),
         (1, BlockPartition((2, 9, 17), (2, 9, 17)), 16, torch.float16),
@@ -92,5 +94,6 @@ def check_gate() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_default_device(DEVICE)
     check_selection()
     check_gate()

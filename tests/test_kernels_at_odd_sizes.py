@@ -10,9 +10,10 @@ import pytest
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_interpreted_kernels_equal_their_eager_forms():
+@pytest.mark.parametrize("script", ["selection_kernels_at_odd_sizes", "row_kernels_at_odd_sizes"])
+def test_interpreted_kernels_equal_their_eager_forms(script):
     result = subprocess.run(
-        [sys.executable, "-W", "ignore::RuntimeWarning", "-m", "tests.interpreted"],
+        [sys.executable, "-W", "ignore::RuntimeWarning", "-m", f"tests.{script}"],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "1"},
