@@ -12,7 +12,7 @@ _KERNEL_MAX_DIM = 256
 
 
 def block_means(key: Tensor, partition: BlockPartition) -> Tensor:
-    """Mean key of each block, accumulated in float32 (float64 for float64 keys).
+    """Mean key of each block, accumulated in float32 (float64 for float64 keys). No gradient flows through it.
 
     Args:
         key: ``(B, H, S, D)`` in raster order, with prefix and suffix.
@@ -21,6 +21,20 @@ def block_means(key: Tensor, partition: BlockPartition) -> Tensor:
     Returns:
         float32 or float64 ``(B, H, N, D)``.
     """
+    return _block_means(key.detach(), list(partition.grid), list(partition.block), partition.prefix, partition.suffix)
+
+
+@torch.library.custom_op("vmoba_flex::block_means", mutates_args=())
+def _block_means(key: Tensor, grid: list[int], block: list[int], prefix: int, suffix: int) -> Tensor:
+    return _means(key, BlockPartition(_triple(grid), _triple(block), prefix=prefix, suffix=suffix)).contiguous()
+
+
+@_block_means.register_fake
+def _(key: Tensor, grid: list[int], block: list[int], prefix: int, suffix: int) -> Tensor:
+    return key.new_empty((*key.shape[:2], _num_blocks(grid, block), key.shape[3]), dtype=_accumulator(key))
+
+
+def _means(key: Tensor, partition: BlockPartition) -> Tensor:
     if _has_kernels(key):
         from vmoba_flex import gate_kernels
 
@@ -61,7 +75,7 @@ def _gate(query: Tensor, key: Tensor, grid: list[int], block: list[int], prefix:
         from vmoba_flex import gate_kernels
 
         return gate_kernels.gate(query, key, partition)
-    means = block_means(key, partition)
+    means = _means(key, partition)
     video = query[..., prefix : prefix + partition.num_video_tokens, :]
     grouped = video.unflatten(1, (key.shape[1], -1)).to(means.dtype)
     # Under autocast the product would be rounded to 16 bits, and close blocks would tie.
@@ -74,9 +88,13 @@ def _gate(query: Tensor, key: Tensor, grid: list[int], block: list[int], prefix:
 
 @_gate.register_fake
 def _(query: Tensor, key: Tensor, grid: list[int], block: list[int], prefix: int, suffix: int) -> Tensor:
-    # Sizes may be symbolic, of which no partition can be made.
-    blocks = math.prod([-(-size // part) for size, part in zip(grid, block, strict=True)])
-    return query.new_empty((*query.shape[:2], blocks, math.prod(grid)), dtype=_accumulator(query)).mT
+    shape = (*query.shape[:2], _num_blocks(grid, block), math.prod(grid))
+    return query.new_empty(shape, dtype=_accumulator(query)).mT
+
+
+def _num_blocks(grid: list[int], block: list[int]) -> int:
+    """As ``BlockPartition`` has it; sizes may be symbolic here, and of these no partition can be made."""
+    return math.prod([-(-size // part) for size, part in zip(grid, block, strict=True)])
 
 
 def _has_kernels(x: Tensor) -> bool:
