@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from block_masks import row_kernels
-from block_masks.rows import TILE, RowPlan, key_tile_lists
+from block_masks.row_masks import key_tile_lists
+from block_masks.rows import TILE, RowPlan
 from block_masks.slots import Slots
 
 VERSION = "4.0.0b36"
@@ -63,7 +64,7 @@ def _worst_error(device: int, dtype: torch.dtype, head_dim: int, value_dim: int)
                 try:
                     output, _ = attend_packed(
                         *leaves, selected, group, sizes,
-                        row_tiles=26, heads=1, scale=head_dim**-0.5, backend=backend,
+                        row_tiles=(26, 13), heads=(2, 1), scale=head_dim**-0.5, backend=backend,
                     )  # fmt: skip
                     gradients = torch.autograd.grad(output, leaves, grad.to(kind))
                 except Exception:
@@ -84,7 +85,7 @@ def forward(
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    rows = row_kernels.take_rows(query.flatten(0, 1), plan.row_query[section], plan.row_pool[section])
+    rows = row_kernels.take_rows(query.flatten(0, 1), plan.row_query[section], plan.row_pool[section], clear=True)
     keys, values = (_of_section(x, query, plan, section) for x in (keys, values))
     if any(size % plan.tile_size for size in slots.group_sizes):
         keys, values = (row_kernels.take_slots(x, _packed_slots(slots)) for x in (keys, values))
@@ -110,10 +111,11 @@ def backward(
     from flash_attn.cute.interface import _flash_attn_bwd
 
     row_query, row_pool = plan.row_query[section], plan.row_pool[section]
+    # Its tiles of queries reach past the end of a sequence: zero times what stands in an unused tile must be zero.
     rows, outputs, grads = (
-        row_kernels.take_rows(x.flatten(0, 1), row_query, row_pool)[:, None] for x in (query, output, grad)
+        row_kernels.take_rows(x.flatten(0, 1), row_query, row_pool, clear=True)[:, None] for x in (query, output, grad)
     )
-    row_lse = row_kernels.take_rows(lse.flatten(), row_query, row_pool, torch.inf)
+    row_lse = row_kernels.take_rows(lse.flatten(), row_query, row_pool, torch.inf, clear=True)
     keys, values = (_of_section(x, query, plan, section) for x in (keys, values))
     packed = _packed_slots(slots)
     grad_rows, grad_key, grad_value, *_ = _flash_attn_bwd(

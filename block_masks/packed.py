@@ -30,8 +30,8 @@ def attend_packed(
     key_group: Tensor,
     group_sizes: list[int],
     *,
-    row_tiles: int,
-    heads: int,
+    row_tiles: tuple[int, int],
+    heads: tuple[int, int],
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -44,8 +44,9 @@ def attend_packed(
         selected: bool ``(H, S, G)``: which groups each query chose; fastest where S is contiguous.
         key_group: int64 ``(keys,)``: the group of each key.
         group_sizes: keys in each group, at least one, known on the host.
-        row_tiles: tiles of rows to make room for in a section; see ``plan_rows``.
-        heads: heads worked on together, a divisor of H.
+        row_tiles: tiles of rows to make room for in a section, see ``plan_rows``; in forward and in backward, which
+            holds more for each row.
+        heads: heads of a section, divisors of H, likewise.
         scale: factor on the scores.
         backend: ``"eager"``, ``"triton"`` or ``"flash"``.
 
@@ -53,22 +54,22 @@ def attend_packed(
         The output ``(H, S, value dim)``, 0 where a query chose nothing, and the natural log-sum-exp of each query's
         scores ``(H, S)``, float32, or float64 for float64 inputs. Gradients flow through the output alone.
     """
-    return _attend(query, key, value, selected, key_group, group_sizes, row_tiles, heads, scale, backend)
+    return _attend(query, key, value, selected, key_group, group_sizes, list(row_tiles), list(heads), scale, backend)
 
 
 @torch.library.custom_op("block_masks::attend_packed", mutates_args=())
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, selected: Tensor, key_group: Tensor,
-    group_sizes: list[int], row_tiles: int, heads: int, scale: float, backend: str,
+    group_sizes: list[int], row_tiles: list[int], heads: list[int], scale: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     move, attend = _modules(backend)
     query = query.contiguous()
-    plan, slots = plan_rows(selected, row_tiles, heads), plan_slots(key_group, group_sizes, TILE)
+    plan, slots = plan_rows(selected, row_tiles[0], heads[0], TILE), plan_slots(key_group, group_sizes, TILE)
     keys, values = (move.take_slots(x.contiguous(), slots.slot_key) for x in (key, value))
     output, lse = query.new_empty(*query.shape[:2], value.shape[-1]), _like_lse(query)
     for section in range(len(plan.row_pool)):
         rows = attend.forward(query, keys, values, plan, slots, section, scale)
-        part = slice(section * heads, (section + 1) * heads)
+        part = slice(section * heads[0], (section + 1) * heads[0])
         move.merge_rows(*rows, plan.query_rows[part], plan.query_count[part], output[part], lse[part])
         del rows
     return output, lse
@@ -82,11 +83,12 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Te
 @torch.library.custom_op("block_masks::attend_packed_backward", mutates_args=())
 def _attend_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, key_group: Tensor,
-    output: Tensor, lse: Tensor, group_sizes: list[int], row_tiles: int, heads: int, scale: float, backend: str,
+    output: Tensor, lse: Tensor,
+    group_sizes: list[int], row_tiles: list[int], heads: list[int], scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     move, attend = _modules(backend)
     grad, query = grad.contiguous(), query.contiguous()
-    plan, slots = plan_rows(selected, row_tiles, heads), plan_slots(key_group, group_sizes, TILE)
+    plan, slots = plan_rows(selected, row_tiles[1], heads[1], TILE), plan_slots(key_group, group_sizes, TILE)
     keys, values = (move.take_slots(x.contiguous(), slots.slot_key) for x in (key, value))
     delta = move.delta(grad, output)
     grad_query = torch.empty_like(query)
@@ -96,7 +98,7 @@ def _attend_backward(
         rows = attend.backward(
             query, grad, output, lse, delta, keys, values, grad_keys, grad_values, plan, slots, section, scale
         )
-        part = slice(section * heads, (section + 1) * heads)
+        part = slice(section * heads[1], (section + 1) * heads[1])
         move.sum_rows(rows, plan.query_rows[part], plan.query_count[part], grad_query[part])
         del rows
     repeats = len(query) // len(key)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_CHUNK = 4096  # pairs of a pool that one program counts
+_CHUNK = 512  # queries of a head that one program places
 
 
 @triton.jit
@@ -34,49 +34,36 @@ def count_pairs(selected: Tensor) -> Tensor:
     heads, queries, groups = selected.shape
     chunks = triton.cdiv(queries, _CHUNK)
     counts = torch.empty(heads * groups, chunks, dtype=torch.int32, device=selected.device)
-    _count_kernel[heads * groups * chunks,](
-        selected, counts, queries, groups, chunks, *selected.stride(), CHUNK=_CHUNK, num_warps=8
-    )
+    _count_kernel[heads * groups * chunks,](selected, counts, queries, groups, chunks, *selected.stride(), CHUNK=_CHUNK)
     return counts
 
 
 @triton.jit
 def _place_kernel(
-    selected, before, first_tile, row_query, row_pool, query_rows,
+    selected, before, first_tile, row_query, row_pool, query_rows, query_count,
     queries, groups, chunks, heads, row_tiles, head_step, query_step, group_step,
     TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Numbers the rows of a chunk of a pool, and notes each row's query, and each tile's pool."""
-    pool, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    head = pool // groups
+    """Numbers the rows of a chunk of a head's queries, group by group."""
+    head, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     query = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = query < queries
-    base = selected + head.to(tl.int64) * head_step + (pool % groups).to(tl.int64) * group_step
-    chosen = tl.load(base + query.to(tl.int64) * query_step, mask=inside, other=0) != 0
-    rank = tl.cumsum(chosen.to(tl.int32), 0) - 1 + tl.load(before + tl.program_id(0))
-    row = tl.load(first_tile + pool) * TILE + rank
-    tl.store(query_rows + pool.to(tl.int64) * queries + query, tl.where(chosen, row, -1), mask=inside)
-    section = (head // heads).to(tl.int64) * row_tiles
-    tl.store(row_query + section * TILE + row, head * queries + query, mask=chosen)
-    opens = chosen & (rank % TILE == 0)
-    tl.store(row_pool + section + row // TILE, tl.zeros_like(row) + pool, mask=opens)
-
-
-@triton.jit
-def _pack_kernel(query_rows, query_count, queries, groups, BLOCK: tl.constexpr):
-    """Moves the rows of each query to the front, in place: a place is read before it is written."""
-    blocks = tl.cdiv(queries, BLOCK)
-    head = (tl.program_id(0) // blocks).to(tl.int64)
-    query = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = query < queries
-    rows = query_rows + head * groups * queries + query
-    count = tl.zeros((BLOCK,), tl.int32)
+    base = selected + head.to(tl.int64) * head_step + query.to(tl.int64) * query_step
+    listed = query_rows + head.to(tl.int64) * groups * queries + query
     step = tl.full((), 0, tl.int64) + queries
+    section = (head // heads).to(tl.int64) * row_tiles
+    count = tl.zeros((CHUNK,), tl.int32)
     for group in range(groups):
-        row = tl.load(rows + group * step, mask=inside, other=-1)
-        tl.store(rows + count.to(tl.int64) * queries, row, mask=row >= 0)
-        count += (row >= 0).to(tl.int32)
-    tl.store(query_count + head * queries + query, count, mask=inside)
+        pool = head * groups + group
+        chosen = tl.load(base + group * (tl.full((), 0, tl.int64) + group_step), mask=inside, other=0) != 0
+        rank = tl.cumsum(chosen.to(tl.int32), 0) - 1 + tl.load(before + pool * chunks + chunk)
+        row = tl.load(first_tile + pool) * TILE + rank
+        chosen = chosen & (row < row_tiles * TILE)
+        tl.store(listed + count * step, row, mask=chosen)
+        tl.store(row_query + section * TILE + row, head * queries + query, mask=chosen)
+        tl.store(row_pool + section + row // TILE, tl.zeros_like(row) + pool, mask=chosen & (rank % TILE == 0))
+        count += chosen.to(tl.int32)
+    tl.store(query_count + head.to(tl.int64) * queries + query, count, mask=inside)
 
 
 def place_rows(
@@ -99,22 +86,22 @@ def place_rows(
     query_rows = torch.empty(total, groups, queries, **short)
     query_count = torch.empty(total, queries, **short)
     chunks = before.shape[1]
-    _place_kernel[total * groups * chunks,](
-        selected, before, first_tile, row_query, row_pool, query_rows,
-        queries, groups, chunks, heads, row_tiles, *selected.stride(), TILE=tile_size, CHUNK=_CHUNK, num_warps=8,
+    _place_kernel[total * chunks,](
+        selected, before, first_tile, row_query, row_pool, query_rows, query_count,
+        queries, groups, chunks, heads, row_tiles, *selected.stride(), TILE=tile_size, CHUNK=_CHUNK,
     )  # fmt: skip
-    _pack_kernel[total * triton.cdiv(queries, 256),](query_rows, query_count, queries, groups, BLOCK=256)
     return [row_query, row_pool, query_rows, query_count]
 
 
 @triton.jit
 def _take_kernel(
-    source, row_query, row_pool, target, fill, TILE: tl.constexpr,
+    source, row_query, row_pool, target, fill, TILE: tl.constexpr, CLEAR: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    if tl.load(row_pool + tl.program_id(0) * ROWS // TILE) < 0:
-        return
+    if not CLEAR:  # noqa: SIM102  (a constant, so that nothing is loaded)
+        if tl.load(row_pool + tl.program_id(0) * ROWS // TILE) < 0:
+            return
     dim = tl.arange(0, BLOCK_D)[None, :]
     query = tl.load(row_query + row).to(tl.int64)
     x = tl.load(source + query[:, None] * D + dim, mask=(query >= 0)[:, None] & (dim < D), other=0.0)
@@ -122,14 +109,15 @@ def _take_kernel(
     tl.store(target + row[:, None] * D + dim, x, mask=dim < D)
 
 
-def take_rows(source: Tensor, row_query: Tensor, row_pool: Tensor, fill: float = 0.0) -> Tensor:
+def take_rows(source: Tensor, row_query: Tensor, row_pool: Tensor, fill: float = 0.0, clear: bool = False) -> Tensor:
     """Copies queries ``(H * S, D)``, or numbers of theirs ``(H * S,)``, to their rows.
 
     Args:
         source: contiguous.
         row_query: int32 ``(rows,)``, -1 in rows that only fill a tile; these get ``fill``.
-        row_pool: int32 ``(row tiles,)``, -1 in unused tiles; these are left as they are.
+        row_pool: int32 ``(row tiles,)``, -1 in unused tiles; these are left as they are unless ``clear``.
         fill: for rows that only fill a tile.
+        clear: whether unused tiles get ``fill`` too.
     """
     (rows,), tiles = row_query.shape, row_pool.shape[0]
     target = source.new_empty(rows, *source.shape[1:])
@@ -138,7 +126,7 @@ def take_rows(source: Tensor, row_query: Tensor, row_pool: Tensor, fill: float =
     step = min(tile_size, 32 if dim > 1 else 128)
     _take_kernel[rows // step,](
         source, row_query, row_pool, target, fill,
-        TILE=tile_size, D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=step,
+        TILE=tile_size, CLEAR=clear, D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=step,
     )  # fmt: skip
     return target
 

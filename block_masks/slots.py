@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from block_masks.pairs import pair_lookup
+from block_masks.rows import plan_rows
 from block_masks.tiles import TileMap, block_mask_from_tiles
 
 
@@ -60,27 +61,26 @@ def plan_slots(key_group: Tensor, group_sizes: list[int], tile_size: int = 128) 
     return Slots(*tensors, tile_size=tile_size, group_sizes=tuple(group_sizes))
 
 
-# Opaque to Inductor: it sorts, searches and scatters, and its results are captured by a mask_mod.
+# Opaque to Inductor: it scans and scatters, and its results are captured by a mask_mod.
 @torch.library.custom_op("block_masks::plan_slots", mutates_args=())
 def _plan_slots(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) -> list[Tensor]:
-    device = key_group.device
-    order = key_group.argsort(stable=True)
-    in_order = key_group[order]
-    group, tile = torch.arange(groups, device=device), torch.arange(num_tiles, device=device)
-    first_key = torch.searchsorted(in_order, group)
-    sizes = torch.searchsorted(in_order, group, right=True) - first_key
-    tiles = (sizes + tile_size - 1) // tile_size
-    end_tile = tiles.cumsum(0)
-    first_tile = end_tile - tiles
-    tile_group = torch.searchsorted(end_tile, tile, right=True)
-    tile_keys = (sizes[tile_group] - (tile - first_tile[tile_group]) * tile_size).clamp(max=tile_size)
-    slot = first_tile[in_order] * tile_size + torch.arange(len(order), device=device) - first_key[in_order]
-    key_slot = torch.empty_like(order).scatter_(0, order, slot)
-    slot_key = torch.full((num_tiles * tile_size,), -1, device=device).scatter_(0, slot, order)
-    slot_group = torch.full_like(slot_key, -1, dtype=torch.int32).scatter_(0, slot, in_order.int())
+    # Slots are the rows of keys that each chose their own group.
+    chosen = torch.arange(groups, device=key_group.device)[:, None] == key_group
+    plan = plan_rows(chosen.mT[None], num_tiles, tile_size=tile_size)
+    slot_key, tile_group = plan.row_query[0], plan.row_pool[0].long()
+    of_slot = tile_group[:, None].expand(-1, tile_size).flatten()
+    group_keys = chosen.sum(1, dtype=torch.int32)
+    first_slot = plan.first_tile * tile_size
+    place = torch.arange(num_tiles, device=key_group.device) * tile_size - first_slot[tile_group]
     return [
-        slot_key, key_slot, slot_group, tile_group, tile_keys, (first_tile * tile_size).int(), sizes.int(),
-    ]  # fmt: skip
+        slot_key.long(),
+        plan.query_rows[0, 0].long(),
+        torch.where(slot_key >= 0, of_slot, -1).int(),
+        tile_group,
+        (group_keys[tile_group] - place).clamp(max=tile_size).long(),
+        first_slot,
+        group_keys,
+    ]
 
 
 @_plan_slots.register_fake

@@ -18,10 +18,10 @@ def problem(heads: int, queries: int, sizes: list[int], density: float) -> tuple
     return (torch.rand(heads, len(sizes), queries) < density).mT, keys[torch.randperm(len(keys))]
 
 
-def check_plan(heads: int, queries: int, sizes: list[int], density: float, together: int) -> None:
+def check_plan(heads: int, queries: int, sizes: list[int], density: float, together: int, room: int = 0) -> None:
     """The plan, and the steps that move rows."""
     selected, key_group = problem(heads, queries, sizes, density)
-    row_tiles = together * len(sizes) * -(-queries // 128) + 1
+    row_tiles = room or together * len(sizes) * -(-queries // 128) + 1
     plan = RowPlan(*_plan(selected, row_tiles, together, 128), 128)
     names = ("row_query", "row_pool", "query_rows", "query_count", "first_tile", "tiles")
     for name, actual in zip(names, _plan_on_gpu(selected, row_tiles, together, 128), strict=True):
@@ -58,7 +58,8 @@ def check_attention(heads: int, repeats: int, sizes: list[int], dims: tuple[int,
     for backend in ("eager", "triton"):
         output, lse = attend_packed(
             *inputs, selected, key_group, sizes,
-            row_tiles=heads * len(sizes), heads=heads // 2, scale=scale, backend=backend,
+            row_tiles=(2 * heads * len(sizes), heads * len(sizes)), heads=(heads, heads // 2),
+            scale=scale, backend=backend,
         )  # fmt: skip
         results.append((output, lse, *torch.autograd.grad(output, inputs, grad)))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
@@ -70,5 +71,6 @@ if __name__ == "__main__":
     check_plan(4, 300, [1, 130, 40], 0.3, 2)
     check_plan(2, 5000, [3], 1.0, 1)
     check_plan(1, 1, [1, 1], 0.5, 1)
+    check_plan(2, 700, [3, 200], 0.8, 2, room=7)  # too little
     check_attention(4, 1, [100, 128, 3], (24, 24), 0.3)
     check_attention(4, 2, [200, 31], (16, 40), -0.2)

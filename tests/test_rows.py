@@ -45,8 +45,8 @@ class RowProblem:
                 self.selected,
                 self.key_group,
                 self.group_sizes,
-                row_tiles=self.row_tiles,
-                heads=self.heads,
+                row_tiles=(self.row_tiles, self.row_tiles),
+                heads=(self.heads, self.heads),
                 scale=scale,
                 backend=backend,
             )
@@ -95,6 +95,15 @@ def test_each_pair_has_a_row_of_its_own(problem: RowProblem):
     assert (plan.row_query >= 0).sum() == problem.selected.sum()
     used = (plan.row_query >= 0).unflatten(1, (-1, problem.tile_size)).any(-1)
     assert torch.equal(plan.row_pool >= 0, used)
+
+
+@given(row_problems(), st.integers(1, 3))
+def test_pairs_beyond_the_room_for_rows_are_lost(problem: RowProblem, row_tiles: int):
+    plan = plan_rows(problem.selected, row_tiles, problem.heads, problem.tile_size)
+    assert plan.row_query.shape[1] == row_tiles * problem.tile_size
+    assert (plan.first_tile + plan.tiles <= row_tiles).all()
+    assert (plan.query_count <= problem.selected.sum(-1)).all()
+    assert plan.query_count.sum() == (plan.row_query >= 0).sum()
 
 
 @given(row_problems())
@@ -165,7 +174,7 @@ def _problem(selected: Tensor, dim: int = 4) -> RowProblem:
     """Two groups of one and two keys."""
     heads, queries, _ = selected.shape
     query, key, value = (torch.randn(heads, n, dim) for n in (queries, 3, 3))
-    return RowProblem(selected, torch.tensor([0, 1, 1]), [1, 2], 8, heads, 2, query, key, value)
+    return RowProblem(selected, torch.tensor([0, 1, 1]), [1, 2], 16, heads, 2, query, key, value)
 
 
 def test_a_nan_group_reaches_the_queries_that_chose_it_alone():
@@ -178,7 +187,7 @@ def test_a_nan_group_reaches_the_queries_that_chose_it_alone():
 def test_registered_ops_are_well_formed():
     problem = _problem(torch.ones(2, 5, 2, dtype=torch.bool))
     leaves = [x.requires_grad_() for x in (problem.query, problem.key, problem.value)]
-    ops, tail = torch.ops.block_masks, (problem.group_sizes, 4, 2, 0.5, "eager")
+    ops, tail = torch.ops.block_masks, (problem.group_sizes, [8, 4], [2, 1], 0.5, "eager")
     torch.library.opcheck(ops.attend_packed, (*leaves, problem.selected, problem.key_group, *tail))
     output, lse = problem.attend()
     inputs = [x.detach() for x in (output, *leaves)]

@@ -11,9 +11,10 @@ from vmoba_flex.mask import group_sizes, key_groups
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 
-# What backward holds for each row, in sizes of a query: queries, gradients of outputs and of queries; FlashAttention-4
-# also wants the outputs, and adds up gradients of queries in float32.
-_COPIES = {"eager": 3, "triton": 3, "flash": 6}
+# What forward and backward hold for each row, in sizes of a query. Forward: its output; FlashAttention-4 also wants the
+# queries gathered. Backward: queries, gradients of outputs and of queries; FlashAttention-4 also the outputs, and
+# gradients of queries in float32.
+_COPIES = {"eager": (1, 3), "triton": (1, 3), "flash": (2, 6)}
 
 
 def packed_attention(
@@ -48,8 +49,9 @@ def packed_attention(
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     selected, key_group = key_groups(selection, partition)
     selected = selected.flatten(0, 1)
-    row_bytes = _COPIES[backend] * max(head_dim, value.shape[-1]) * query.element_size()
-    together, row_tiles = _head_group(selected, partition, rule, heads, max_row_bytes // row_bytes)
+    row_bytes = max(head_dim, value.shape[-1]) * query.element_size()
+    max_rows = [max_row_bytes // (copies * row_bytes) for copies in _COPIES[backend]]
+    together, row_tiles = zip(*_sections(selected, partition, rule, heads, max_rows), strict=True)
     output, _ = attend_packed(
         *(x.flatten(0, 1) for x in (query, key, value)), selected, key_group, group_sizes(partition),
         row_tiles=row_tiles, heads=together, scale=scale, backend=backend,
@@ -57,16 +59,18 @@ def packed_attention(
     return output.unflatten(0, (batch, heads))
 
 
-def _head_group(selected: Tensor, partition: BlockPartition, rule: Rule, heads: int, max_rows: int) -> tuple[int, int]:
-    """How many heads go together, a divisor of ``heads``, and how many tiles of rows these may need."""
+def _sections(
+    selected: Tensor, partition: BlockPartition, rule: Rule, heads: int, max_rows: list[int]
+) -> list[tuple[int, int]]:
+    """For each bound on rows: the heads that go together, a divisor of all, and the tiles of rows they may need."""
     together = max_row_tiles(partition, rule, heads, heads)
     if together is not None and rule.pool in ("block", "global"):
         # Such a pool bounds its heads together. Apart, any one of them may hold nearly all pairs.
-        return heads, together
+        return [(heads, together)] * len(max_rows)
     each = max_row_tiles(partition, rule, heads, 1) or _read_row_tiles(selected)
-    groups = [n for n in range(1, heads + 1) if heads % n == 0 and n * each * TILE <= max_rows]
-    group = max(groups, default=1)
-    return group, group * each
+    divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+    fitting = [max((n for n in divisors if n * each * TILE <= rows), default=1) for rows in max_rows]
+    return [(n, n * each) for n in fitting]
 
 
 def max_row_tiles(partition: BlockPartition, rule: Rule, heads: int, group: int) -> int | None:
