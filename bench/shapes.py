@@ -202,7 +202,7 @@ def _main(sizes: Sizes, contenders: Contenders) -> Iterator[Spec]:
     for case in (windowed, slabs, cubes, topk):
         yield Spec("main", 2, case, "packed", "best")
     # The first number is for the windows.
-    urgencies = {"packed": (1, 6), "auto": (3, 3), "shared": (4, 5), "tiles": (5, 8)}
+    urgencies = {"packed": (1, 2), "shared": (3, 4), "auto": (5, 5), "tiles": (6, 8)}
     for dispatch in contenders.dispatches:
         first, others = urgencies.get(dispatch, (4, 5))
         for case in (windowed, slabs, cubes, topk):
@@ -225,15 +225,17 @@ def _tokens(sizes: Sizes, contenders: Contenders) -> Iterator[Spec]:
         urgency = 3 if index < 4 else 4
         yield from _dense("tokens", urgency, case, contenders.fast)
         yield Spec("tokens", urgency, case, "packed", "best")
-        yield Spec("tokens", urgency, case, "auto", "auto")
+        yield Spec("tokens", 5, case, "auto", "auto")
         yield from _dense("tokens", 7, case, contenders.other)
         if "tiles" in contenders.dispatches:
             yield Spec("tokens", 8, case, "tiles", "best")
 
 
 def _paper(sizes: Sizes, contenders: Contenders) -> Iterator[Spec]:
-    for heads, urgency in zip(sizes.heads, (5, 6), strict=True):
+    largest = max((grid for grid, *_ in sizes.paper), key=math.prod)
+    for heads, usual in zip(sizes.heads, (6, 7), strict=True):
         for grid, blocks, ks in sizes.paper:
+            urgency = 4 if heads == max(sizes.heads) and grid == largest else usual
             yield from _dense("paper", urgency, Case(grid, heads), contenders.fast)
             for block, k in zip(blocks, ks or (None,) * 3, strict=True):
                 yield Spec("paper", urgency, Case(grid, heads, block, TopK(k) if k else PAPER_RULE), "packed", "best")
