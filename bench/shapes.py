@@ -202,7 +202,7 @@ def _main(sizes: Sizes, contenders: Contenders) -> Iterator[Spec]:
     for case in (windowed, slabs, cubes, topk):
         yield Spec("main", 2, case, "packed", "best")
     # The first number is for the windows.
-    urgencies = {"packed": (1, 2), "shared": (3, 4), "auto": (5, 5), "tiles": (6, 8)}
+    urgencies = {"packed": (1, 2), "shared": (3, 4), "auto": (3, 4), "tiles": (6, 8)}
     for dispatch in contenders.dispatches:
         first, others = urgencies.get(dispatch, (4, 5))
         for case in (windowed, slabs, cubes, topk):
@@ -225,7 +225,9 @@ def _tokens(sizes: Sizes, contenders: Contenders) -> Iterator[Spec]:
         urgency = 3 if index < 4 else 4
         yield from _dense("tokens", urgency, case, contenders.fast)
         yield Spec("tokens", urgency, case, "packed", "best")
-        yield Spec("tokens", 5, case, "auto", "auto")
+        # What "auto" falls back to at few tokens.
+        yield from _dense("tokens", 4, case, tuple(peer for peer in contenders.other if peer == "FlashAttention-2"))
+        yield Spec("tokens", 4, case, "auto", "auto")
         yield from _dense("tokens", 7, case, contenders.other)
         if "tiles" in contenders.dispatches:
             yield Spec("tokens", 8, case, "tiles", "best")
@@ -235,7 +237,7 @@ def _paper(sizes: Sizes, contenders: Contenders) -> Iterator[Spec]:
     largest = max((grid for grid, *_ in sizes.paper), key=math.prod)
     for heads, usual in zip(sizes.heads, (6, 7), strict=True):
         for grid, blocks, ks in sizes.paper:
-            urgency = 4 if heads == max(sizes.heads) and grid == largest else usual
+            urgency = 5 if grid == largest else usual
             yield from _dense("paper", urgency, Case(grid, heads), contenders.fast)
             for block, k in zip(blocks, ks or (None,) * 3, strict=True):
                 yield Spec("paper", urgency, Case(grid, heads, block, TopK(k) if k else PAPER_RULE), "packed", "best")

@@ -75,6 +75,7 @@ def check_gate() -> None:
         (1, BlockPartition((1, 6, 12), (1, 1, 1)), 16, torch.bfloat16),
         (1, BlockPartition((1, 6, 12), (1, 3, 3)), 130, torch.float16),
         (2, BlockPartition((1, 1, 1), (1, 1, 1), prefix=1), 8, torch.bfloat16),
+        (1, BlockPartition((3, 14, 18), (3, 14, 18)), 8, torch.bfloat16),  # more tokens than a chunk of small dims
     ]:
         query = torch.randn(batch, partition.num_tokens, 2, dim, generator=generator).transpose(1, 2).to(dtype)
         key = torch.randn(batch, 1, partition.num_tokens, dim, generator=generator).to(dtype) + 0.5

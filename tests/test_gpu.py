@@ -258,8 +258,8 @@ def test_gate_kernels_are_as_accurate_as_float32(partition: BlockPartition, head
     scores = gate(query, key, partition)
     means = block_means(key.double().abs(), partition).repeat_interleave(2, 1)
     video = query[:, :, partition.prefix :][:, :, : partition.num_video_tokens].double().abs()
-    # A chain of n float32 operations is off by at most n half-ulps of the sum of magnitudes; sums go by 256 tokens.
-    assert ((scores - truth).abs() <= (head_dim + 256) * torch.finfo(torch.float32).eps * (video @ means.mT)).all()
+    # A chain of n float32 operations is off by at most n half-ulps of the sum of magnitudes.
+    assert ((scores - truth).abs() <= (head_dim + 64) * torch.finfo(torch.float32).eps * (video @ means.mT)).all()
     # On average no worse than float32 products, but for what tensor cores cut off where they would round.
     assert (scores - truth).abs().mean() <= 4 * (single - truth).abs().mean() + 1e-7
     assert scores.stride() == truth.stride()

@@ -36,7 +36,7 @@ def vmoba_attention(
     dispatch: str = "auto",
     backend: str = "auto",
     return_stats: Literal[False] = False,
-    max_row_bytes: int = 3 * 2**29,
+    max_row_bytes: int = 2**31,
 ) -> Tensor: ...
 
 
@@ -53,7 +53,7 @@ def vmoba_attention(
     dispatch: str = "auto",
     backend: str = "auto",
     return_stats: Literal[True],
-    max_row_bytes: int = 3 * 2**29,
+    max_row_bytes: int = 2**31,
 ) -> tuple[Tensor, AttentionStats]: ...
 
 
@@ -69,7 +69,7 @@ def vmoba_attention(
     dispatch: str = "auto",
     backend: str = "auto",
     return_stats: bool = False,
-    max_row_bytes: int = 3 * 2**29,
+    max_row_bytes: int = 2**31,
 ) -> Tensor | tuple[Tensor, AttentionStats]:
     """VMoBA attention (arXiv 2506.23858), raster order in and out, differentiable in query, key and value.
 
@@ -77,7 +77,8 @@ def vmoba_attention(
     prefix and suffix; prefix and suffix queries attend everything. Nothing is read back to the host, but for one number
     by ``"packed"`` where the rule does not bound its pairs.
 
-    On a GPU the attention is compiled FlexAttention. On a CPU it is FlexAttention inside ``torch.compile`` without
+    On a GPU, ``"tiles"`` and ``"shared"`` are compiled FlexAttention, and ``"packed"`` runs on kernels of its own;
+    the latter two also on FlashAttention-4. On a CPU the attention is FlexAttention inside ``torch.compile`` without
     gradients, and otherwise a slower exact path that costs as much as full attention.
 
     Args:
@@ -92,11 +93,19 @@ def vmoba_attention(
             block, so that its cost is the density whatever neighbouring queries choose; see ``packed``. ``"shared"``
             is an approximation, and not what ``vmoba_selection`` chooses: up to 128 neighbouring queries of a block
             share one choice, made from their mean query, so that each tile that runs was chosen; see ``shared``.
-            ``"dense"`` is full attention, which ignores ``rule``. ``"auto"`` is ``"tiles"``, and never ``"shared"``.
-        backend: the kernels of FlexAttention on a GPU: ``"triton"``, or ``"auto"``, which is the same.
+            ``"dense"`` is full attention, which ignores ``rule``. ``"auto"`` takes ``"packed"`` on a GPU where measured
+            times say that it is faster than full attention, and ``"dense"`` where they say that choosing cannot pay:
+            at tau 0.25, head dim 128 and 12 heads, below about 34,000 tokens, or 24,000 with gradients. Inside
+            ``torch.compile`` it takes ``"tiles"`` instead of ``"packed"`` for a ``Threshold`` without ``max_density``;
+            on a CPU always ``"tiles"``; and never ``"shared"``. The stats tell full attention by its density of 1.
+        backend: kernels on a GPU. ``"triton"``: the same inputs give the same bits. ``"flash"``: FlashAttention-4, for
+            ``"packed"``, and for ``"shared"`` with as many key heads as query heads and blocks of whole 128 tokens;
+            its gradient of query may differ in the last bits from run to run. It must be installed in the version that
+            this package was tried with, and come out right on a small problem, which the first call for each dtype and
+            head dim runs and reads back. ``"auto"`` is ``"flash"`` where that can run, and else ``"triton"``.
         return_stats: also return ``AttentionStats``.
-        max_row_bytes: for ``"packed"``, the size of the queries gathered at a time, a few heads of them and at least
-            one; about five times as much is held at the peak. Pools that span heads gather all heads at once.
+        max_row_bytes: for ``"packed"``, what the rows of the heads worked on together may take; at least one head is,
+            and all are for pools that span heads.
 
     Returns:
         The output ``(B, H, S, value dim)``, or the output and ``AttentionStats``.
@@ -126,7 +135,7 @@ def vmoba_attention(
             f"key must have query's {query.shape[1]} heads unless enable_gqa=True, got {key.shape[1]} heads"
         )
     if dispatch == "auto":
-        dispatch = choose_dispatch(query, value, partition, rule)
+        dispatch = choose_dispatch(query, key, value, partition, rule)
     kernels = choose_backend(backend, dispatch, query, key, value, partition)
     if dispatch == "dense":
         output = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)

@@ -6,17 +6,27 @@ from torch import Tensor
 from block_masks.rows import TILE
 from vmoba_flex.mask import group_sizes
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule
+from vmoba_flex.rules import Rule, Threshold, TopK
 
 DISPATCHES = ("auto", "tiles", "packed", "shared", "dense")
 BACKENDS = ("auto", "triton", "flash")
 
 
-def choose_dispatch(query: Tensor, value: Tensor, partition: BlockPartition, rule: Rule) -> str:
+# Times on one H200 that "auto" goes by (bench/NOTES.md). The fastest dense peer runs at _DENSE_RATE, and its forward +
+# backward takes _BACKWARD times as long. "packed" takes the share of that which _SHARE gives (a constant, and a factor
+# on the density), and before it the seconds of _OVERHEAD for launches alone: forward, and forward + backward.
+_DENSE_RATE = 6.5e14
+_BACKWARD = 3.5
+_SHARE = (0.12, 1.3)
+_OVERHEAD = (6e-3, 10e-3)
+
+
+def choose_dispatch(query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Rule) -> str:
     """What ``dispatch="auto"`` runs; see ``vmoba_attention``.
 
     Args:
         query: ``(B, H, S, D)``.
+        key: ``(B, key heads, S, D)``.
         value: ``(B, key heads, S, value dim)``.
         partition: the blocks.
         rule: ``TopK`` or ``Threshold``.
@@ -24,9 +34,23 @@ def choose_dispatch(query: Tensor, value: Tensor, partition: BlockPartition, rul
     Returns:
         ``"tiles"``, ``"packed"`` or ``"dense"``.
     """
-    if not query.is_cuda:
+    if not query.is_cuda or query.dtype == torch.float64 or max(query.shape[-1], value.shape[-1]) > 256:
         return "tiles"
-    return "packed"
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    batch, heads, tokens, head_dim = query.shape
+    dense = 4 * batch * heads * tokens**2 * head_dim / _DENSE_RATE * (_BACKWARD if backward else 1)
+    constant, factor = _SHARE
+    if _OVERHEAD[backward] + (constant + factor * _largest_density(rule, partition.num_blocks)) * dense >= dense:
+        return "dense"
+    unbounded = isinstance(rule, Threshold) and rule.max_density is None
+    return "tiles" if unbounded and torch.compiler.is_compiling() else "packed"
+
+
+def _largest_density(rule: Rule, blocks: int) -> float:
+    """A bound on the density: the best pairs hold more of the scores than their share, and own blocks come on top."""
+    if isinstance(rule, TopK):
+        return rule.blocks_per_query(blocks) / blocks
+    return min(rule.tau + 1 / blocks, rule.max_density or 1.0)
 
 
 def choose_backend(backend: str, dispatch: str, query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition):

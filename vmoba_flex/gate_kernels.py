@@ -127,12 +127,11 @@ def _mean_parts(key: Tensor, partition: BlockPartition, means: Tensor | None) ->
     blocks, (bt, bh, bw) = partition.num_blocks, partition.block
     chunks, padded = triton.cdiv(bt * bh * bw, _CHUNK), triton.next_power_of_2(dim)
     sums = torch.empty(batch * heads * blocks * chunks * dim, dtype=torch.float32, device=key.device)
-    split = means is None
+    split, chunk = means is None, min(_CHUNK, triton.next_power_of_2(bt * bh * bw))
     parts = torch.empty((3, batch, heads, blocks, dim) if split else 1, dtype=torch.bfloat16, device=key.device)
     _sum_kernel[batch * heads * blocks * chunks,](
         key, sums, *key.stride(), heads, partition.prefix, *_geometry(partition), blocks, chunks,
-        D=dim, BLOCK_D=padded, CHUNK=min(_CHUNK, triton.next_power_of_2(bt * bh * bw)),
-        ROWS=min(triton.next_power_of_2(bt * bh * bw), max(1, 4096 // padded)),
+        D=dim, BLOCK_D=padded, CHUNK=chunk, ROWS=min(chunk, 4096 // padded),
     )  # fmt: skip
     _mean_kernel[batch * heads * blocks,](
         sums, parts if means is None else means, parts, *_geometry(partition), blocks, chunks,

@@ -69,7 +69,8 @@ def _sections(
         return [(heads, together)] * len(max_rows)
     each = max_row_tiles(partition, rule, heads, 1) or _read_row_tiles(selected)
     divisors = [n for n in range(1, heads + 1) if heads % n == 0]
-    fitting = [max((n for n in divisors if n * each * TILE <= rows), default=1) for rows in max_rows]
+    # A list inside: on torch 2.11 a generator here breaks the graph.
+    fitting = [max([n for n in divisors if n == 1 or n * each * TILE <= rows]) for rows in max_rows]
     return [(n, n * each) for n in fitting]
 
 

@@ -1,0 +1,63 @@
+"""What "auto" picks, on tensors that are said to be on a GPU and hold nothing."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vmoba_flex import BlockPartition, Threshold, TopK, vmoba_attention
+from vmoba_flex.dispatch import choose_dispatch
+from vmoba_flex.rules import Rule
+
+CAPPED = Threshold(0.25, max_density=0.25)
+
+
+def pick(tokens: int, rule: Rule = CAPPED, *, heads: int = 12, gradients: bool = False, **changes: object) -> str:
+    partition = BlockPartition((1, 1, tokens), (1, 1, -(-tokens // 48)))
+    options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": gradients} | changes
+    with FakeTensorMode():
+        query = torch.empty(1, heads, tokens, 128, **options)
+        return choose_dispatch(query, query, query, partition, rule)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("rule", [CAPPED, Threshold(0.25), TopK(9)])
+def test_full_attention_at_few_tokens_and_packed_at_many(rule: Rule, gradients: bool):
+    picked = [pick(tokens, rule, gradients=gradients) for tokens in range(2048, 120_000, 4096)]
+    first = picked.index("packed")
+    assert set(picked[:first]) == {"dense"}
+    assert set(picked[first:]) == {"packed"}
+
+
+def test_gradients_and_heads_make_packed_pay_sooner():
+    def first(**changes: object) -> int:
+        return next(tokens for tokens in range(2048, 120_000, 1024) if pick(tokens, **changes) == "packed")
+
+    assert first(gradients=True) < first()
+    assert first(heads=40) < first()
+    assert first(rule=TopK(3)) < first(rule=TopK(24))
+
+
+def test_full_attention_where_nearly_all_is_chosen():
+    assert pick(110_592, TopK(48)) == "dense"
+    assert pick(110_592, Threshold(0.9)) == "dense"
+
+
+def test_tiles_where_packed_has_no_kernels():
+    assert pick(110_592, device="cpu") == "tiles"
+    assert pick(110_592, dtype=torch.float64) == "tiles"
+
+
+def test_gradients_count_only_where_they_are_wanted():
+    tokens = next(n for n in range(2048, 120_000, 1024) if pick(n, gradients=True) == "packed")
+    with torch.no_grad():
+        assert pick(tokens, gradients=True) == "dense"
+
+
+def test_stats_count_what_max_density_cut():
+    query, key, value = torch.randn(3, 1, 2, 64, 8)
+    partition = BlockPartition.spatial((1, 8, 8), (2, 2))
+    _, free = vmoba_attention(query, key, value, partition, Threshold(0.6), return_stats=True)
+    _, capped = vmoba_attention(query, key, value, partition, Threshold(0.6, max_density=0.2), return_stats=True)
+    assert torch.equal(capped.pairs + capped.cut, free.pairs)
+    assert (capped.cut > 0).all()
+    assert (free.cut == 0).all()
