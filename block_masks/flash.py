@@ -85,7 +85,7 @@ def forward(
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    rows = row_kernels.take_rows(query.flatten(0, 1), plan.row_query[section], plan.row_pool[section], clear=True)
+    rows = row_kernels.take_rows(query.flatten(0, 1), plan.row_query[section], plan.row_pool[section])
     keys, values = (_of_section(x, query, plan, section) for x in (keys, values))
     if any(size % plan.tile_size for size in slots.group_sizes):
         keys, values = (row_kernels.take_slots(x, _packed_slots(slots)) for x in (keys, values))
@@ -111,11 +111,12 @@ def backward(
     from flash_attn.cute.interface import _flash_attn_bwd
 
     row_query, row_pool = plan.row_query[section], plan.row_pool[section]
-    # Its tiles of queries reach past the end of a sequence: zero times what stands in an unused tile must be zero.
+    # Its tiles of queries reach past the end of a sequence: zero times what stands in the next tile must be zero.
     rows, outputs, grads = (
-        row_kernels.take_rows(x.flatten(0, 1), row_query, row_pool, clear=True)[:, None] for x in (query, output, grad)
+        row_kernels.take_rows(x.flatten(0, 1), row_query, row_pool, clear_next=True)[:, None]
+        for x in (query, output, grad)
     )
-    row_lse = row_kernels.take_rows(lse.flatten(), row_query, row_pool, torch.inf, clear=True)
+    row_lse = row_kernels.take_rows(lse.flatten(), row_query, row_pool, torch.inf, clear_next=True)
     keys, values = (_of_section(x, query, plan, section) for x in (keys, values))
     packed = _packed_slots(slots)
     grad_rows, grad_key, grad_value, *_ = _flash_attn_bwd(

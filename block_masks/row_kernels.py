@@ -95,13 +95,15 @@ def place_rows(
 
 @triton.jit
 def _take_kernel(
-    source, row_query, row_pool, target, fill, TILE: tl.constexpr, CLEAR: tl.constexpr,
+    source, row_query, row_pool, target, fill, TILE: tl.constexpr, CLEAR_NEXT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    if not CLEAR:  # noqa: SIM102  (a constant, so that nothing is loaded)
-        if tl.load(row_pool + tl.program_id(0) * ROWS // TILE) < 0:
-            return
+    tile = tl.program_id(0) * ROWS // TILE
+    if CLEAR_NEXT:
+        tile = tl.maximum(tile - 1, 0)
+    if tl.load(row_pool + tile) < 0:
+        return
     dim = tl.arange(0, BLOCK_D)[None, :]
     query = tl.load(row_query + row).to(tl.int64)
     x = tl.load(source + query[:, None] * D + dim, mask=(query >= 0)[:, None] & (dim < D), other=0.0)
@@ -109,15 +111,17 @@ def _take_kernel(
     tl.store(target + row[:, None] * D + dim, x, mask=dim < D)
 
 
-def take_rows(source: Tensor, row_query: Tensor, row_pool: Tensor, fill: float = 0.0, clear: bool = False) -> Tensor:
+def take_rows(
+    source: Tensor, row_query: Tensor, row_pool: Tensor, fill: float = 0.0, clear_next: bool = False
+) -> Tensor:
     """Copies queries ``(H * S, D)``, or numbers of theirs ``(H * S,)``, to their rows.
 
     Args:
         source: contiguous.
         row_query: int32 ``(rows,)``, -1 in rows that only fill a tile; these get ``fill``.
-        row_pool: int32 ``(row tiles,)``, -1 in unused tiles; these are left as they are unless ``clear``.
+        row_pool: int32 ``(row tiles,)``, -1 in unused tiles, behind the others; these are left as they are.
         fill: for rows that only fill a tile.
-        clear: whether unused tiles get ``fill`` too.
+        clear_next: whether the first unused tile gets ``fill`` too.
     """
     (rows,), tiles = row_query.shape, row_pool.shape[0]
     target = source.new_empty(rows, *source.shape[1:])
@@ -126,7 +130,7 @@ def take_rows(source: Tensor, row_query: Tensor, row_pool: Tensor, fill: float =
     step = min(tile_size, 32 if dim > 1 else 128)
     _take_kernel[rows // step,](
         source, row_query, row_pool, target, fill,
-        TILE=tile_size, CLEAR=clear, D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=step,
+        TILE=tile_size, CLEAR_NEXT=clear_next, D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=step,
     )  # fmt: skip
     return target
 

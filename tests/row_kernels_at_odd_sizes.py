@@ -29,6 +29,7 @@ def check_plan(heads: int, queries: int, sizes: list[int], density: float, toget
         if name == "query_rows":  # anything may stand behind the last row
             actual, expected = (row_steps._listed(x, plan.query_count) for x in (actual, expected))
         assert torch.equal(actual, expected), name
+    check_take(plan, queries)
     slots = plan_slots(key_group, sizes)
     x = torch.randn(heads, len(key_group), 5)
     padded = row_steps.take_slots(x, slots.slot_key)
@@ -46,6 +47,20 @@ def check_plan(heads: int, queries: int, sizes: list[int], density: float, toget
         steps.sum_rows(output, *lists, total)
         results.append((merged, merged_lse, total, steps.delta(query, query.flip(0))))
     torch.testing.assert_close(*results)
+
+
+def check_take(plan: RowPlan, queries: int) -> None:
+    """Queries to the rows of a section, up to the tile behind the last used one where that is wanted."""
+    row_query, row_pool = plan.row_query[0], plan.row_pool[0]
+    used = int((row_pool >= 0).sum())
+    source = torch.randn(len(plan.query_count) * queries, 5)
+    for numbers in (source, source[:, 0].contiguous()):
+        there = (row_query >= 0).view(-1, *[1] * (numbers.dim() - 1))
+        expected = torch.where(there, numbers[row_query.clamp(min=0)], 7.0)
+        for clear_next in (False, True):
+            end = (used + (clear_next and used > 0)) * plan.tile_size
+            taken = row_kernels.take_rows(numbers, row_query, row_pool, 7.0, clear_next)
+            assert torch.equal(taken[:end], expected[:end])
 
 
 def check_attention(heads: int, repeats: int, sizes: list[int], dims: tuple[int, int], scale: float) -> None:
