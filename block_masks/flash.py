@@ -8,6 +8,7 @@ Its private ``_flash_attn_fwd`` and ``_flash_attn_bwd`` are called here and nowh
 output and log-sum-exp of each row for backward, which would run the rows again where the merged ones already do.
 """
 
+# pyright: reportMissingImports=false
 import functools
 import importlib.metadata
 
@@ -60,10 +61,10 @@ def _worst_error(device: int, dtype: torch.dtype, head_dim: int, value_dim: int)
             *inputs, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
             results = []
             for backend, kind in (("eager", torch.float32), ("triton", dtype), ("flash", dtype)):
-                leaves = [x.to(kind).requires_grad_() for x in inputs]
+                query, key, value = leaves = [x.to(kind).requires_grad_() for x in inputs]
                 try:
                     output, _ = attend_packed(
-                        *leaves, selected, group, sizes,
+                        query, key, value, selected, group, sizes,
                         row_tiles=(26, 13), heads=(2, 1), scale=head_dim**-0.5, backend=backend,
                     )  # fmt: skip
                     gradients = torch.autograd.grad(output, leaves, grad.to(kind))
@@ -152,11 +153,12 @@ def attend_tiles_backward(
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    gradients = _flash_attn_bwd(
+    grad_query, grad_key, grad_value, *_ = _flash_attn_bwd(
         *(x.transpose(1, 2) for x in (query, key, value, output, grad)), lse, softmax_scale=scale,
         block_sparse_tensors=BlockSparseTensorsTorch(*transposed, block_size=(TILE, TILE)),
     )  # fmt: skip
-    return tuple(x.transpose(1, 2).contiguous() for x in gradients[:3])
+    grad_query, grad_key, grad_value = (x.transpose(1, 2).contiguous() for x in (grad_query, grad_key, grad_value))
+    return grad_query, grad_key, grad_value
 
 
 def _of_section(x: Tensor, query: Tensor, plan: RowPlan, section: int) -> Tensor:

@@ -54,8 +54,7 @@ def _attend_backward(
 
 @_attend_backward.register_fake
 def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    new = torch.empty_like
-    return tuple(new(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -102,12 +102,13 @@ def _attend_backward(
         move.sum_rows(rows, plan.query_rows[part], plan.query_count[part], grad_query[part])
         del rows
     repeats = len(query) // len(key)
-    return grad_query, *(move.take_slots(x, slots.key_slot, repeats) for x in (grad_keys, grad_values))
+    grad_key, grad_value = (move.take_slots(x, slots.key_slot, repeats) for x in (grad_keys, grad_values))
+    return grad_query, grad_key, grad_value
 
 
 @_attend_backward.register_fake
 def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

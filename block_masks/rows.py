@@ -56,7 +56,7 @@ def plan_rows(selected: Tensor, row_tiles: int, heads: int | None = None, tile_s
     """
     heads = heads or selected.shape[0]
     plan = _plan_on_gpu if selected.is_cuda else _plan
-    return RowPlan(*plan(selected, row_tiles, heads, tile_size), tile_size)
+    return RowPlan(*plan(selected, row_tiles, heads, tile_size), tile_size=tile_size)
 
 
 def _plan(selected: Tensor, row_tiles: int, heads: int, tile_size: int) -> list[Tensor]:

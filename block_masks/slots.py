@@ -85,11 +85,10 @@ def _plan_slots(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) 
 
 @_plan_slots.register_fake
 def _(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) -> list[Tensor]:
-    slots, short = num_tiles * tile_size, {"dtype": torch.int32}
-    new = key_group.new_empty
+    slots, new = num_tiles * tile_size, key_group.new_empty
     return [
-        new(slots), new(len(key_group)), new(slots, **short), new(num_tiles), new(num_tiles),
-        new(groups, **short), new(groups, **short),
+        new(slots), new(len(key_group)), new(slots, dtype=torch.int32), new(num_tiles), new(num_tiles),
+        new(groups, dtype=torch.int32), new(groups, dtype=torch.int32),
     ]  # fmt: skip
 
 

@@ -371,7 +371,8 @@ def test_memory_at_55296_tokens_holds_no_square(partition: BlockPartition, dispa
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     vmoba_attention(*leaves, partition, Threshold(0.25), dispatch=dispatch).sum().backward()
-    peak = torch.cuda.max_memory_allocated() - before
+    # Above the output and four gradients, as large as the inputs each.
+    peak = torch.cuda.max_memory_allocated() - before - 5 * leaves[0].nbytes
     # One byte per query and key, without heads, would be 3.06 GB.
     assert peak < tokens**2, f"peak {peak / 1e9:.2f} GB"
     rows = torch.randperm(tokens, device="cuda")[:64]

@@ -36,7 +36,7 @@ def vmoba_attention(
     dispatch: str = "auto",
     backend: str = "auto",
     return_stats: Literal[False] = False,
-    max_row_bytes: int = 2**31,
+    max_row_bytes: int = 2_200_000_000,
 ) -> Tensor: ...
 
 
@@ -53,7 +53,7 @@ def vmoba_attention(
     dispatch: str = "auto",
     backend: str = "auto",
     return_stats: Literal[True],
-    max_row_bytes: int = 2**31,
+    max_row_bytes: int = 2_200_000_000,
 ) -> tuple[Tensor, AttentionStats]: ...
 
 
@@ -69,7 +69,7 @@ def vmoba_attention(
     dispatch: str = "auto",
     backend: str = "auto",
     return_stats: bool = False,
-    max_row_bytes: int = 2**31,
+    max_row_bytes: int = 2_200_000_000,
 ) -> Tensor | tuple[Tensor, AttentionStats]:
     """VMoBA attention (arXiv 2506.23858), raster order in and out, differentiable in query, key and value.
 

@@ -11,10 +11,10 @@ from vmoba_flex.mask import group_sizes, key_groups
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 
-# What forward and backward hold for each row, in sizes of a query. Forward: its output; FlashAttention-4 also wants the
-# queries gathered. Backward: queries, gradients of outputs and of queries; FlashAttention-4 also the outputs, and
-# gradients of queries in float32.
-_COPIES = {"eager": (1, 3), "triton": (1, 3), "flash": (2, 6)}
+# What forward and backward hold of a section of heads: so many copies of its rows, and of its keys. Forward: outputs;
+# FlashAttention-4 also wants the queries gathered. Backward: queries, gradients of outputs and of queries;
+# FlashAttention-4 also the outputs, gradients of queries in float32, and keys, values and their gradients packed.
+_COPIES = {"eager": ((1, 0), (3, 0)), "triton": ((1, 0), (3, 0)), "flash": ((2, 0), (6, 4))}
 
 
 def packed_attention(
@@ -40,7 +40,7 @@ def packed_attention(
             device.
         scale: ``1 / sqrt(D)`` if None.
         backend: ``"eager"``, ``"triton"`` or ``"flash"``.
-        max_row_bytes: what the rows of the heads worked on together may take, at least one head.
+        max_row_bytes: what the rows of the heads worked on together may take; at least one head is.
 
     Raises:
         ValueError: inside ``torch.compile``, if the rule does not bound the rows.
@@ -50,28 +50,36 @@ def packed_attention(
     selected, key_group = key_groups(selection, partition)
     selected = selected.flatten(0, 1)
     row_bytes = max(head_dim, value.shape[-1]) * query.element_size()
-    max_rows = [max_row_bytes // (copies * row_bytes) for copies in _COPIES[backend]]
-    together, row_tiles = zip(*_sections(selected, partition, rule, heads, max_rows), strict=True)
+    forward, backward = _sections(selected, partition, rule, heads, max_row_bytes // row_bytes, _COPIES[backend])
+    query, key, value = (x.flatten(0, 1) for x in (query, key, value))
     output, _ = attend_packed(
-        *(x.flatten(0, 1) for x in (query, key, value)), selected, key_group, group_sizes(partition),
-        row_tiles=row_tiles, heads=together, scale=scale, backend=backend,
+        query, key, value, selected, key_group, group_sizes(partition), heads=(forward[0], backward[0]),
+        row_tiles=(forward[1], backward[1]), scale=scale, backend=backend,
     )  # fmt: skip
     return output.unflatten(0, (batch, heads))
 
 
 def _sections(
-    selected: Tensor, partition: BlockPartition, rule: Rule, heads: int, max_rows: list[int]
+    selected: Tensor,
+    partition: BlockPartition,
+    rule: Rule,
+    heads: int,
+    max_rows: int,
+    copies: tuple[tuple[int, int], tuple[int, int]],
 ) -> list[tuple[int, int]]:
-    """For each bound on rows: the heads that go together, a divisor of all, and the tiles of rows they may need."""
+    """The heads that go together, a divisor of all, and the tiles of rows they may need; forward, then backward."""
     together = max_row_tiles(partition, rule, heads, heads)
     if together is not None and rule.pool in ("block", "global"):
         # Such a pool bounds its heads together. Apart, any one of them may hold nearly all pairs.
-        return [(heads, together)] * len(max_rows)
+        return [(heads, together)] * 2
     each = max_row_tiles(partition, rule, heads, 1) or _read_row_tiles(selected)
-    divisors = [n for n in range(1, heads + 1) if heads % n == 0]
-    # A list inside: on torch 2.11 a generator here breaks the graph.
-    fitting = [max([n for n in divisors if n == 1 or n * each * TILE <= rows]) for rows in max_rows]
-    return [(n, n * each) for n in fitting]
+    sections = []
+    for of_rows, of_keys in copies:
+        head = of_rows * each * TILE + of_keys * partition.num_tokens
+        # A list inside: on torch 2.11 a generator here breaks the graph.
+        fitting = max([n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * head <= max_rows)])
+        sections.append((fitting, fitting * each))
+    return sections
 
 
 def max_row_tiles(partition: BlockPartition, rule: Rule, heads: int, group: int) -> int | None:

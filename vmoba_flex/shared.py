@@ -66,14 +66,14 @@ def shared_attention(
         of_token = selected.index_select(2, slots.key_slot // tile_size)
         key_group = group_of_key(partition, query.device)
         return chunked_attention(query, key, value, of_token, key_group, scale), selected, slots
-    inputs = (query_slots, to_slots(key, slots), to_slots(value, slots))
+    q, k, v = query_slots, to_slots(key, slots), to_slots(value, slots)
     if not query.is_cuda:  # FlexAttention's kernel for CPUs reads no views of what an op made.
-        inputs = tuple(map(realize, inputs))
+        q, k, v = map(realize, (q, k, v))
     mask = slot_mask(selected, slots)
     if backend == "flash":
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        return from_slots(attend_full_tiles(*inputs, mask, scale), slots), selected, slots
-    output = compiled_flex_attention(*inputs, block_mask=mask, scale=scale, enable_gqa=enable_gqa)
+        return from_slots(attend_full_tiles(q, k, v, mask, scale), slots), selected, slots
+    output = compiled_flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=enable_gqa)
     return from_slots(output, slots), selected, slots
 
 
