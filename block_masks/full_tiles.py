@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from block_masks.device import on_device
+
 
 def attend_full_tiles(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
     """Attention of each tile of queries over its full tiles of keys; where FlashAttention-4 runs (``flash.refusal``).
@@ -28,6 +30,7 @@ def attend_full_tiles(query: Tensor, key: Tensor, value: Tensor, block_mask: Blo
 
 
 @torch.library.custom_op("block_masks::attend_full_tiles", mutates_args=())
+@on_device
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, lists: list[Tensor], transposed: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -43,6 +46,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Te
 
 
 @torch.library.custom_op("block_masks::attend_full_tiles_backward", mutates_args=())
+@on_device
 def _attend_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
     transposed: list[Tensor], scale: float,

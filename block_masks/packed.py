@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from block_masks import row_steps
+from block_masks.device import on_device
 from block_masks.rows import TILE, plan_rows
 from block_masks.slots import plan_slots
 
@@ -58,6 +59,7 @@ def attend_packed(
 
 
 @torch.library.custom_op("block_masks::attend_packed", mutates_args=())
+@on_device
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, selected: Tensor, key_group: Tensor,
     group_sizes: list[int], row_tiles: list[int], heads: list[int], scale: float, backend: str,
@@ -81,6 +83,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Te
 
 
 @torch.library.custom_op("block_masks::attend_packed_backward", mutates_args=())
+@on_device
 def _attend_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, key_group: Tensor,
     output: Tensor, lse: Tensor,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from block_masks.device import on_device
 from block_masks.pairs import pair_lookup
 from block_masks.rows import plan_rows
 from block_masks.tiles import TileMap, block_mask_from_tiles
@@ -63,6 +64,7 @@ def plan_slots(key_group: Tensor, group_sizes: list[int], tile_size: int = 128) 
 
 # Opaque to Inductor: it scans and scatters, and its results are captured by a mask_mod.
 @torch.library.custom_op("block_masks::plan_slots", mutates_args=())
+@on_device
 def _plan_slots(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) -> list[Tensor]:
     # Slots are the rows of keys that each chose their own group.
     chosen = torch.arange(groups, device=key_group.device)[:, None] == key_group
@@ -109,6 +111,7 @@ def _gather_slots(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 
 @_gather_slots.register_kernel("cuda")
+@on_device
 def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     from block_masks import row_kernels
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from block_masks.device import on_device
 from vmoba_flex.partition import BlockPartition
 
 _KERNEL_MAX_DIM = 256
@@ -25,6 +26,7 @@ def block_means(key: Tensor, partition: BlockPartition) -> Tensor:
 
 
 @torch.library.custom_op("vmoba_flex::block_means", mutates_args=())
+@on_device
 def _block_means(key: Tensor, grid: list[int], block: list[int], prefix: int, suffix: int) -> Tensor:
     return _means(key, BlockPartition(_triple(grid), _triple(block), prefix=prefix, suffix=suffix)).contiguous()
 
@@ -69,6 +71,7 @@ def gate(query: Tensor, key: Tensor, partition: BlockPartition) -> Tensor:
 
 # Opaque to Inductor, so that a compiled selection sees the same scores, to the bit, as an eager one.
 @torch.library.custom_op("vmoba_flex::gate", mutates_args=())
+@on_device
 def _gate(query: Tensor, key: Tensor, grid: list[int], block: list[int], prefix: int, suffix: int) -> Tensor:
     partition = BlockPartition(_triple(grid), _triple(block), prefix=prefix, suffix=suffix)
     if _has_kernels(query):

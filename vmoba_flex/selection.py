@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from block_masks.device import on_device
 from vmoba_flex.gate import gate
 from vmoba_flex.inputs import check_query_key
 from vmoba_flex.partition import BlockPartition
@@ -68,6 +69,7 @@ def select(scores: Tensor, own: Tensor, rule: Rule) -> Tensor:
 # Opaque to Inductor, which on torch 2.11 fails to fuse scans as long as a pool with what surrounds them, and which
 # could otherwise compute a selection twice, rounding the gate differently for the tile lists and for the words.
 @torch.library.custom_op("vmoba_flex::select", mutates_args=())
+@on_device
 def _select(
     scores: Tensor, own: Tensor, apart: list[int], competing: list[int], max_pairs: int | None, tau: float | None
 ) -> Tensor:
