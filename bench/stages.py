@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 # In the order of a call, forward before backward. Functions that the package does not have, or that cannot be loaded
 # here, are left out.
-_MOVE, _ATTEND = ("row_steps", "row_kernels"), ("row_steps", "attend_kernels", "flash")
+_MOVE, _ATTEND = ("row_steps", "row_kernels"), ("row_steps", "attend_kernels", "flash_kernels")
 STAGES = {
     "gate": ["vmoba_flex.selection.gate"],
     "select": ["vmoba_flex.selection.select"],

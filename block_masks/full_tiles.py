@@ -10,7 +10,7 @@ from block_masks.device import on_device
 
 
 def attend_full_tiles(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
-    """Attention of each tile of queries over its full tiles of keys; where FlashAttention-4 runs (``flash.refusal``).
+    """Attention of each tile of queries over its full tiles of keys, where ``flash_kernels.refusal`` has no objection.
 
     Args:
         query: ``(B, H, S, D)``.
@@ -34,9 +34,9 @@ def attend_full_tiles(query: Tensor, key: Tensor, value: Tensor, block_mask: Blo
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, lists: list[Tensor], transposed: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor]:
-    from block_masks import flash
+    from block_masks import flash_kernels
 
-    return flash.attend_tiles(query, key, value, lists, scale)
+    return flash_kernels.attend_tiles(query, key, value, lists, scale)
 
 
 @_attend.register_fake
@@ -51,9 +51,9 @@ def _attend_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
     transposed: list[Tensor], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from block_masks import flash
+    from block_masks import flash_kernels
 
-    return flash.attend_tiles_backward(grad, query, key, value, output, lse, transposed, scale)
+    return flash_kernels.attend_tiles_backward(grad, query, key, value, output, lse, transposed, scale)
 
 
 @_attend_backward.register_fake

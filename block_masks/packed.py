@@ -6,7 +6,7 @@ output and the log-sum-exp of each query are kept for backward, which plans the 
 its query from the merged log-sum-exp: ``p = exp(score - lse)``.
 
 Three backends do the work on the rows: ``"eager"``, plain PyTorch on any device (``row_steps.py``), ``"triton"``
-(``attend_kernels.py``) and ``"flash"`` (``flash.py``); the latter two move rows by the kernels of ``row_kernels.py``.
+(``attend_kernels.py``) and ``"flash"`` (``flash_kernels.py``); the latter two move rows by ``row_kernels.py``.
 """
 
 from types import ModuleType
@@ -19,8 +19,6 @@ from block_masks import row_steps
 from block_masks.device import on_device
 from block_masks.rows import TILE, plan_rows
 from block_masks.slots import plan_slots
-
-BACKENDS = ("eager", "triton", "flash")
 
 
 def attend_packed(
@@ -138,9 +136,9 @@ def _modules(backend: str) -> tuple[ModuleType, ModuleType]:
     from block_masks import row_kernels
 
     if backend == "flash":
-        from block_masks import flash
+        from block_masks import flash_kernels
 
-        return row_kernels, flash
+        return row_kernels, flash_kernels
     from block_masks import attend_kernels
 
     return row_kernels, attend_kernels

@@ -1,6 +1,6 @@
 """The steps of attention over packed rows in plain PyTorch: for any device, and what the kernels are held to.
 
-``row_kernels.py`` has the steps that move rows, ``attend_kernels.py`` and ``flash.py`` the two that attend.
+``row_kernels.py`` has the steps that move rows, ``attend_kernels.py`` and ``flash_kernels.py`` the two that attend.
 """
 
 from collections.abc import Iterator

@@ -25,9 +25,7 @@ def imported(path: Path) -> set[str]:
 
 def kernels_of(path: Path) -> set[str]:
     """Modules of kernels are imported on their first use. Triton comes with torch where there is a GPU."""
-    if path.name == "flash.py":
-        return {"flash_attn"}
-    return {"triton"} if path.name.endswith("_kernels.py") else set()
+    return {"triton", "flash_attn"} if path.name.endswith("_kernels.py") else set()
 
 
 @pytest.mark.parametrize("path", BLOCK_MASKS, ids=lambda path: path.name)

@@ -53,7 +53,9 @@ def _largest_density(rule: Rule, blocks: int) -> float:
     return min(rule.tau + 1 / blocks, rule.max_density or 1.0)
 
 
-def choose_backend(backend: str, dispatch: str, query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition):
+def choose_backend(
+    backend: str, dispatch: str, query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition
+) -> str:
     """The kernels that a dispatch runs on: ``"eager"``, ``"triton"`` or ``"flash"``.
 
     Raises:
@@ -86,7 +88,7 @@ def _flash_refusal(dispatch: str, query: Tensor, key: Tensor, value: Tensor, par
 
 @torch.compiler.assume_constant_result
 def _flash_cannot_run(device: int, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
-    """``block_masks.flash.refusal``, a constant to ``torch.compile``."""
-    from block_masks import flash
+    """``block_masks.flash_kernels.refusal``, a constant to ``torch.compile``."""
+    from block_masks import flash_kernels
 
-    return flash.refusal(device, dtype, head_dim, value_dim)
+    return flash_kernels.refusal(device, dtype, head_dim, value_dim)

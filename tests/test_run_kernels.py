@@ -10,7 +10,7 @@ import pytest
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize("script", ["selection_kernels_at_odd_sizes", "row_kernels_at_odd_sizes"])
+@pytest.mark.parametrize("script", ["run_selection_kernels", "run_row_kernels"])
 def test_interpreted_kernels_equal_their_eager_forms(script):
     result = subprocess.run(
         [sys.executable, "-W", "ignore::RuntimeWarning", "-m", f"tests.{script}"],

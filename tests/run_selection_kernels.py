@@ -1,7 +1,7 @@
 """Runs the Triton kernels of gate and selection at odd sizes against their eager forms: a script, not a test module.
 
-TRITON_INTERPRET=1 python -m tests.selection_kernels_at_odd_sizes                       # on a CPU
-compute-sanitizer --tool memcheck python -m tests.selection_kernels_at_odd_sizes        # on a GPU
+TRITON_INTERPRET=1 python -m tests.run_selection_kernels                       # on a CPU
+compute-sanitizer --tool memcheck python -m tests.run_selection_kernels        # on a GPU
 """
 
 import itertools

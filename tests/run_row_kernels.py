@@ -1,7 +1,7 @@
 """Runs the Triton kernels of packed rows at odd sizes against their eager twins: a script, not a test module.
 
-TRITON_INTERPRET=1 python -m tests.row_kernels_at_odd_sizes                       # on a CPU
-compute-sanitizer --tool memcheck python -m tests.row_kernels_at_odd_sizes        # on a GPU
+TRITON_INTERPRET=1 python -m tests.run_row_kernels                       # on a CPU
+compute-sanitizer --tool memcheck python -m tests.run_row_kernels        # on a GPU
 """
 
 import torch
