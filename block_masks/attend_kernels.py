@@ -208,6 +208,8 @@ class _Launch:
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [count, padded])
 
 
+_LEAST_SCALE = 1e-30
+
 # Rows, slots, warps and stages of each kernel's tile: the fastest of those timed (bench/NOTES.md).
 _SHAPES = {
     "hopper": {"forward": (64, 64, 4, 3), "query": (128, 64, 8, 3), "key": (64, 128, 8, 3)},
@@ -220,6 +222,8 @@ def forward(
     query: Tensor, keys: Tensor, values: Tensor, plan: RowPlan, slots: Slots, section: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention of a section's rows; see ``row_steps.forward``."""
+    # What is masked is -inf before the scale, and zero times that would be NaN: the least scale is one that adds nothing.
+    scale = scale if abs(scale) > _LEAST_SCALE else _LEAST_SCALE
     row_query, row_pool = plan.row_query[section], plan.row_pool[section]
     output = query.new_empty(len(row_query), values.shape[-1])
     lse = torch.empty(len(row_query), dtype=torch.float32, device=query.device)

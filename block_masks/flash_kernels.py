@@ -49,14 +49,21 @@ def _worst_error(device: int, dtype: torch.dtype, head_dim: int, value_dim: int)
     """The largest ratio of its error to that of the Triton kernels, over output and gradients; inf if it fails."""
     from block_masks.packed import attend_packed
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     ratios = []
-    with torch.cuda.device(device), torch.enable_grad(), torch.autocast("cuda", enabled=False):
+    # A caller may be in inference mode, or have set a default device.
+    with (
+        torch.cuda.device(device),
+        torch.device("cpu"),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cuda", enabled=False),
+    ):
         # Groups of whole tiles take another way than cut ones.
         for sizes in ([128, 384, 256], [100, 300, 77]):
             keys = sum(sizes)
-            group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).cuda()
-            selected = (torch.rand((2, 500, len(sizes)), generator=generator) < 0.6).cuda()
+            group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
+            selected = (torch.rand((2, 500, len(sizes)), generator=generator) < 0.6).to(device)
             shapes = ((2, 500, head_dim), (2, keys, head_dim), (2, keys, value_dim), (2, 500, value_dim))
             *inputs, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
             results = []

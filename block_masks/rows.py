@@ -5,7 +5,7 @@ rows turn this around: the queries that chose a group stand together, a tile of 
 merges its rows by their log-sum-exp.
 
     plan_rows      choices -> which query each row holds, and which rows each query has
-    row_mask       plan and slots -> the BlockMask of rows x slots            (row_masks.py)
+    row_mask       plan and slots -> the BlockMask of rows x slots, for flex_attention itself   (row_masks.py)
     attend_packed  plan, attention and merge in one differentiable step      (packed.py)
 """
 

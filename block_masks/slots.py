@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from block_masks.device import on_device
 from block_masks.pairs import pair_lookup
-from block_masks.rows import plan_rows
+from block_masks.rows import TILE, plan_rows
 from block_masks.tiles import TileMap, block_mask_from_tiles
 
 
@@ -49,7 +49,7 @@ class Slots:
     group_sizes: tuple[int, ...]
 
 
-def plan_slots(key_group: Tensor, group_sizes: list[int], tile_size: int = 128) -> Slots:
+def plan_slots(key_group: Tensor, group_sizes: list[int], tile_size: int = TILE) -> Slots:
     """Plans the slots of some keys.
 
     Args:

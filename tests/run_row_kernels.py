@@ -89,3 +89,4 @@ if __name__ == "__main__":
     check_plan(2, 700, [3, 200], 0.8, 2, room=7)  # too little
     check_attention(4, 1, [100, 128, 3], (24, 24), 0.3)
     check_attention(4, 2, [200, 31], (16, 40), -0.2)
+    check_attention(2, 1, [70, 64], (16, 16), 0.0)

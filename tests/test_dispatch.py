@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vmoba_flex import BlockPartition, Threshold, TopK, vmoba_attention
-from vmoba_flex.dispatch import choose_dispatch
+from vmoba_flex.dispatch import choose_backend, choose_dispatch
 from vmoba_flex.rules import Rule
 
 CAPPED = Threshold(0.25, max_density=0.25)
@@ -61,3 +61,15 @@ def test_stats_count_what_max_density_cut():
     assert torch.equal(capped.pairs + capped.cut, free.pairs)
     assert (capped.cut > 0).all()
     assert (free.cut == 0).all()
+
+
+def test_float64_takes_no_named_backend():
+    partition = BlockPartition((1, 8, 8), (1, 4, 4))
+    with FakeTensorMode():
+        query = torch.empty(1, 2, 64, 8, dtype=torch.float64, device="cuda")
+        assert choose_backend("auto", "packed", query, query, query, partition) == "eager"
+        for backend in ("triton", "flash"):
+            with pytest.raises(
+                ValueError, match="backend must be 'auto' for dispatch='packed' and dtype torch.float64"
+            ):
+                choose_backend(backend, "packed", query, query, query, partition)

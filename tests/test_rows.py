@@ -137,7 +137,7 @@ def test_lists_are_safe_to_read_to_their_ends(problem: RowProblem):
     assert len({x.data_ptr() for x in tensors}) == len(tensors)
 
 
-@given(row_problems(), st.sampled_from([0.5, -1.0]))
+@given(row_problems(), st.sampled_from([0.5, -1.0, 0.0]))
 def test_attention_equals_dense_masked_attention(problem: RowProblem, scale: float):
     output, lse = problem.attend(scale=scale)
     torch.testing.assert_close(output.double(), problem.expected(scale=scale), rtol=1e-5, atol=1e-5)

@@ -78,8 +78,8 @@ def vmoba_attention(
     by ``"packed"`` where the rule does not bound its pairs.
 
     On a GPU, ``"tiles"`` and ``"shared"`` are compiled FlexAttention, and ``"packed"`` runs on kernels of its own;
-    the latter two also on FlashAttention-4. On a CPU the attention is FlexAttention inside ``torch.compile`` without
-    gradients, and otherwise a slower exact path that costs as much as full attention.
+    the latter two also on FlashAttention-4. On a CPU the first two are FlexAttention inside ``torch.compile``
+    without gradients, and otherwise a slower exact path that costs as much as full attention.
 
     Args:
         query: ``(B, H, S, D)``, floating point, on CPU or CUDA. Under autocast all three are cast first.
@@ -93,16 +93,19 @@ def vmoba_attention(
             block, so that its cost is the density whatever neighbouring queries choose; see ``packed``. ``"shared"``
             is an approximation, and not what ``vmoba_selection`` chooses: up to 128 neighbouring queries of a block
             share one choice, made from their mean query, so that each tile that runs was chosen; see ``shared``.
-            ``"dense"`` is full attention, which ignores ``rule``. ``"auto"`` takes ``"packed"`` on a GPU where measured
-            times say that it is faster than full attention, and ``"dense"`` where they say that choosing cannot pay:
-            at tau 0.25, head dim 128 and 12 heads, below about 34,000 tokens, or 24,000 with gradients. Inside
-            ``torch.compile`` it takes ``"tiles"`` instead of ``"packed"`` for a ``Threshold`` without ``max_density``;
-            on a CPU always ``"tiles"``; and never ``"shared"``. The stats tell full attention by its density of 1.
-        backend: kernels on a GPU. ``"triton"``: the same inputs give the same bits. ``"flash"``: FlashAttention-4, for
-            ``"packed"``, and for ``"shared"`` with as many key heads as query heads and blocks of whole 128 tokens;
-            its gradient of query may differ in the last bits from run to run. It must be installed in the version that
-            this package was tried with, and come out right on a small problem, which the first call for each dtype and
-            head dim runs and reads back. ``"auto"`` is ``"flash"`` where that can run, and else ``"triton"``.
+            ``"dense"`` is ``scaled_dot_product_attention`` over everything, which ignores ``rule``. ``"auto"`` takes
+            ``"packed"`` on a GPU where measured times say that it beats the fastest dense kernels, and ``"dense"``
+            elsewhere: with ``Threshold(0.25, max_density=0.25)``, head dim 128 and 12 heads, below about 34,000 tokens,
+            or 23,000 with gradients. It takes ``"tiles"`` instead of ``"packed"`` inside ``torch.compile`` for a
+            ``Threshold`` without ``max_density``, and for float64 and head dims above 256; on a CPU always; and
+            ``"shared"`` never. The stats tell full attention by its density of 1.
+        backend: kernels on a GPU, but for ``"dense"``, which takes what torch takes. ``"triton"``: the same inputs give
+            the same bits. ``"flash"``: FlashAttention-4, for ``"packed"``, and for ``"shared"`` with as many key heads
+            as query heads and whole 128 tokens in each block, and in prefix and suffix together; its gradient of query
+            may differ in the last bits from run to run. It must be installed in the version that this package was
+            tried with, and come out right on a small problem, which the first call for each dtype and head dim runs
+            and reads back: call once before capturing a graph. ``"auto"`` is ``"flash"`` where that can run, and else
+            ``"triton"``.
         return_stats: also return ``AttentionStats``.
         max_row_bytes: for ``"packed"``, what the rows of the heads worked on together may take; at least one head is,
             and all are for pools that span heads.

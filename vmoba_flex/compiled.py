@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 # Shapes, dtypes, scale and grad mode each need a kernel of their own. Past torch's default of 8 a compiled function
 # runs eagerly, and eager flex_attention builds the S x S scores: 137 GiB at 55,296 tokens and 12 heads.
@@ -51,14 +51,6 @@ def compiled_flex_attention(
             one process.
     """
     return _run(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=enable_gqa)
-
-
-def compiled_flex_attention_with_lse(
-    query: Tensor, key: Tensor, value: Tensor, *, block_mask: BlockMask, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """The same, with the natural log-sum-exp of each query's scores, float32 ``(B, H, S)``; on CUDA alone."""
-    output, aux = _run(query, key, value, block_mask=block_mask, scale=scale, return_aux=AuxRequest(lse=True))
-    return output, aux.lse
 
 
 def _run(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:

@@ -66,6 +66,8 @@ def choose_backend(
             raise ValueError(f"backend must be 'auto' on device {query.device}, got {backend!r}")
         return "eager"
     if dispatch == "packed" and query.dtype == torch.float64:
+        if backend != "auto":
+            raise ValueError(f"backend must be 'auto' for dispatch='packed' and dtype torch.float64, got {backend!r}")
         return "eager"
     if backend == "triton":
         return "triton"
@@ -82,7 +84,9 @@ def _flash_refusal(dispatch: str, query: Tensor, key: Tensor, value: Tensor, par
         if key.shape[1] != query.shape[1]:
             return "dispatch='shared' has no kernels for it with fewer key heads"
         if any(size % TILE for size in group_sizes(partition)):
-            return f"dispatch='shared' has kernels for it where all blocks hold a multiple of {TILE} tokens"
+            return (
+                f"dispatch='shared' has kernels for it where each block, and all text, is a multiple of {TILE} tokens"
+            )
     return _flash_cannot_run(query.device.index, query.dtype, query.shape[-1], value.shape[-1])
 
 

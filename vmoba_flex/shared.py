@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from block_masks import Slots, attend_full_tiles, from_slots, plan_slots, realize, slot_mask, to_slots
+from block_masks.rows import TILE
 from vmoba_flex.chunked import chunked_attention
 from vmoba_flex.compiled import compiled_flex_attention, has_flex_kernel
 from vmoba_flex.gate import block_means
@@ -25,8 +26,6 @@ from vmoba_flex.mask import group_of_key, group_sizes
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection import select
-
-TILE = 128
 
 
 def shared_attention(
