@@ -222,7 +222,7 @@ def forward(
     query: Tensor, keys: Tensor, values: Tensor, plan: RowPlan, slots: Slots, section: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention of a section's rows; see ``row_steps.forward``."""
-    # What is masked is -inf before the scale, and zero times that would be NaN: the least scale is one that adds nothing.
+    # What is masked is -inf before the scale, and zero times that would be NaN.
     scale = scale if abs(scale) > _LEAST_SCALE else _LEAST_SCALE
     row_query, row_pool = plan.row_query[section], plan.row_pool[section]
     output = query.new_empty(len(row_query), values.shape[-1])

@@ -70,6 +70,6 @@ def test_float64_takes_no_named_backend():
         assert choose_backend("auto", "packed", query, query, query, partition) == "eager"
         for backend in ("triton", "flash"):
             with pytest.raises(
-                ValueError, match="backend must be 'auto' for dispatch='packed' and dtype torch.float64"
+                ValueError, match=r"backend must be 'auto' for dispatch='packed' and dtype torch\.float64"
             ):
                 choose_backend(backend, "packed", query, query, query, partition)
