@@ -63,12 +63,15 @@ def check_take(plan: RowPlan, queries: int) -> None:
             assert torch.equal(taken[:end], expected[:end])
 
 
-def check_attention(heads: int, repeats: int, sizes: list[int], dims: tuple[int, int], scale: float) -> None:
-    """Forward and backward of ``attend_packed``."""
+def check_attention(
+    heads: int, repeats: int, sizes: list[int], dims: tuple[int, int], scale: float, shift: float = 0
+) -> None:
+    """Forward and backward of ``attend_packed``; ``shift`` makes all scores negative."""
     selected, key_group = problem(heads, 150, sizes, 0.5)
     query, grad = torch.randn(heads, 150, dims[0]), torch.randn(heads, 150, dims[1])
     keys = (torch.randn(heads // repeats, len(key_group), dim) for dim in dims)
-    inputs = [x.requires_grad_() for x in (query, *keys)]
+    key, value = keys
+    inputs = [x.requires_grad_() for x in (query + shift, key - shift, value)]
     results = []
     for backend in ("eager", "triton"):
         output, lse = attend_packed(
@@ -87,6 +90,9 @@ if __name__ == "__main__":
     check_plan(2, 5000, [3], 1.0, 1)
     check_plan(1, 1, [1, 1], 0.5, 1)
     check_plan(2, 700, [3, 200], 0.8, 2, room=7)  # too little
+    check_plan(1, 129, [2], 1.0, 1)  # one row in the last tile
+    check_plan(1, 40, [2] * 20, 1.0, 1)  # more rows of a query than merge looks at at once
     check_attention(4, 1, [100, 128, 3], (24, 24), 0.3)
     check_attention(4, 2, [200, 31], (16, 40), -0.2)
     check_attention(2, 1, [70, 64], (16, 16), 0.0)
+    check_attention(2, 1, [70, 64], (16, 16), 1.0, shift=4)  # a filling slot's score of 0 would weigh e^200

@@ -3,6 +3,7 @@
 import dataclasses
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -101,6 +102,7 @@ def test_each_pair_has_a_row_of_its_own(problem: RowProblem):
 def test_pairs_beyond_the_room_for_rows_are_lost(problem: RowProblem, row_tiles: int):
     plan = plan_rows(problem.selected, row_tiles, problem.heads, problem.tile_size)
     assert plan.row_query.shape[1] == row_tiles * problem.tile_size
+    assert (plan.tiles >= 0).all()
     assert (plan.first_tile + plan.tiles <= row_tiles).all()
     assert (plan.query_count <= problem.selected.sum(-1)).all()
     assert plan.query_count.sum() == (plan.row_query >= 0).sum()
@@ -177,11 +179,17 @@ def _problem(selected: Tensor, dim: int = 4) -> RowProblem:
     return RowProblem(selected, torch.tensor([0, 1, 1]), [1, 2], 16, heads, 2, query, key, value)
 
 
-def test_a_nan_group_reaches_the_queries_that_chose_it_alone():
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_nan_group_reaches_the_queries_that_chose_it_alone(bad: int):
     problem = _problem(torch.tensor([[[True, False], [True, True], [False, True]]]))
-    problem.key[0, 1] = torch.nan
-    problem.value[0, 2] = torch.nan
-    assert problem.attend()[0][0].isnan().all(-1).tolist() == [False, True, True]
+    selected = torch.cat([problem.selected, torch.tensor([[[True], [True], [True]]])], -1)
+    key, value = (torch.cat([x, x[:, :1]], 1) for x in (problem.key, problem.value))
+    # The last group is narrower than the widest one: what fills it up must not be another group's.
+    problem = dataclasses.replace(problem, key_group=torch.tensor([0, 1, 1, 2]), group_sizes=[1, 2, 1], key=key)
+    problem = dataclasses.replace(problem, selected=selected, value=value)
+    for x in (problem.key, problem.value):
+        x[0, bad] = torch.nan
+    assert problem.attend()[0][0].isnan().all(-1).tolist() == problem.selected[0, :, bad].tolist()
 
 
 def test_registered_ops_are_well_formed():
