@@ -80,7 +80,9 @@ def check_attention(
             scale=scale, backend=backend,
         )  # fmt: skip
         results.append((output, lse, *torch.autograd.grad(output, inputs, grad)))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    # Scores of some hundreds are rounded that much more before they are subtracted from one another.
+    tolerance = 1e-3 if shift else 1e-4
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
 if __name__ == "__main__":
