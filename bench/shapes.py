@@ -167,10 +167,9 @@ class Contenders:
     backends: tuple[str, ...]
     compile: bool
 
-    def ours(self, dispatch: str) -> Iterator[tuple[str, str]]:
-        """The dispatch with each backend."""
-        if dispatch in self.dispatches:
-            yield from ((dispatch, backend) for backend in (("auto",) if dispatch == "auto" else self.backends))
+    def backends_of(self, dispatch: str) -> tuple[str, ...]:
+        """What a dispatch is measured with."""
+        return ("auto",) if dispatch == "auto" else self.backends
 
 
 def specs(sizes: Sizes, sections: list[str], contenders: Contenders) -> list[Spec]:
@@ -206,8 +205,8 @@ def _main(sizes: Sizes, contenders: Contenders) -> Iterator[Spec]:
     for dispatch in contenders.dispatches:
         first, others = urgencies.get(dispatch, (4, 5))
         for case in (windowed, slabs, cubes, topk):
-            for name, backend in contenders.ours(dispatch):
-                yield Spec("main", first if case is windowed else others, case, name, backend)
+            for backend in contenders.backends_of(dispatch):
+                yield Spec("main", first if case is windowed else others, case, dispatch, backend)
     if contenders.compile:
         yield Spec("main", 4, windowed, "packed", "best", compiled=True)
 

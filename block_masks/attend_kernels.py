@@ -183,16 +183,16 @@ class _Launch:
 
     def __init__(self, kernel: str, rows: Tensor, values: Tensor, tile_size: int) -> None:
         dim, value_dim = rows.shape[-1], values.shape[-1]
-        self.padded, self.value_padded = (max(16, triton.next_power_of_2(d)) for d in (dim, value_dim))
+        padded, value_padded = _padded(dim), _padded(value_dim)
         hopper = rows.is_cuda and torch.cuda.get_device_capability(rows.device)[0] == 9
-        wide = max(self.padded, self.value_padded) > 128
+        wide = max(padded, value_padded) > 128
         kind = "float32" if rows.dtype == torch.float32 else "hopper" if hopper and not wide else "small"
         m, n, warps, stages = _SHAPES[kind][kernel]
         self.block_m, self.block_n = min(m, tile_size), min(n, tile_size)
         # Descriptors need rows of whole 16 bytes.
         self.tma = kind == "hopper" and all(d * rows.element_size() % 16 == 0 for d in (dim, value_dim))
         self.options = {
-            "D": dim, "BLOCK_D": self.padded, "DV": value_dim, "BLOCK_DV": self.value_padded,
+            "D": dim, "BLOCK_D": padded, "DV": value_dim, "BLOCK_DV": value_padded,
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "TILE": tile_size, "TMA": self.tma,
             "PRECISION": "tf32x3" if rows.dtype == torch.float32 else "ieee", "num_warps": warps, "num_stages": stages,
         }  # fmt: skip
@@ -204,8 +204,12 @@ class _Launch:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         x = x.flatten(0, -2)
-        padded = max(16, triton.next_power_of_2(x.shape[1]))
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), [count, padded])
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [count, _padded(x.shape[1])])
+
+
+def _padded(dim: int) -> int:
+    """The least width of a tile that holds ``dim`` and that ``tl.dot`` takes."""
+    return max(16, triton.next_power_of_2(dim))
 
 
 _LEAST_SCALE = 1e-30

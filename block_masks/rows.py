@@ -84,14 +84,14 @@ def _plan(selected: Tensor, row_tiles: int, heads: int, tile_size: int) -> list[
 
 
 def _plan_on_gpu(selected: Tensor, row_tiles: int, heads: int, tile_size: int) -> list[Tensor]:
-    from block_masks import row_kernels
+    from block_masks import plan_kernels
 
     sections = selected.shape[0] // heads
-    counts = row_kernels.count_pairs(selected)
+    counts = plan_kernels.count_pairs(selected)
     before = counts.cumsum(1, dtype=torch.int32)
     first, tiles = _pool_tiles(before[:, -1], sections, row_tiles, tile_size)
     before -= counts
-    placed = row_kernels.place_rows(selected, before, first, row_tiles, heads, tile_size)
+    placed = plan_kernels.place_rows(selected, before, first, row_tiles, heads, tile_size)
     return [*placed, first, tiles]
 
 

@@ -1,6 +1,8 @@
 """Every way to run VMoBA, as functions of one problem, for the properties that all of them must have."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,21 +32,18 @@ def through_mask(token_order: str, tile_size: int = 16) -> Path:
     return path
 
 
+def attend(problem: Problem, **options: Any) -> Any:
+    """``vmoba_attention`` of a problem."""
+    tensors = (problem.query, problem.key, problem.value)
+    fixed = {"scale": problem.scale, "enable_gqa": problem.gqa}
+    return vmoba_attention(*tensors, problem.partition, problem.rule, **fixed, **options)
+
+
 def through_attention(dispatch: str, backend: str = "auto") -> Path:
     """``vmoba_attention`` with one dispatch."""
 
     def path(problem: Problem) -> Tensor:
-        return vmoba_attention(
-            problem.query,
-            problem.key,
-            problem.value,
-            problem.partition,
-            problem.rule,
-            scale=problem.scale,
-            enable_gqa=problem.gqa,
-            dispatch=dispatch,
-            backend=backend,
-        )
+        return attend(problem, dispatch=dispatch, backend=backend)
 
     return path
 
@@ -103,6 +102,11 @@ def low_precision(problem: Problem, mask: Tensor) -> Tensor:
     )
 
 
+def exact(problem: Problem, mask: Tensor | None) -> Tensor:
+    """Dense masked attention by the reference, in float64."""
+    return reference.attention(problem.query, problem.key, problem.value, mask, problem.scale)[0]
+
+
 def outputs_and_gradients(path: Path, problem: Problem, upstream: Tensor) -> list[Tensor]:
     """The output of a path and its gradients in query, key and value, for one upstream gradient."""
     problem = problem.with_leaves()
@@ -124,3 +128,11 @@ def assert_within_budget(actual: list[Tensor], low: list[Tensor], exact: list[Te
         error, budget = (x.double() - truth).abs().max(), (reference_low.double() - truth).abs().max()
         rounding = torch.finfo(x.dtype).eps * truth.abs().max() + torch.finfo(torch.float32).eps * x.shape[-1] * largest
         assert error <= factor * (budget + rounding), f"{name}: error {error:.3g}, budget {budget:.3g} + {rounding:.3g}"
+
+
+def assert_equals_dense_masked_attention(path: Path, problem: Problem, upstream: Tensor, mask: Tensor) -> None:
+    """Holds a path's output and gradients to those of dense attention with ``mask``."""
+    actual = outputs_and_gradients(path, problem, upstream)
+    low = outputs_and_gradients(functools.partial(low_precision, mask=mask), problem, upstream)
+    truth = outputs_and_gradients(functools.partial(exact, mask=mask), problem.to(torch.float64), upstream)
+    assert_within_budget(actual, low, truth)

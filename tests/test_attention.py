@@ -13,10 +13,12 @@ from torch.nn.attention.flex_attention import create_block_mask
 from tests.paths import (
     SPARSE_PATHS,
     TILE_SIZES,
+    assert_equals_dense_masked_attention,
     assert_within_budget,
+    attend,
+    exact,
     expected_mask,
     low_precision,
-    outputs_and_gradients,
     through_attention,
     through_mask,
 )
@@ -25,10 +27,6 @@ from tests.test_block_masks import INDEX_TENSORS
 from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_attention, vmoba_mask, vmoba_selection
 
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
-
-
-def exact(problem: Problem, mask: torch.Tensor | None) -> torch.Tensor:
-    return reference.attention(problem.query, problem.key, problem.value, mask, problem.scale)[0]
 
 
 @pytest.mark.parametrize("path", SPARSE_PATHS)
@@ -50,10 +48,7 @@ def test_auto_is_tiles(problem: Problem):
 def test_gradients_equal_dense_masked_attention(path: str, problem: Problem):
     mask = expected_mask(problem, TILE_SIZES.get(path))
     upstream = torch.randn(problem.query.shape, generator=torch.Generator().manual_seed(1))
-    actual = outputs_and_gradients(SPARSE_PATHS[path], problem, upstream)
-    low = outputs_and_gradients(functools.partial(low_precision, mask=mask), problem, upstream)
-    truth = outputs_and_gradients(functools.partial(exact, mask=mask), problem.to(torch.float64), upstream)
-    assert_within_budget(actual, low, truth)
+    assert_equals_dense_masked_attention(SPARSE_PATHS[path], problem, upstream, mask)
 
 
 @given(problems(), st.sampled_from(["attention, tiles", *TILE_SIZES]))
@@ -132,16 +127,7 @@ def test_non_finite_values_stay_in_their_rows_and_samples(problem: Problem, path
 
 @given(problems())
 def test_stats_count_pairs_and_tiles(problem: Problem):
-    output, stats = vmoba_attention(
-        problem.query,
-        problem.key,
-        problem.value,
-        problem.partition,
-        problem.rule,
-        enable_gqa=problem.gqa,
-        scale=problem.scale,
-        return_stats=True,
-    )
+    output, stats = attend(problem, return_stats=True)
     selection = vmoba_selection(problem.query, problem.key, problem.partition, problem.rule)
     assert torch.equal(output, through_attention("auto")(problem))
     assert torch.equal(stats.pairs, selection.sum((2, 3)))

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from block_masks import plan_slots, row_steps, slot_mask
 from tests.paths import (
+    assert_equals_dense_masked_attention,
     assert_within_budget,
+    exact,
     expected_mask,
     low_precision,
     outputs_and_gradients,
@@ -73,10 +75,6 @@ def compiled(path):
     return torch.compile(path, fullgraph=True, dynamic=False)
 
 
-def exact(case: Problem, mask: torch.Tensor) -> torch.Tensor:
-    return reference.attention(case.query, case.key, case.value, mask, case.scale)[0]
-
-
 tiles = through_attention("tiles")
 
 
@@ -107,10 +105,7 @@ def test_outputs_and_gradients_equal_dense_masked_attention(case: str, path: str
         )
     mask = expected_mask(given_problem, tile_size(path))
     upstream = torch.randn_like(given_problem.query)
-    actual = outputs_and_gradients(PATHS[path], given_problem, upstream)
-    low = outputs_and_gradients(functools.partial(low_precision, mask=mask), given_problem, upstream)
-    truth = outputs_and_gradients(functools.partial(exact, mask=mask), given_problem.to(torch.float64), upstream)
-    assert_within_budget(actual, low, truth)
+    assert_equals_dense_masked_attention(PATHS[path], given_problem, upstream, mask)
 
 
 @pytest.mark.parametrize("order", ["raster", "block"])
@@ -403,10 +398,7 @@ def test_packed_at_the_edges(edge: str, backend: str):
     query, key, value, upstream = torch.randn(4, 2, 2, partition.num_tokens, 64, device="cuda", dtype=torch.bfloat16)
     case = Problem(query, key, value, partition, rule)
     mask = expected_mask(case)
-    actual = outputs_and_gradients(through_attention("packed", backend), case, upstream)
-    low = outputs_and_gradients(functools.partial(low_precision, mask=mask), case, upstream)
-    truth = outputs_and_gradients(functools.partial(exact, mask=mask), case.to(torch.float64), upstream)
-    assert_within_budget(actual, low, truth)
+    assert_equals_dense_masked_attention(through_attention("packed", backend), case, upstream, mask)
 
 
 @pytest.mark.parametrize("backend", ["triton", "auto"])
@@ -419,10 +411,7 @@ def test_packed_where_all_queries_choose_one_block(backend: str):
     selection = vmoba_selection(query, key, partition, case.rule)
     assert selection[0, 1, :, 5].all()
     mask = expected_mask(case)
-    actual = outputs_and_gradients(through_attention("packed", backend), case, upstream)
-    low = outputs_and_gradients(functools.partial(low_precision, mask=mask), case, upstream)
-    truth = outputs_and_gradients(functools.partial(exact, mask=mask), case.to(torch.float64), upstream)
-    assert_within_budget(actual, low, truth)
+    assert_equals_dense_masked_attention(through_attention("packed", backend), case, upstream, mask)
 
 
 def test_packed_at_a_million_tokens():

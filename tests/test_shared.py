@@ -15,10 +15,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from block_masks import slot_mask
 from tests.paths import (
-    assert_within_budget,
+    assert_equals_dense_masked_attention,
+    attend,
     expected_mask,
-    low_precision,
-    outputs_and_gradients,
     shared_choice,
     shared_selection,
     through_attention,
@@ -100,13 +99,8 @@ def gpu_branch(problem: Problem, tile_size: int) -> Tensor:
 def test_gpu_branch_equals_dense_masked_attention(problem: Problem, tile_size: int):
     mask = expected_mask(problem, tile_size)
     upstream = torch.randn(problem.query.shape, generator=torch.Generator().manual_seed(1))
-    actual = outputs_and_gradients(functools.partial(gpu_branch, tile_size=tile_size), problem, upstream)
-    low = outputs_and_gradients(functools.partial(low_precision, mask=mask), problem, upstream)
-
-    def exact(problem: Problem) -> Tensor:
-        return reference.attention(problem.query, problem.key, problem.value, mask, problem.scale)[0]
-
-    assert_within_budget(actual, low, outputs_and_gradients(exact, problem.to(torch.float64), upstream))
+    path = functools.partial(gpu_branch, tile_size=tile_size)
+    assert_equals_dense_masked_attention(path, problem, upstream, mask)
 
 
 @pytest.mark.parametrize("scale", [None, 0.05])
@@ -137,17 +131,7 @@ def test_all_tiles_are_full_where_blocks_divide_into_tiles(rule):
 
 @given(problems())
 def test_stats_count_tokens_times_chosen_blocks(problem: Problem):
-    output, stats = vmoba_attention(
-        problem.query,
-        problem.key,
-        problem.value,
-        problem.partition,
-        problem.rule,
-        scale=problem.scale,
-        enable_gqa=problem.gqa,
-        dispatch="shared",
-        return_stats=True,
-    )
+    output, stats = attend(problem, dispatch="shared", return_stats=True)
     assert torch.equal(output, through_attention("shared")(problem))
     selection = shared_selection(problem, 128)
     assert torch.equal(stats.pairs, selection.sum((2, 3)))
