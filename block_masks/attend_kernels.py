@@ -241,7 +241,7 @@ def forward(
 
 
 def backward(
-    query: Tensor, grad: Tensor, output: Tensor, lse: Tensor, delta: Tensor, keys: Tensor, values: Tensor,
+    query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, keys: Tensor, values: Tensor,
     grad_keys: Tensor, grad_values: Tensor, plan: RowPlan, slots: Slots, section: int, scale: float,
 ) -> Tensor:  # fmt: skip
     """Gradients through a section's rows; see ``row_steps.backward``."""

@@ -112,7 +112,7 @@ def forward(
 
 
 def backward(
-    query: Tensor, grad: Tensor, output: Tensor, lse: Tensor, delta: Tensor, keys: Tensor, values: Tensor,
+    query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, keys: Tensor, values: Tensor,
     grad_keys: Tensor, grad_values: Tensor, plan: RowPlan, slots: Slots, section: int, scale: float,
 ) -> Tensor:  # fmt: skip
     """Gradients through a section's rows; see ``row_steps.backward``."""
@@ -120,23 +120,29 @@ def backward(
 
     row_query, row_pool = plan.row_query[section], plan.row_pool[section]
     # Its tiles of queries reach past the end of a sequence: zero times what stands in the next tile must be zero.
-    rows, outputs, grads = (
-        row_kernels.take_rows(x.flatten(0, 1), row_query, row_pool, clear_next=True)[:, None]
-        for x in (query, output, grad)
-    )
-    row_lse = row_kernels.take_rows(lse.flatten(), row_query, row_pool, torch.inf, clear_next=True)
+    take = functools.partial(row_kernels.take_rows, row_query=row_query, row_pool=row_pool, clear_next=True)
+    rows, grads = (take(x.flatten(0, 1))[:, None] for x in (query, grad))
+    row_lse, row_delta = take(lse.flatten(), fill=torch.inf), take(delta.flatten())
+    # It subtracts the gradient of the log-sum-exp from the sum of grad * output. The whole of that is known here, so
+    # that the rows' outputs need not be gathered: a row of zeros stands for them all.
+    outputs = values.new_zeros(1, 1, values.shape[-1]).expand(len(rows), -1, -1)
     keys, values = (_of_section(x, query, plan, section) for x in (keys, values))
-    packed = _packed_slots(slots)
-    grad_rows, grad_key, grad_value, *_ = _flash_attn_bwd(
-        rows, *(row_kernels.take_slots(x, packed).flatten(0, 1)[:, None] for x in (keys, values)),
-        outputs, grads, row_lse[None], softmax_scale=scale, **_lengths(plan, slots, section),
-    )  # fmt: skip
     heads = len(keys)
-    back = torch.full_like(slots.slot_key, -1).scatter_(0, packed, torch.arange(len(packed), device=packed.device))
-    for target, x in ((grad_keys, grad_key), (grad_values, grad_value)):
-        target[section * heads : (section + 1) * heads] = row_kernels.take_slots(
-            x.unflatten(0, (heads, -1))[:, :, 0], back
-        )
+    targets = [x[section * heads : (section + 1) * heads] for x in (grad_keys, grad_values)]
+    whole = all(size % plan.tile_size == 0 for size in slots.group_sizes)
+    if not whole:
+        packed = _packed_slots(slots)
+        keys, values = (row_kernels.take_slots(x, packed) for x in (keys, values))
+    grad_rows, grad_key, grad_value, *_ = _flash_attn_bwd(
+        rows, *(x.flatten(0, 1)[:, None] for x in (keys, values)), outputs, grads, row_lse[None],
+        dlse=-row_delta[None], softmax_scale=scale, **_lengths(plan, slots, section),
+        # Where groups are whole tiles, keys need no packing, nor do their gradients.
+        **({name: x.flatten(0, 1)[:, None] for name, x in zip(("dk", "dv"), targets, strict=True)} if whole else {}),
+    )  # fmt: skip
+    if not whole:
+        back = torch.full_like(slots.slot_key, -1).scatter_(0, packed, torch.arange(len(packed), device=packed.device))
+        for target, x in zip(targets, (grad_key, grad_value), strict=True):
+            target.copy_(row_kernels.take_slots(x.unflatten(0, (heads, -1))[:, :, 0], back))
     return grad_rows[:, 0]
 
 

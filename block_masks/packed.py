@@ -97,7 +97,7 @@ def _attend_backward(
     grad_keys, grad_values = (x.new_empty(len(query), *x.shape[1:]) for x in (keys, values))
     for section in range(len(plan.row_pool)):
         rows = attend.backward(
-            query, grad, output, lse, delta, keys, values, grad_keys, grad_values, plan, slots, section, scale
+            query, grad, lse, delta, keys, values, grad_keys, grad_values, plan, slots, section, scale
         )
         part = slice(section * heads[1], (section + 1) * heads[1])
         move.sum_rows(rows, plan.query_rows[part], plan.query_count[part], grad_query[part])

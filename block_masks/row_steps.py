@@ -84,7 +84,7 @@ def forward(
 
 
 def backward(
-    query: Tensor, grad: Tensor, output: Tensor, lse: Tensor, delta: Tensor, keys: Tensor, values: Tensor,
+    query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, keys: Tensor, values: Tensor,
     grad_keys: Tensor, grad_values: Tensor, plan: RowPlan, slots: Slots, section: int, scale: float,
 ) -> Tensor:  # fmt: skip
     """Gradients through a section's rows.
@@ -92,7 +92,6 @@ def backward(
     Args:
         query: ``(H, S, D)``, of all heads.
         grad: ``(H, S, value dim)``, the output's gradient.
-        output: ``(H, S, value dim)``, merged.
         lse: ``(H, S)``, merged.
         delta: ``(H, S)``, the sum of ``grad * output``.
         keys: as in ``forward``.

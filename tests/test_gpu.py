@@ -335,7 +335,7 @@ def test_row_kernels_equal_their_eager_forms(rows: RowProblem, dtype: torch.dtyp
         torch.testing.assert_close(actual, expected, rtol=step, atol=step * max(expected.abs().max().item(), 1e-3))
 
 
-@pytest.mark.parametrize("path", ["tiles", "shared"])
+@pytest.mark.parametrize("path", ["tiles", "shared", "packed", "packed-triton"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_non_finite_values_stay_in_their_sample(bad: float, path: str):
     case = problem("spatial")

@@ -2,9 +2,9 @@
 
 from typing import Literal, overload
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from vmoba_flex.dense import dense_attention
 from vmoba_flex.dispatch import BACKENDS, DISPATCHES, choose_backend, choose_dispatch
 from vmoba_flex.inputs import (
     check_choice,
@@ -141,7 +141,7 @@ def vmoba_attention(
         dispatch = choose_dispatch(query, key, value, partition, rule)
     kernels = choose_backend(backend, dispatch, query, key, value, partition)
     if dispatch == "dense":
-        output = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
+        output = dense_attention(query, key, value, scale, enable_gqa)
         return (output, dense_stats(query, partition)) if return_stats else output
     if dispatch == "shared":
         output, selected, slots = shared_attention(query, key, value, partition, rule, scale, enable_gqa, kernels)

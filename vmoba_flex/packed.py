@@ -13,8 +13,8 @@ from vmoba_flex.rules import Rule
 
 # What forward and backward hold of a section of heads: so many copies of its rows, and of its keys. Forward: outputs;
 # FlashAttention-4 also wants the queries gathered. Backward: queries, gradients of outputs and of queries;
-# FlashAttention-4 also the outputs, gradients of queries in float32, and keys, values and their gradients packed.
-_COPIES = {"eager": ((1, 0), (3, 0)), "triton": ((1, 0), (3, 0)), "flash": ((2, 0), (6, 4))}
+# FlashAttention-4 also gradients of queries in float32, and keys, values and their gradients packed.
+_COPIES = {"eager": ((1, 0), (3, 0)), "triton": ((1, 0), (3, 0)), "flash": ((2, 0), (5, 4))}
 
 
 def packed_attention(
