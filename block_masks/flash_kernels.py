@@ -87,7 +87,14 @@ def _worst_error(device: int, dtype: torch.dtype, head_dim: int, value_dim: int)
 
 
 def forward(
-    query: Tensor, keys: Tensor, values: Tensor, plan: RowPlan, slots: Slots, section: int, scale: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: RowPlan,
+    slots: Slots,
+    pool_keys: Tensor,
+    section: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention of a section's rows; see ``row_steps.forward``."""
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
@@ -113,7 +120,7 @@ def forward(
 
 def backward(
     query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, keys: Tensor, values: Tensor,
-    grad_keys: Tensor, grad_values: Tensor, plan: RowPlan, slots: Slots, section: int, scale: float,
+    grad_keys: Tensor, grad_values: Tensor, plan: RowPlan, slots: Slots, pool_keys: Tensor, section: int, scale: float,
 ) -> Tensor:  # fmt: skip
     """Gradients through a section's rows; see ``row_steps.backward``."""
     from flash_attn.cute.interface import _flash_attn_bwd

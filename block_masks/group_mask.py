@@ -31,7 +31,7 @@ def _check(selected: Tensor, key_group: Tensor, tile_size: int) -> None:
         )
 
 
-def group_tiles(selected: Tensor, key_group: Tensor, tile_size: int = 128) -> TileMap:
+def group_tiles(selected: Tensor, key_group: Tensor, tile_size: int = 128, key_live: Tensor | None = None) -> TileMap:
     """Finds the tiles that must run and those of them that need no mask.
 
     Works on tiles x groups and tiles x tiles, never on queries x keys. Groups may lie anywhere: straddle tiles, be
@@ -41,6 +41,7 @@ def group_tiles(selected: Tensor, key_group: Tensor, tile_size: int = 128) -> Ti
         selected: bool ``(B, H, queries, G)``: which groups each query attends.
         key_group: int ``(keys,)``: the group in ``[0, G)`` of each key.
         tile_size: queries, and keys, in a tile.
+        key_live: as ``group_mask``.
 
     Raises:
         TypeError: as ``group_mask``.
@@ -58,10 +59,16 @@ def group_tiles(selected: Tensor, key_group: Tensor, tile_size: int = 128) -> Ti
     hits = padded.any(-2).to(torch.float32) @ holds
     misses = (~padded.all(-2)).to(torch.float32) @ holds
     whole = torch.arange(holds.shape[-1], device=key_group.device) < keys // tile_size
-    return TileMap(some=hits > 0, every=(misses == 0) & whole)
+    every = (misses == 0) & whole
+    if key_live is not None:
+        live = F.pad(key_live, (0, -keys % tile_size)).unflatten(-1, (-1, tile_size))
+        hits, every = hits * live.any(-1)[:, None, None], every & live.all(-1)[:, None, None]
+    return TileMap(some=hits > 0, every=every)
 
 
-def group_mask(selected: Tensor, key_group: Tensor, *, tile_size: int = 128) -> BlockMask:
+def group_mask(
+    selected: Tensor, key_group: Tensor, *, tile_size: int = 128, key_live: Tensor | None = None
+) -> BlockMask:
     """Builds the mask ``selected[b, h, q, key_group[k]]`` as a ``BlockMask``.
 
     No tensor of size queries x keys is made and nothing is read back to the host; inside ``torch.compile`` the whole
@@ -71,6 +78,7 @@ def group_mask(selected: Tensor, key_group: Tensor, *, tile_size: int = 128) -> 
         selected: bool ``(B, H, queries, G)``: which groups each query attends.
         key_group: int ``(keys,)``: the group in ``[0, G)`` of each key.
         tile_size: queries, and keys, in a tile. Compiled kernels on Hopper GPUs need a multiple of 128.
+        key_live: bool ``(B, keys)``: False at keys that nobody attends, such as padding; all True if None.
 
     Returns:
         A ``BlockMask`` of shape ``(B, H, queries, keys)`` whose ``mask_mod`` alone says everything.
@@ -81,12 +89,14 @@ def group_mask(selected: Tensor, key_group: Tensor, *, tile_size: int = 128) -> 
         ValueError: if a rank, device or ``tile_size`` does not fit, or ``selected`` is too large to index, see
             ``pair_lookup``.
     """
-    tiles = group_tiles(selected, key_group, tile_size)
+    tiles = group_tiles(selected, key_group, tile_size, key_live)
     chosen = pair_lookup(selected)
     group = realize(key_group.to(torch.int32))
+    live = None if key_live is None else realize(key_live)
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return chosen(b, h, q_idx, group[kv_idx])
+        attended = chosen(b, h, q_idx, group[kv_idx])
+        return attended if live is None else attended & live[b, kv_idx]
 
     lengths = (selected.shape[-2], key_group.shape[0])
     return block_mask_from_tiles(tiles, mask_mod, lengths, (tile_size, tile_size))

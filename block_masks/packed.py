@@ -18,7 +18,7 @@ from torch import Tensor
 from block_masks import row_steps
 from block_masks.device import on_device
 from block_masks.rows import TILE, plan_rows
-from block_masks.slots import plan_slots
+from block_masks.slots import Slots, plan_slots
 
 
 def attend_packed(
@@ -33,6 +33,7 @@ def attend_packed(
     heads: tuple[int, int],
     scale: float,
     backend: str,
+    group_keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query over the keys of the groups that it chose, at the price of the pairs that it chose.
 
@@ -48,27 +49,37 @@ def attend_packed(
         heads: heads of a section, divisors of H, likewise.
         scale: factor on the scores.
         backend: ``"eager"``, ``"triton"`` or ``"flash"``.
+        group_keys: int32 ``(H, G)``: how many of a group's keys, the first ones, the queries of a head attend; all if
+            None. At least one where a query chose the group. Not for ``"flash"``.
 
     Returns:
         The output ``(H, S, value dim)``, 0 where a query chose nothing, and the natural log-sum-exp of each query's
         scores ``(H, S)``, float32, or float64 for float64 inputs. Gradients flow through the output alone.
+
+    Raises:
+        ValueError: if ``backend`` is ``"flash"`` and ``group_keys`` is given.
     """
-    return _attend(query, key, value, selected, key_group, group_sizes, list(row_tiles), list(heads), scale, backend)
+    if backend == "flash" and group_keys is not None:
+        raise ValueError("group_keys must be None for backend='flash', got a tensor")
+    return _attend(
+        query, key, value, selected, key_group, group_keys, group_sizes, list(row_tiles), list(heads), scale, backend
+    )
 
 
 @torch.library.custom_op("block_masks::attend_packed", mutates_args=())
 @on_device
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, key_group: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, key_group: Tensor, group_keys: Tensor | None,
     group_sizes: list[int], row_tiles: list[int], heads: list[int], scale: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     move, attend = _modules(backend)
     query = query.contiguous()
     plan, slots = plan_rows(selected, row_tiles[0], heads[0], TILE), plan_slots(key_group, group_sizes, TILE)
+    pool_keys = _pool_keys(group_keys, slots, len(query))
     keys, values = (move.take_slots(x.contiguous(), slots.slot_key) for x in (key, value))
     output, lse = query.new_empty(*query.shape[:2], value.shape[-1]), _like_lse(query)
     for section in range(len(plan.row_pool)):
-        rows = attend.forward(query, keys, values, plan, slots, section, scale)
+        rows = attend.forward(query, keys, values, plan, slots, pool_keys, section, scale)
         part = slice(section * heads[0], (section + 1) * heads[0])
         move.merge_rows(*rows, plan.query_rows[part], plan.query_count[part], output[part], lse[part])
         del rows
@@ -84,12 +95,13 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Te
 @on_device
 def _attend_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, key_group: Tensor,
-    output: Tensor, lse: Tensor,
+    group_keys: Tensor | None, output: Tensor, lse: Tensor,
     group_sizes: list[int], row_tiles: list[int], heads: list[int], scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     move, attend = _modules(backend)
     grad, query = grad.contiguous(), query.contiguous()
     plan, slots = plan_rows(selected, row_tiles[1], heads[1], TILE), plan_slots(key_group, group_sizes, TILE)
+    pool_keys = _pool_keys(group_keys, slots, len(query))
     keys, values = (move.take_slots(x.contiguous(), slots.slot_key) for x in (key, value))
     delta = move.delta(grad, output)
     grad_query = torch.empty_like(query)
@@ -97,7 +109,7 @@ def _attend_backward(
     grad_keys, grad_values = (x.new_empty(len(query), *x.shape[1:]) for x in (keys, values))
     for section in range(len(plan.row_pool)):
         rows = attend.backward(
-            query, grad, lse, delta, keys, values, grad_keys, grad_values, plan, slots, section, scale
+            query, grad, lse, delta, keys, values, grad_keys, grad_values, plan, slots, pool_keys, section, scale
         )
         part = slice(section * heads[1], (section + 1) * heads[1])
         move.sum_rows(rows, plan.query_rows[part], plan.query_count[part], grad_query[part])
@@ -113,16 +125,21 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tu
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.save_for_backward(*inputs[:6], *output)
     ctx.mark_non_differentiable(output[1])
-    ctx.settings = inputs[5:]
+    ctx.settings = inputs[6:]
 
 
 def _backward_of_attend(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 7
+    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 8
 
 
 _attend.register_autograd(_backward_of_attend, setup_context=_save)
+
+
+def _pool_keys(group_keys: Tensor | None, slots: Slots, heads: int) -> Tensor:
+    """The keys that the rows of each pool attend, int32 ``(H * G,)``."""
+    return slots.group_keys.repeat(heads) if group_keys is None else group_keys.flatten()
 
 
 def _like_lse(query: Tensor) -> Tensor:

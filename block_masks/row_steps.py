@@ -56,7 +56,14 @@ def delta(grad: Tensor, output: Tensor) -> Tensor:
 
 
 def forward(
-    query: Tensor, keys: Tensor, values: Tensor, plan: RowPlan, slots: Slots, section: int, scale: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: RowPlan,
+    slots: Slots,
+    pool_keys: Tensor,
+    section: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention of a section's rows, each over its group's slots.
 
@@ -66,6 +73,7 @@ def forward(
         values: ``(key heads, slots, value dim)``.
         plan: of the rows.
         slots: of the keys.
+        pool_keys: int32 ``(H * G,)``, the keys that the rows of each pool attend, the first ones of its group.
         section: which rows.
         scale: factor on the scores.
 
@@ -76,7 +84,7 @@ def forward(
     exact = _accumulator(query)
     output = query.new_zeros(*plan.row_query[section].shape, values.shape[-1])
     lse = torch.zeros(len(output), dtype=exact, device=query.device)
-    for chunk in _chunks(query, keys, values, plan, slots, section, scale):
+    for chunk in _chunks(query, keys, values, plan, slots, pool_keys, section, scale):
         with torch.autocast(query.device.type, enabled=False):
             output[chunk.rows] = (chunk.scores.softmax(-1) @ chunk.values).to(output.dtype)
         lse[chunk.rows] = chunk.scores.logsumexp(-1)
@@ -85,7 +93,7 @@ def forward(
 
 def backward(
     query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, keys: Tensor, values: Tensor,
-    grad_keys: Tensor, grad_values: Tensor, plan: RowPlan, slots: Slots, section: int, scale: float,
+    grad_keys: Tensor, grad_values: Tensor, plan: RowPlan, slots: Slots, pool_keys: Tensor, section: int, scale: float,
 ) -> Tensor:  # fmt: skip
     """Gradients through a section's rows.
 
@@ -100,6 +108,7 @@ def backward(
         grad_values: ``(H, slots, value dim)``, likewise.
         plan: of the rows.
         slots: of the keys.
+        pool_keys: int32 ``(H * G,)``, the keys that the rows of each pool attend, the first ones of its group.
         section: which rows.
         scale: factor on the scores.
 
@@ -110,7 +119,7 @@ def backward(
     heads, head_slots = len(query) // len(plan.row_pool), keys.shape[1]
     grad_rows = torch.zeros(*plan.row_query[section].shape, query.shape[-1], dtype=exact, device=query.device)
     sums = [torch.zeros(heads * head_slots, x.shape[-1], dtype=exact, device=x.device) for x in (keys, values)]
-    for chunk in _chunks(query, keys, values, plan, slots, section, scale):
+    for chunk in _chunks(query, keys, values, plan, slots, pool_keys, section, scale):
         place = plan.row_query[section][chunk.rows]
         there = (place >= 0)[..., None]
         do = torch.where(there, grad.flatten(0, 1)[place.clamp(min=0)].to(exact), 0)
@@ -147,7 +156,14 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(
-    query: Tensor, keys: Tensor, values: Tensor, plan: RowPlan, slots: Slots, section: int, scale: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: RowPlan,
+    slots: Slots,
+    pool_keys: Tensor,
+    section: int,
+    scale: float,
 ) -> Iterator[_Chunk]:
     exact = _accumulator(query)
     tile, groups, head_slots = plan.tile_size, len(slots.group_keys), keys.shape[1]
@@ -155,8 +171,9 @@ def _chunks(
     within = torch.arange(max(slots.group_sizes), device=query.device)
     used = (plan.row_pool[section] >= 0).nonzero().flatten()
     for tiles in used.split(max(1, _CHUNK_SCORES // (tile * len(within)))):
-        head, group = plan.row_pool[section][tiles] // groups, plan.row_pool[section][tiles] % groups
-        seen = within < slots.group_keys[group][:, None]
+        pool = plan.row_pool[section][tiles]
+        head, group = pool // groups, pool % groups
+        seen = within < pool_keys[pool][:, None]
         slot = torch.where(seen, slots.first_slot[group][:, None] + within, 0)
         index = slot + (head // repeats * head_slots)[:, None]
         k, v = (torch.where(seen[..., None], x.flatten(0, 1)[index].to(exact), 0) for x in (keys, values))

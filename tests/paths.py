@@ -24,7 +24,8 @@ def through_mask(token_order: str, tile_size: int = 16) -> Path:
         if token_order == "block":
             tensors = tuple(partition.to_block_order(x) for x in tensors)
         query, key, value = tensors
-        mask = vmoba_mask(query, key, partition, problem.rule, token_order=token_order, tile_size=tile_size)
+        options = {"token_order": token_order, "tile_size": tile_size, "text_lengths": problem.text_lengths}
+        mask = vmoba_mask(query, key, partition, problem.rule, **options)
         output = flex_attention(query, key, value, block_mask=mask, scale=problem.scale, enable_gqa=problem.gqa)
         assert isinstance(output, Tensor)
         return partition.to_raster_order(output) if token_order == "block" else output
@@ -35,7 +36,7 @@ def through_mask(token_order: str, tile_size: int = 16) -> Path:
 def attend(problem: Problem, **options: Any) -> Any:
     """``vmoba_attention`` of a problem."""
     tensors = (problem.query, problem.key, problem.value)
-    fixed = {"scale": problem.scale, "enable_gqa": problem.gqa}
+    fixed = {"scale": problem.scale, "enable_gqa": problem.gqa, "text_lengths": problem.text_lengths}
     return vmoba_attention(*tensors, problem.partition, problem.rule, **fixed, **options)
 
 
@@ -54,7 +55,7 @@ def through_shared(tile_size: int) -> Path:
     def path(problem: Problem) -> Tensor:
         tensors = (problem.query, problem.key, problem.value)
         arguments = (problem.partition, problem.rule, problem.scale, problem.gqa)
-        return shared_attention(*tensors, *arguments, tile_size=tile_size)[0]
+        return shared_attention(*tensors, *arguments, tile_size=tile_size, text_lengths=problem.text_lengths)[0]
 
     return path
 
@@ -77,7 +78,15 @@ def expected_mask(problem: Problem, tile_size: int | None = None) -> Tensor:
         selection = vmoba_selection(problem.query, problem.key, problem.partition, problem.rule)
     else:
         selection = shared_selection(problem, tile_size)
-    return reference.attention_mask(selection, problem.partition)
+    return reference.attention_mask(selection, problem.partition, problem.text_lengths)
+
+
+def full_mask(problem: Problem) -> Tensor:
+    """The mask of full attention, which keeps out nothing but padding."""
+    partition = problem.partition
+    shape = (*problem.query.shape[:2], partition.num_video_tokens, partition.num_blocks)
+    everything = torch.ones(shape, dtype=torch.bool, device=problem.query.device)
+    return reference.attention_mask(everything, partition, problem.text_lengths)
 
 
 def shared_choice(problem: Problem, tile_size: int = 128) -> tuple[Tensor, Slots]:
@@ -95,7 +104,7 @@ def shared_selection(problem: Problem, tile_size: int) -> Tensor:
     return selected[:, :, tiles.to(selected.device), : partition.num_blocks]
 
 
-def low_precision(problem: Problem, mask: Tensor) -> Tensor:
+def low_precision(problem: Problem, mask: Tensor | None) -> Tensor:
     """Dense masked attention in the inputs' own dtype: its error is the budget of the paths in that dtype."""
     return torch.nn.functional.scaled_dot_product_attention(
         problem.query, problem.key, problem.value, attn_mask=mask, scale=problem.scale, enable_gqa=problem.gqa

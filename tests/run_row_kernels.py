@@ -64,20 +64,27 @@ def check_take(plan: RowPlan, queries: int) -> None:
 
 
 def check_attention(
-    heads: int, repeats: int, sizes: list[int], dims: tuple[int, int], scale: float, shift: float = 0
+    heads: int,
+    repeats: int,
+    sizes: list[int],
+    dims: tuple[int, int],
+    scale: float,
+    shift: float = 0,
+    short: bool = False,
 ) -> None:
-    """Forward and backward of ``attend_packed``; ``shift`` makes all scores negative."""
+    """Forward and backward of ``attend_packed``; ``shift`` makes all scores negative, ``short`` leaves keys out."""
     selected, key_group = problem(heads, 150, sizes, 0.5)
     query, grad = torch.randn(heads, 150, dims[0]), torch.randn(heads, 150, dims[1])
     keys = (torch.randn(heads // repeats, len(key_group), dim) for dim in dims)
     key, value = keys
     inputs = [x.requires_grad_() for x in (query + shift, key - shift, value)]
+    group_keys = (torch.rand(heads, len(sizes)) * torch.tensor(sizes)).int() + 1 if short else None
     results = []
     for backend in ("eager", "triton"):
         output, lse = attend_packed(
             *inputs, selected, key_group, sizes,
             row_tiles=(2 * heads * len(sizes), heads * len(sizes)), heads=(heads, heads // 2),
-            scale=scale, backend=backend,
+            scale=scale, backend=backend, group_keys=group_keys,
         )  # fmt: skip
         results.append((output, lse, *torch.autograd.grad(output, inputs, grad)))
     # Scores of some hundreds are rounded that much more before they are subtracted from one another.
@@ -96,5 +103,6 @@ if __name__ == "__main__":
     check_plan(1, 40, [2] * 20, 1.0, 1)  # more rows of a query than merge looks at at once
     check_attention(4, 1, [100, 128, 3], (24, 24), 0.3)
     check_attention(4, 2, [200, 31], (16, 40), -0.2)
+    check_attention(4, 2, [200, 31, 1], (16, 40), 0.2, short=True)
     check_attention(2, 1, [70, 64], (16, 16), 0.0)
     check_attention(2, 1, [70, 64], (16, 16), 1.0, shift=4)  # a filling slot's score of 0 would weigh e^200

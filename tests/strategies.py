@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vmoba_flex import BlockPartition, Threshold, TopK
+from vmoba_flex.config import KINDS, AboutBlocks, VMoBAConfig
+from vmoba_flex.dispatch import BACKENDS, DISPATCHES
 from vmoba_flex.rules import POOLS, Rule
 
 
@@ -25,6 +27,7 @@ class Problem:
     partition: BlockPartition
     rule: Rule
     scale: float | None = None
+    text_lengths: Tensor | None = None
 
     def with_leaves(self) -> "Problem":
         """The same problem on copies of query, key and value that require gradients."""
@@ -33,7 +36,9 @@ class Problem:
 
     def to(self, target: torch.device | torch.dtype) -> "Problem":
         """The same problem on another device or in another dtype."""
-        return dataclasses.replace(self, **{name: getattr(self, name).to(target) for name in ("query", "key", "value")})
+        moved = {name: getattr(self, name).to(target) for name in ("query", "key", "value")}
+        lengths = None if self.text_lengths is None else self.text_lengths.to(moved["query"].device)
+        return dataclasses.replace(self, **moved, text_lengths=lengths)
 
     @property
     def gqa(self) -> bool:
@@ -69,6 +74,26 @@ def rules(draw: st.DrawFn, num_blocks: int, pool: str | None = None) -> Rule:
 def shares() -> st.SearchStrategy[float]:
     """Numbers in (0, 1]: round ones, at which sums hit the target exactly, and any others."""
     return st.sampled_from([0.25, 0.5, 1.0]) | st.floats(0.01, 1.0)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> VMoBAConfig:
+    """Blocks of up to 6 tokens a side or about so many, one rule or one per kind, and any cycle."""
+    sides = st.integers(1, 6)
+    about = st.integers(1, 100).map(AboutBlocks)
+    cycle = draw(st.just(KINDS) | st.lists(st.sampled_from(KINDS), min_size=1, max_size=5).map(tuple))
+    rule = draw(rules(4) | st.fixed_dictionaries({kind: rules(4) for kind in sorted(set(cycle))}))
+    return VMoBAConfig(
+        draw(sides | about),
+        draw(st.tuples(sides, sides) | about),
+        draw(st.tuples(sides, sides, sides) | about),
+        rule,
+        cycle=cycle,
+        dense_layers=draw(st.integers(0, 3)),
+        dense_steps=draw(st.integers(0, 12) | st.floats(0, 1, exclude_max=True)),
+        dispatch=draw(st.sampled_from(DISPATCHES)),
+        backend=draw(st.sampled_from(BACKENDS)),
+    )
 
 
 def generators() -> st.SearchStrategy[torch.Generator]:
@@ -110,4 +135,10 @@ def problems(
 
     common = math.lcm(*partition.block_sizes().tolist())
     query, key, value = tensor(key_heads * groups), tensor(key_heads, common), tensor(key_heads)
-    return Problem(query, key, value, partition, rule, scale=draw(st.sampled_from([None, None, 0.05, 1.0])))
+    text = partition.prefix + partition.suffix
+    lengths = draw(st.none() | st.lists(st.integers(0, text), min_size=batch, max_size=batch)) if text else None
+    return Problem(
+        query, key, value, partition, rule,
+        scale=draw(st.sampled_from([None, None, 0.05, 1.0])),
+        text_lengths=None if lengths is None else torch.tensor(lengths),
+    )  # fmt: skip

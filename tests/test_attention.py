@@ -18,6 +18,7 @@ from tests.paths import (
     attend,
     exact,
     expected_mask,
+    full_mask,
     low_precision,
     through_attention,
     through_mask,
@@ -66,18 +67,14 @@ def test_whole_attention_equals_the_reference_with_its_own_selection(problem: Pr
 def test_everything_chosen_equals_full_attention(problem: Problem, path: str, top_k: bool):
     rule = TopK(problem.partition.num_blocks) if top_k else Threshold(1.0)
     problem = dataclasses.replace(problem, rule=rule)
-    full = F.scaled_dot_product_attention(
-        problem.query, problem.key, problem.value, scale=problem.scale, enable_gqa=problem.gqa
-    )
-    assert_within_budget([SPARSE_PATHS[path](problem)], [full], [exact(problem, None)])
+    mask = full_mask(problem)
+    assert_within_budget([SPARSE_PATHS[path](problem)], [low_precision(problem, mask)], [exact(problem, mask)])
 
 
 @given(dtypes.flatmap(problems))
 def test_dense_dispatch_is_full_attention(problem: Problem):
-    full = F.scaled_dot_product_attention(
-        problem.query, problem.key, problem.value, scale=problem.scale, enable_gqa=problem.gqa
-    )
-    assert torch.equal(through_attention("dense")(problem), full)
+    full = low_precision(problem, None if problem.text_lengths is None else full_mask(problem)[:, :1])
+    torch.testing.assert_close(through_attention("dense")(problem), full)
 
 
 @pytest.mark.parametrize("token_order", ["raster", "block"])
@@ -88,7 +85,8 @@ def test_mask_equals_create_block_mask(token_order: str, problem: Problem, tile_
     if token_order == "block":
         query, key = partition.to_block_order(query), partition.to_block_order(key)
         dense = partition.to_block_order(partition.to_block_order(dense, -1), -2)
-    mask = vmoba_mask(query, key, partition, problem.rule, token_order=token_order, tile_size=tile_size)
+    options = {"token_order": token_order, "tile_size": tile_size, "text_lengths": problem.text_lengths}
+    mask = vmoba_mask(query, key, partition, problem.rule, **options)
     expected = create_block_mask(lambda b, h, q, k: dense[b, h, q, k], *dense.shape, device="cpu", BLOCK_SIZE=tile_size)
     for name in INDEX_TENSORS:
         assert torch.equal(getattr(mask, name), getattr(expected, name)), name
@@ -98,9 +96,8 @@ def test_mask_equals_create_block_mask(token_order: str, problem: Problem, tile_
 def test_permuting_samples_permutes_outputs(problem: Problem, path: str, random):
     order = list(range(problem.query.shape[0]))
     random.shuffle(order)
-    permuted = dataclasses.replace(
-        problem, query=problem.query[order], key=problem.key[order], value=problem.value[order]
-    )
+    names = ["query", "key", "value", *["text_lengths"] * (problem.text_lengths is not None)]
+    permuted = dataclasses.replace(problem, **{name: getattr(problem, name)[order] for name in names})
     torch.testing.assert_close(SPARSE_PATHS[path](permuted), SPARSE_PATHS[path](problem)[order], rtol=1e-5, atol=1e-6)
 
 
@@ -112,7 +109,7 @@ def test_permuting_samples_permutes_outputs(problem: Problem, path: str, random)
 )
 def test_non_finite_values_stay_in_their_rows_and_samples(problem: Problem, path: str, bad: float, in_query: bool):
     two = {name: torch.cat([getattr(problem, name)] * 2)[:2].contiguous() for name in ("query", "key", "value")}
-    problem = dataclasses.replace(problem, **two)
+    problem = dataclasses.replace(problem, **two, text_lengths=None)
     before = SPARSE_PATHS[path](problem)
     token = problem.partition.num_tokens // 2
     two["query" if in_query else "key"][0, 0, token, 3] = bad

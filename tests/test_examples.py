@@ -1,4 +1,4 @@
-"""What the README tells its readers works as it stands, and a wheel holds what it should."""
+"""What the README and the docs tell their readers works as it stands, and a wheel holds what it should."""
 
 import re
 import subprocess
@@ -9,20 +9,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+EXAMPLES = [
+    pytest.param(code, id=f"{page.relative_to(ROOT)}-{number}")
+    for page in PAGES
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=["plain", "fast"])
-def test_readme_examples_run(code):
-    exec(code, {})
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_examples_run(code: str):
+    exec(code, {"__name__": "example"})  # classes that are made there need the name of a module
 
 
-def test_readme_links_exist():
-    links = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
-    assert links
-    for link in links:
-        assert (ROOT / link).is_file(), link
+def test_readme_has_examples():
+    assert sum(example.id.startswith("README") for example in EXAMPLES if example.id) >= 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_exist(page: Path):
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text()):
+        assert (page.parent / link).is_file(), link
 
 
 def test_one_wheel_holds_both_packages(tmp_path):

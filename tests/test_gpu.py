@@ -67,7 +67,8 @@ def problem(case: str, seed: int = 0) -> Problem:
         return x.to("cuda", dtype)
 
     scale = {"temporal-gqa": 0.05, "many-blocks": 0.2}.get(case)
-    return Problem(tensor(4), tensor(key_heads), tensor(key_heads), partition, rule, scale)
+    lengths = torch.tensor([50, 0], device="cuda") if case == "spatiotemporal-d64" else None
+    return Problem(tensor(4), tensor(key_heads), tensor(key_heads), partition, rule, scale, lengths)
 
 
 @functools.cache

@@ -28,9 +28,10 @@ class RowProblem:
     query: Tensor
     key: Tensor
     value: Tensor
+    group_keys: Tensor | None = None
 
     def to(self, device: str) -> "RowProblem":
-        names = ("selected", "key_group", "query", "key", "value")
+        names = ["selected", "key_group", "query", "key", "value", *["group_keys"] * (self.group_keys is not None)]
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def plan(self) -> RowPlan:
@@ -50,6 +51,7 @@ class RowProblem:
                 heads=(self.heads, self.heads),
                 scale=scale,
                 backend=backend,
+                group_keys=self.group_keys,
             )
 
     def expected(self, *tensors: Tensor, scale: float = 0.5) -> Tensor:
@@ -57,6 +59,10 @@ class RowProblem:
         query, key, value = (x.double() for x in tensors or (self.query, self.key, self.value))
         key, value = (x.repeat_interleave(len(query) // len(x), 0) for x in (key, value))
         mask = self.selected[..., self.key_group]
+        if self.group_keys is not None:
+            same = self.key_group[:, None] == self.key_group
+            place = same.tril(-1).sum(1)  # of each key in its group
+            mask = mask & (place < self.group_keys[:, None, self.key_group])
         scores = (query @ key.mT * scale).masked_fill(~mask, -torch.inf)
         return torch.where(mask.any(-1, keepdim=True), scores.softmax(-1), 0) @ value
 
@@ -78,7 +84,9 @@ def row_problems(draw: st.DrawFn, tile_size: int | None = None) -> RowProblem:
     repeats = together if draw(st.booleans()) else 1
     query = torch.randn((together * sections, queries, dims[0]), generator=generator)
     key, value = (torch.randn((len(query) // repeats, len(keys), d), generator=generator) for d in dims)
-    return RowProblem(selected, keys, sizes, tiles, together, tile, query, key, value)
+    share = torch.rand((len(query), len(sizes)), generator=generator)
+    group_keys = (share * torch.tensor(sizes)).int() + 1 if draw(st.booleans()) else None
+    return RowProblem(selected, keys, sizes, tiles, together, tile, query, key, value, group_keys)
 
 
 @given(row_problems())
@@ -160,7 +168,9 @@ def test_flex_attention_over_the_mask_gives_the_same_rows(problem: RowProblem):
         output, aux = flex_attention(
             *inputs, block_mask=row_mask(plan, slots, section), scale=0.5, return_aux=AuxRequest(lse=True)
         )
-        mine, lse = row_steps.forward(problem.query, keys, values, plan, slots, section, 0.5)
+        mine, lse = row_steps.forward(
+            problem.query, keys, values, plan, slots, slots.group_keys.repeat(len(problem.query)), section, 0.5
+        )
         used = plan.row_pool[section].repeat_interleave(problem.tile_size) >= 0
         torch.testing.assert_close(output[0, 0][used], mine[used], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(aux.lse[0, 0][used], lse[used], rtol=1e-5, atol=1e-5)
@@ -196,10 +206,10 @@ def test_registered_ops_are_well_formed():
     problem = _problem(torch.ones(2, 5, 2, dtype=torch.bool))
     leaves = [x.requires_grad_() for x in (problem.query, problem.key, problem.value)]
     ops, tail = torch.ops.block_masks, (problem.group_sizes, [8, 4], [2, 1], 0.5, "eager")
-    torch.library.opcheck(ops.attend_packed, (*leaves, problem.selected, problem.key_group, *tail))
+    torch.library.opcheck(ops.attend_packed, (*leaves, problem.selected, problem.key_group, None, *tail))
     output, lse = problem.attend()
     inputs = [x.detach() for x in (output, *leaves)]
-    saved = (problem.selected, problem.key_group, output.detach(), lse.detach())
+    saved = (problem.selected, problem.key_group, None, output.detach(), lse.detach())
     torch.library.opcheck(ops.attend_packed_backward, (*inputs, *saved, *tail))
     torch.library.opcheck(ops.pack_bits, (problem.selected,))
     torch.library.opcheck(ops.tile_lists, (problem.selected,))

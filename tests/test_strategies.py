@@ -1,14 +1,16 @@
 """The strategies reach the edge cases that the properties are about."""
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
 from hypothesis import find, given
 from hypothesis import strategies as st
 
-from tests.strategies import Problem, gates, partitions, problems
+from tests.strategies import Problem, configs, gates, partitions, problems
 from vmoba_flex import BlockPartition, Threshold, TopK
+from vmoba_flex.config import AboutBlocks
 from vmoba_flex.gate import gate
 
 
@@ -44,6 +46,21 @@ def test_partitions_reach(edge):
 )
 def test_problems_reach(edge):
     find(problems(), edge)
+
+
+@pytest.mark.parametrize(
+    "edge",
+    [
+        lambda c: isinstance(c.temporal, AboutBlocks) and isinstance(c.spatiotemporal, tuple),
+        lambda c: isinstance(c.rule, Mapping) and len(c.rule) == 2,
+        lambda c: isinstance(c.rule, Threshold) and c.rule.max_density is not None,
+        lambda c: isinstance(c.dense_steps, float) and c.dense_steps > 0,
+        lambda c: c.dense_layers > len(c.cycle),
+        lambda c: len(c.cycle) > len(set(c.cycle)) > 1,
+    ],
+)
+def test_configs_reach(edge):
+    find(configs(), edge)
 
 
 def test_gates_have_ties_and_constants():

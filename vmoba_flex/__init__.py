@@ -7,8 +7,12 @@ rectangle that it runs or skips) is called a *tile*.
     out = vmoba_attention(q, k, v, partition, rule)                                 # the fast way, same result
 """
 
+from vmoba_flex.about_blocks import AboutBlocks
 from vmoba_flex.attention import vmoba_attention
+from vmoba_flex.config import Layer, VMoBAConfig
 from vmoba_flex.mask import vmoba_mask
+from vmoba_flex.models import VMoBAHandle, apply_vmoba, register_adapter
+from vmoba_flex.module import VMoBAAttention
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Threshold, TopK
 from vmoba_flex.selection import vmoba_selection
@@ -16,11 +20,18 @@ from vmoba_flex.stats import AttentionStats
 from vmoba_flex.version import __version__
 
 __all__ = [
+    "AboutBlocks",
     "AttentionStats",
     "BlockPartition",
+    "Layer",
     "Threshold",
     "TopK",
+    "VMoBAAttention",
+    "VMoBAConfig",
+    "VMoBAHandle",
     "__version__",
+    "apply_vmoba",
+    "register_adapter",
     "vmoba_attention",
     "vmoba_mask",
     "vmoba_selection",

@@ -11,15 +11,17 @@ from vmoba_flex.inputs import (
     check_positive,
     check_query_key,
     check_scale,
+    check_text_lengths,
     check_value,
     under_autocast,
 )
+from vmoba_flex.mask import keys_there
 from vmoba_flex.packed import packed_attention
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection import choose_blocks
 from vmoba_flex.shared import shared_attention
-from vmoba_flex.stats import AttentionStats, dense_stats, selection_stats, shared_stats
+from vmoba_flex.stats import Attended, AttentionStats
 from vmoba_flex.tiles import tiles_attention
 
 
@@ -37,6 +39,7 @@ def vmoba_attention(
     backend: str = "auto",
     return_stats: Literal[False] = False,
     max_row_bytes: int = 2_200_000_000,
+    text_lengths: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -54,6 +57,7 @@ def vmoba_attention(
     backend: str = "auto",
     return_stats: Literal[True],
     max_row_bytes: int = 2_200_000_000,
+    text_lengths: Tensor | None = None,
 ) -> tuple[Tensor, AttentionStats]: ...
 
 
@@ -70,6 +74,7 @@ def vmoba_attention(
     backend: str = "auto",
     return_stats: bool = False,
     max_row_bytes: int = 2_200_000_000,
+    text_lengths: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AttentionStats]:
     """VMoBA attention (arXiv 2506.23858), raster order in and out, differentiable in query, key and value.
 
@@ -109,6 +114,9 @@ def vmoba_attention(
         return_stats: also return ``AttentionStats``.
         max_row_bytes: for ``"packed"``, what the rows of the heads worked on together may take; at least one head is,
             and all are for pools that span heads.
+        text_lengths: int64 ``(B,)``: of each sample's prefix and suffix tokens, prefix first, the first so many exist,
+            and the others are padding that nobody attends; all exist if None. The values are not checked: they must lie
+            between 0 and prefix + suffix. Padding has outputs of its own, which mean nothing. Not for ``"flash"``.
 
     Returns:
         The output ``(B, H, S, value dim)``, or the output and ``AttentionStats``.
@@ -126,6 +134,26 @@ def vmoba_attention(
         >>> out.shape, stats.density.shape
         (torch.Size([1, 2, 256, 16]), torch.Size([1, 2]))
     """
+    attended = attend(
+        query, key, value, partition, rule, scale, enable_gqa, dispatch, backend, max_row_bytes, text_lengths
+    )
+    return (attended.output, attended.stats()) if return_stats else attended.output
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    partition: BlockPartition,
+    rule: Rule,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    dispatch: str = "auto",
+    backend: str = "auto",
+    max_row_bytes: int = 2_200_000_000,
+    text_lengths: Tensor | None = None,
+) -> Attended:
+    """``vmoba_attention``, with what there is to be said about the call."""
     check_choice("dispatch", dispatch, DISPATCHES)
     check_choice("backend", backend, BACKENDS)
     query, key, value = under_autocast(query, key, value)
@@ -133,22 +161,27 @@ def vmoba_attention(
     check_value(value, query, key)
     check_scale(scale)
     check_positive("max_row_bytes", max_row_bytes)
+    check_text_lengths(text_lengths, query, partition)
     if key.shape[1] != query.shape[1] and not enable_gqa:
         raise ValueError(
             f"key must have query's {query.shape[1]} heads unless enable_gqa=True, got {key.shape[1]} heads"
         )
     if dispatch == "auto":
         dispatch = choose_dispatch(query, key, value, partition, rule)
-    kernels = choose_backend(backend, dispatch, query, key, value, partition)
+    kernels = choose_backend(backend, dispatch, query, key, value, partition, text_lengths is not None)
     if dispatch == "dense":
-        output = dense_attention(query, key, value, scale, enable_gqa)
-        return (output, dense_stats(query, partition)) if return_stats else output
+        live = None if text_lengths is None else keys_there(partition, text_lengths)
+        return Attended(dense_attention(query, key, value, scale, enable_gqa, live), query, key, partition, rule)
     if dispatch == "shared":
-        output, selected, slots = shared_attention(query, key, value, partition, rule, scale, enable_gqa, kernels)
-        return (output, shared_stats(selected, slots, partition)) if return_stats else output
+        output, selected, slots = shared_attention(
+            query, key, value, partition, rule, scale, enable_gqa, kernels, text_lengths=text_lengths
+        )
+        return Attended(output, query, key, partition, rule, tiles=(selected, slots))
     selection = choose_blocks(query, key, partition, rule)
     if dispatch == "packed":
-        output = packed_attention(query, key, value, selection, partition, rule, scale, kernels, max_row_bytes)
+        output = packed_attention(
+            query, key, value, selection, partition, rule, scale, kernels, max_row_bytes, text_lengths
+        )
     else:
-        output = tiles_attention(query, key, value, selection, partition, scale, enable_gqa)
-    return (output, selection_stats(selection, query, key, partition, rule)) if return_stats else output
+        output = tiles_attention(query, key, value, selection, partition, scale, enable_gqa, text_lengths)
+    return Attended(output, query, key, partition, rule, selection=selection)

@@ -11,7 +11,13 @@ _CHUNK_SCORES = 2**26
 
 
 def chunked_attention(
-    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, key_group: Tensor, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selected: Tensor,
+    key_group: Tensor,
+    scale: float | None,
+    key_live: Tensor | None = None,
 ) -> Tensor:
     """Attention of each query over the keys of its selected groups, a chunk of queries at a time.
 
@@ -24,6 +30,7 @@ def chunked_attention(
         selected: bool ``(B, H, S, G)``.
         key_group: int64 ``(S,)``.
         scale: ``1 / sqrt(D)`` if None.
+        key_live: bool ``(B, S)``: False at keys that nobody attends; all True if None.
 
     Returns:
         ``(B, H, S, value dim)``, in query's dtype; accumulated in float32, or float64 for float64 inputs.
@@ -33,17 +40,26 @@ def chunked_attention(
     key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
     rows = max(1, _CHUNK_SCORES // (batch * heads * tokens))
     chunks = [
-        checkpoint(_masked_attention, q, key, value, chosen, key_group, scale, use_reentrant=False)
+        checkpoint(_masked_attention, q, key, value, chosen, key_group, scale, key_live, use_reentrant=False)
         for q, chosen in zip(query.split(rows, 2), selected.split(rows, 2), strict=True)
     ]
     return torch.cat(chunks, dim=2)
 
 
 def _masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, key_group: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selected: Tensor,
+    key_group: Tensor,
+    scale: float,
+    key_live: Tensor | None,
 ) -> Tensor:
     exact = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         scores = (query.to(exact) @ key.to(exact).mT) * scale
-        scores = scores.masked_fill(~selected[..., key_group], -torch.inf)
+        attended = selected[..., key_group]
+        if key_live is not None:
+            attended = attended & key_live[:, None, None]
+        scores = scores.masked_fill(~attended, -torch.inf)
         return (scores.softmax(-1) @ value.to(exact)).to(query.dtype)

@@ -15,7 +15,9 @@ _FASTEST_FIRST = [
 _FEW_OPERATIONS = 5e10
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, enable_gqa: bool) -> Tensor:
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, enable_gqa: bool, key_live: Tensor | None = None
+) -> Tensor:
     """``scaled_dot_product_attention``, by cuDNN where it can run and is worth asking for.
 
     Args:
@@ -24,8 +26,10 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | No
         value: ``(B, key heads, S, value dim)``.
         scale: ``1 / sqrt(D)`` if None.
         enable_gqa: whether key may have fewer heads.
+        key_live: bool ``(B, S)``: False at keys that nobody attends; all True if None.
     """
+    mask = None if key_live is None else key_live[:, None, None]
     if not query.is_cuda or 4 * query.numel() * query.shape[2] < _FEW_OPERATIONS:
-        return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
     with sdpa_kernel(_FASTEST_FIRST, set_priority=True):
-        return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)

@@ -54,9 +54,15 @@ def _largest_density(rule: Rule, blocks: int) -> float:
 
 
 def choose_backend(
-    backend: str, dispatch: str, query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition
+    backend: str,
+    dispatch: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    partition: BlockPartition,
+    padded: bool = False,
 ) -> str:
-    """The kernels that a dispatch runs on: ``"eager"``, ``"triton"`` or ``"flash"``.
+    """The kernels that a dispatch runs on: ``"eager"``, ``"triton"`` or ``"flash"``; ``padded``: with text lengths.
 
     Raises:
         ValueError: if ``backend`` cannot run here.
@@ -71,15 +77,19 @@ def choose_backend(
         return "eager"
     if backend == "triton":
         return "triton"
-    refusal = _flash_refusal(dispatch, query, key, value, partition)
+    refusal = _flash_refusal(dispatch, query, key, value, partition, padded)
     if backend == "flash" and refusal:
         raise ValueError(f"backend must be 'auto' or 'triton' here, got 'flash': {refusal}")
     return "triton" if refusal else "flash"
 
 
-def _flash_refusal(dispatch: str, query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition) -> str | None:
+def _flash_refusal(
+    dispatch: str, query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, padded: bool
+) -> str | None:
     if dispatch not in ("packed", "shared"):
         return f"dispatch={dispatch!r} has no kernels for it"
+    if padded:
+        return "text_lengths has no kernels for it"
     if dispatch == "shared":
         if key.shape[1] != query.shape[1]:
             return "dispatch='shared' has no kernels for it with fewer key heads"

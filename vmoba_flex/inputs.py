@@ -62,6 +62,21 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def check_text_lengths(text_lengths: Any, query: Tensor, partition: BlockPartition) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless ``text_lengths`` is None or fits; its values are not read."""
+    if text_lengths is None:
+        return
+    if not isinstance(text_lengths, Tensor) or text_lengths.dtype != torch.int64:
+        given = text_lengths.dtype if isinstance(text_lengths, Tensor) else type(text_lengths).__name__
+        raise TypeError(f"text_lengths must be an int64 tensor or None, got {given}")
+    if text_lengths.shape != query.shape[:1]:
+        raise ValueError(f"text_lengths must have shape ({query.shape[0]},), got {tuple(text_lengths.shape)}")
+    if text_lengths.device != query.device:
+        raise ValueError(f"text_lengths must be on query's device {query.device}, got {text_lengths.device}")
+    if not partition.prefix + partition.suffix:
+        raise ValueError("text_lengths must be None for a partition without prefix and suffix, got a tensor")
+
+
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """Casts float tensors as autocast would for attention, so that every path sees the same ones."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from block_masks import TileMap, group_mask, group_tiles
-from vmoba_flex.inputs import check_choice, check_positive, check_query_key
+from vmoba_flex.inputs import check_choice, check_positive, check_query_key, check_text_lengths
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection import choose_blocks
@@ -24,6 +24,7 @@ def vmoba_mask(
     *,
     token_order: str = "raster",
     tile_size: int = 128,
+    text_lengths: Tensor | None = None,
 ) -> BlockMask:
     """Chooses blocks and returns the choice as a per-head ``BlockMask`` for ``flex_attention``.
 
@@ -38,6 +39,7 @@ def vmoba_mask(
             (see ``BlockPartition.to_block_order``). Block order leaves fewer tiles to run.
         tile_size: FlexAttention's ``BLOCK_SIZE``, for queries and keys. Compiled kernels on Hopper GPUs need a multiple
             of 128.
+        text_lengths: as in ``vmoba_attention``.
 
     Returns:
         A ``BlockMask`` of shape ``(B, H, S, S)``.
@@ -58,14 +60,24 @@ def vmoba_mask(
     check_choice("token_order", token_order, TOKEN_ORDERS)
     check_positive("tile_size", tile_size)
     check_query_key(query, key, partition, rule)
+    check_text_lengths(text_lengths, query, partition)
     if token_order == "block":
         query, key = partition.to_raster_order(query), partition.to_raster_order(key)
-    return selection_mask(choose_blocks(query, key, partition, rule), partition, token_order, tile_size)
+    selection = choose_blocks(query, key, partition, rule)
+    return selection_mask(selection, partition, token_order, tile_size, text_lengths)
 
 
-def selection_mask(selection: Tensor, partition: BlockPartition, token_order: str, tile_size: int = 128) -> BlockMask:
+def selection_mask(
+    selection: Tensor,
+    partition: BlockPartition,
+    token_order: str,
+    tile_size: int = 128,
+    text_lengths: Tensor | None = None,
+) -> BlockMask:
     """Turns a selection ``(B, H, video tokens, N)`` in raster order into a mask for tokens in ``token_order``."""
-    return group_mask(*_ordered_groups(selection, partition, token_order), tile_size=tile_size)
+    # Block order leaves prefix and suffix where they are, and all video keys are there.
+    live = None if text_lengths is None else keys_there(partition, text_lengths)
+    return group_mask(*_ordered_groups(selection, partition, token_order), tile_size=tile_size, key_live=live)
 
 
 def selection_tiles(selection: Tensor, partition: BlockPartition, token_order: str, tile_size: int = 128) -> TileMap:
@@ -95,6 +107,18 @@ def key_groups(selection: Tensor, partition: BlockPartition) -> tuple[Tensor, Te
         return selection, groups
     # Padded the other way round, so that queries stay contiguous if they are.
     return F.pad(selection.mT, (partition.prefix, partition.suffix, 0, 1), value=True).mT, groups
+
+
+def keys_there(partition: BlockPartition, text_lengths: Tensor) -> Tensor:
+    """Which keys are no padding: bool ``(B, S)`` in raster order.
+
+    Args:
+        partition: the blocks.
+        text_lengths: int64 ``(B,)``, as in ``vmoba_attention``.
+    """
+    text = torch.arange(partition.prefix + partition.suffix, device=text_lengths.device) < text_lengths[:, None]
+    video = text.new_ones(len(text), partition.num_video_tokens)
+    return torch.cat([text[:, : partition.prefix], video, text[:, partition.prefix :]], 1)
 
 
 def group_of_key(partition: BlockPartition, device: torch.device) -> Tensor:

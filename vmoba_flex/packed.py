@@ -27,6 +27,7 @@ def packed_attention(
     scale: float | None,
     backend: str,
     max_row_bytes: int,
+    text_lengths: Tensor | None = None,
 ) -> Tensor:
     """Attention with a row per (query, chosen block), a few heads at a time; see ``block_masks.attend_packed``.
 
@@ -41,6 +42,7 @@ def packed_attention(
         scale: ``1 / sqrt(D)`` if None.
         backend: ``"eager"``, ``"triton"`` or ``"flash"``.
         max_row_bytes: what the rows of the heads worked on together may take; at least one head is.
+        text_lengths: int64 ``(B,)``, as in ``vmoba_attention``; not for ``"flash"``.
 
     Raises:
         ValueError: inside ``torch.compile``, if the rule does not bound the rows.
@@ -48,13 +50,18 @@ def packed_attention(
     batch, heads, _, head_dim = query.shape
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     selected, key_group = key_groups(selection, partition)
+    group_keys = None
+    if text_lengths is not None:
+        sizes = [torch.full_like(text_lengths, size) for size in group_sizes(partition)[: partition.num_blocks]]
+        group_keys = torch.stack([*sizes, text_lengths], 1).int().repeat_interleave(heads, 0)
+        selected = selected & (group_keys > 0).view(batch, heads, 1, -1)  # no row without a key
     selected = selected.flatten(0, 1)
     row_bytes = max(head_dim, value.shape[-1]) * query.element_size()
     forward, backward = _sections(selected, partition, rule, heads, max_row_bytes // row_bytes, _COPIES[backend])
     query, key, value = (x.flatten(0, 1) for x in (query, key, value))
     output, _ = attend_packed(
         query, key, value, selected, key_group, group_sizes(partition), heads=(forward[0], backward[0]),
-        row_tiles=(forward[1], backward[1]), scale=scale, backend=backend,
+        row_tiles=(forward[1], backward[1]), scale=scale, backend=backend, group_keys=group_keys,
     )  # fmt: skip
     return output.unflatten(0, (batch, heads))
 

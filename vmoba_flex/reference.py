@@ -115,14 +115,21 @@ def shared_tiles(ids: Tensor, tile_size: int) -> Tensor:
     return tiles
 
 
-def attention_mask(selection: Tensor, partition: Any) -> Tensor:
-    """Which key each query attends, bool ``(B, H, S, S)`` in raster order; prefix and suffix attend, and are, all."""
+def attention_mask(selection: Tensor, partition: Any, text_lengths: Tensor | None = None) -> Tensor:
+    """Which key each query attends, bool ``(B, H, S, S)`` in raster order; prefix and suffix attend, and are, all.
+
+    With ``text_lengths`` ``(B,)`` only the first so many of a sample's prefix and suffix tokens are attended.
+    """
     ids = block_ids(partition.grid, partition.block).to(selection.device)
     batch, heads, tokens, _ = selection.shape
     total = partition.prefix + tokens + partition.suffix
     mask = torch.ones(batch, heads, total, total, dtype=torch.bool, device=selection.device)
     video = slice(partition.prefix, partition.prefix + tokens)
     mask[:, :, video, video] = selection[..., ids]
+    if text_lengths is not None:
+        text = [*range(partition.prefix), *range(partition.prefix + tokens, total)]
+        for sample, length in enumerate(text_lengths.tolist()):
+            mask[sample, :, :, text[length:]] = False
     return mask
 
 

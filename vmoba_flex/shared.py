@@ -22,7 +22,7 @@ from block_masks.rows import TILE
 from vmoba_flex.chunked import chunked_attention
 from vmoba_flex.compiled import compiled_flex_attention, has_flex_kernel
 from vmoba_flex.gate import block_means
-from vmoba_flex.mask import group_of_key, group_sizes
+from vmoba_flex.mask import group_of_key, group_sizes, keys_there
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection import select
@@ -38,6 +38,7 @@ def shared_attention(
     enable_gqa: bool,
     backend: str = "eager",
     tile_size: int = TILE,
+    text_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Slots]:
     """Chooses blocks for each query tile and attends them, in block order with each block padded to whole tiles.
 
@@ -52,6 +53,7 @@ def shared_attention(
         backend: ``"flash"`` for FlashAttention-4, where no tile is cut short and key has query's heads; anything else
             for FlexAttention's own kernels.
         tile_size: tokens in a query tile. Compiled kernels on Hopper GPUs need a multiple of 128.
+        text_lengths: int64 ``(B,)``, as in ``vmoba_attention``; not for ``"flash"``.
 
     Returns:
         The output ``(B, H, S, value dim)`` in raster order; what each tile attends, bool ``(B, H, tiles, G)``, where
@@ -61,14 +63,17 @@ def shared_attention(
     slots = block_slots(partition, query.device, tile_size)
     query_slots = to_slots(query, slots)
     selected = choose_tiles(query_slots, key, partition, rule, slots)
+    live = None if text_lengths is None else keys_there(partition, text_lengths)
     if not has_flex_kernel(query, key, value):
         of_token = selected.index_select(2, slots.key_slot // tile_size)
         key_group = group_of_key(partition, query.device)
-        return chunked_attention(query, key, value, of_token, key_group, scale), selected, slots
+        return chunked_attention(query, key, value, of_token, key_group, scale, live), selected, slots
     q, k, v = query_slots, to_slots(key, slots), to_slots(value, slots)
     if not query.is_cuda:  # FlexAttention's kernel for CPUs reads no views of what an op made.
         q, k, v = map(realize, (q, k, v))
-    mask = slot_mask(selected, slots)
+    # A filling slot is not there; it has no key, -1, to ask.
+    slot_live = None if live is None else (slots.slot_key >= 0) & live[:, slots.slot_key.clamp(min=0)]
+    mask = slot_mask(selected, slots, slot_live)
     if backend == "flash":
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         return from_slots(attend_full_tiles(q, k, v, mask, scale), slots), selected, slots

@@ -32,6 +32,43 @@ class AttentionStats(NamedTuple):
     cut: Tensor
 
 
+class Attended(NamedTuple):
+    """A call's output, and what its stats are made from.
+
+    Attributes:
+        output: ``(B, H, S, value dim)``.
+        query: as given.
+        key: as given.
+        partition: as given.
+        rule: as given.
+        selection: bool ``(B, H, video tokens, N)``, where each query chose for itself.
+        tiles: what each query tile attends, and the slots of these tiles, where tiles chose. With neither, the call
+            attended everything.
+    """
+
+    output: Tensor
+    query: Tensor
+    key: Tensor
+    partition: BlockPartition
+    rule: Rule
+    selection: Tensor | None = None
+    tiles: tuple[Tensor, Slots] | None = None
+
+    def stats(self) -> AttentionStats:
+        """The call's stats."""
+        if self.selection is not None:
+            return selection_stats(self.selection, self.query, self.key, self.partition, self.rule)
+        return shared_stats(*self.tiles, self.partition) if self.tiles else dense_stats(self.query, self.partition)
+
+    def density(self) -> Tensor:
+        """The mean density over samples and heads, a float32 scalar on the inputs' device."""
+        if self.selection is not None:
+            return self.selection.mean(dtype=torch.float32)
+        if self.tiles is None:
+            return torch.ones((), device=self.query.device)
+        return _shared_pairs(*self.tiles, self.partition).mean(dtype=torch.float32) / _all_pairs(self.partition)
+
+
 def selection_stats(
     selection: Tensor, query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule
 ) -> AttentionStats:
@@ -47,15 +84,22 @@ def selection_stats(
 
 def shared_stats(selected: Tensor, slots: Slots, partition: BlockPartition) -> AttentionStats:
     """Stats of what each tile of ``slots`` attends, bool ``(B, H, tiles, G)``."""
-    is_video = slots.tile_group < partition.num_blocks
-    pairs = (selected[..., : partition.num_blocks].sum(-1) * (slots.tile_keys * is_video)).sum(-1)
+    pairs = _shared_pairs(selected, slots, partition)
     tiles = slot_tile_map(selected, slots).some
-    density = pairs / (partition.num_video_tokens * partition.num_blocks)
-    return AttentionStats(density, tiles.float().mean((-2, -1)), pairs, torch.zeros_like(pairs))
+    return AttentionStats(pairs / _all_pairs(partition), tiles.float().mean((-2, -1)), pairs, torch.zeros_like(pairs))
 
 
 def dense_stats(query: Tensor, partition: BlockPartition) -> AttentionStats:
     """Stats of full attention."""
     ones = torch.ones(query.shape[:2], device=query.device)
-    pairs = torch.full_like(ones, partition.num_video_tokens * partition.num_blocks, dtype=torch.int64)
+    pairs = torch.full_like(ones, _all_pairs(partition), dtype=torch.int64)
     return AttentionStats(ones, ones.clone(), pairs, torch.zeros_like(pairs))
+
+
+def _shared_pairs(selected: Tensor, slots: Slots, partition: BlockPartition) -> Tensor:
+    is_video = slots.tile_group < partition.num_blocks
+    return (selected[..., : partition.num_blocks].sum(-1) * (slots.tile_keys * is_video)).sum(-1)
+
+
+def _all_pairs(partition: BlockPartition) -> int:
+    return partition.num_video_tokens * partition.num_blocks

@@ -1,0 +1,167 @@
+"""A config as JSON text, and what FastVideo's VMoBA JSON says, as arguments of a config."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vmoba_flex.about_blocks import AboutBlocks
+from vmoba_flex.rules import Rule, Threshold, TopK
+
+VERSION = 1
+FIELDS = (
+    "temporal",
+    "spatial",
+    "spatiotemporal",
+    "rule",
+    "cycle",
+    "dense_layers",
+    "dense_steps",
+    "dispatch",
+    "backend",
+)
+"""Arguments of ``VMoBAConfig``; the first four are needed."""
+
+
+def dump(config: Any) -> str:
+    """JSON text of a ``VMoBAConfig``, one field a line."""
+    values = {"version": VERSION} | {name: _plain(getattr(config, name)) for name in FIELDS}
+    return "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in values.items()) + "\n}"
+
+
+def load(text: str) -> dict[str, Any]:
+    """Arguments of ``VMoBAConfig`` from what ``dump`` wrote, or from FastVideo's VMoBA JSON.
+
+    Raises:
+        TypeError: if ``text`` is not a str, or a rule's value has a wrong type.
+        ValueError: if ``text`` is not JSON of one of the two, or has an unknown key or value.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, got {type(text).__name__}")
+    try:
+        data = json.loads(text, object_pairs_hook=_without_duplicates)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"text must be JSON, got {text[:40]!r}: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"text must be a JSON object, got {text[:40]!r}")
+    if "version" not in data and not data.keys().isdisjoint(_FASTVIDEO):
+        return _fastvideo(data)
+    return _own(data)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, AboutBlocks):
+        return {"about_blocks": value.count}
+    if isinstance(value, TopK | Threshold):
+        return {key: item for key, item in dataclasses.asdict(value).items() if item is not None}
+    if isinstance(value, Mapping):
+        return {kind: _plain(rule) for kind, rule in value.items()}
+    return value
+
+
+def _own(data: dict[str, Any]) -> dict[str, Any]:
+    if "version" not in data:
+        raise ValueError(f"text must have 'version', or keys of FastVideo's VMoBA JSON, got keys {sorted(data)}")
+    if data["version"] != VERSION or isinstance(data["version"], bool):
+        raise ValueError(f"version must be {VERSION}, got {data['version']!r}")
+    arguments = {key: value for key, value in data.items() if key != "version"}
+    _check_keys("text", arguments, FIELDS)
+    for key in FIELDS[:4]:
+        if key not in arguments:
+            raise ValueError(f"text must have {key!r}, got keys {sorted(data)}")
+    for key in FIELDS[:3]:
+        if isinstance(arguments[key], dict):
+            _check_keys(key, arguments[key], ("about_blocks",))
+            arguments[key] = AboutBlocks(arguments[key].get("about_blocks"))
+    rule = arguments["rule"]
+    if isinstance(rule, dict) and any(isinstance(value, dict) for value in rule.values()):
+        arguments["rule"] = {kind: _rule(f"rule of {kind!r}", value) for kind, value in rule.items()}
+    else:
+        arguments["rule"] = _rule("rule", rule)
+    return arguments
+
+
+def _rule(name: str, data: Any) -> Rule:
+    if not isinstance(data, dict):
+        raise ValueError(f"{name} must be an object with 'tau', or with 'k' or 'density', got {data!r}")
+    rule = Threshold if "tau" in data else TopK
+    _check_keys(name, data, tuple(field.name for field in dataclasses.fields(rule)))
+    return rule(**data)
+
+
+def _check_keys(name: str, data: dict[str, Any], known: tuple[str, ...]) -> None:
+    for key, value in data.items():
+        if key not in known:
+            raise ValueError(f"{name} must have keys of {known}, got {key!r}: {value!r}")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        raise ValueError(f"text must have each key once in an object, got keys {[key for key, _ in pairs]}")
+    return data
+
+
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _sizes(length: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) == length and all(map(_is_count, value))
+
+
+_POOLS = {"query_head": "query", "block": "block", "head_global": "head", "overall": "global"}
+_MODES = ("topk", "threshold")
+
+_COUNT = ("an int of at least 1", _is_count)
+_MAYBE_COUNT = ("an int of at least 1", lambda value: value is None or _is_count(value))
+_COUNT_OR_0 = ("an int of at least 0", lambda value: _is_count(value, 0))
+_SHARE = (
+    "a number in (0, 1]",
+    lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1,
+)
+
+# Key: FastVideo's default (None: it has none), what the value must be, and a test of that.
+_FASTVIDEO: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {
+    "temporal_chunk_size": (None, *_COUNT),
+    "spatial_chunk_size": (None, "a list of 2 ints of at least 1 (height, width)", _sizes(2)),
+    "st_chunk_size": (None, "a list of 3 ints of at least 1 (frames, height, width)", _sizes(3)),
+    "temporal_topk": (None, *_MAYBE_COUNT),
+    "spatial_topk": (None, *_MAYBE_COUNT),
+    "st_topk": (None, *_MAYBE_COUNT),
+    "moba_select_mode": ("threshold", f"one of {_MODES}", lambda value: value in _MODES),
+    "moba_threshold": (0.25, *_SHARE),
+    "moba_threshold_type": ("query_head", f"one of {tuple(_POOLS)}", lambda value: value in tuple(_POOLS)),
+    "first_full_layer": (0, *_COUNT_OR_0),
+    "first_full_step": (12, *_COUNT_OR_0),
+    "temporal_layer": (1, *_COUNT_OR_0),
+    "spatial_layer": (1, *_COUNT_OR_0),
+    "st_layer": (1, *_COUNT_OR_0),
+}
+
+
+def _fastvideo(data: dict[str, Any]) -> dict[str, Any]:
+    _check_keys("FastVideo's VMoBA JSON", data, tuple(_FASTVIDEO))
+    values = {key: data.get(key, default) for key, (default, _, _) in _FASTVIDEO.items()}
+    for key, (_, rule, is_valid) in _FASTVIDEO.items():
+        if not is_valid(values[key]):
+            raise ValueError(f"{key} must be {rule}, got {values[key]!r}")
+    # FastVideo counts the layers of the cycle from the first sparse one, and a config from the model's first.
+    kinds = {"temporal": "temporal", "spatial": "spatial", "spatiotemporal": "st"}
+    cycle = [kind for kind, name in kinds.items() for _ in range(values[f"{name}_layer"])]
+    if not cycle:
+        raise ValueError("temporal_layer + spatial_layer + st_layer must be at least 1, got 0")
+    start = -values["first_full_layer"] % len(cycle)
+    pool = _POOLS[values["moba_threshold_type"]]
+    if values["moba_select_mode"] == "threshold":
+        rule = Threshold(values["moba_threshold"], pool=pool)
+    elif pool == "block":
+        raise ValueError("moba_threshold_type must not be 'block' where moba_select_mode is 'topk', got 'block'")
+    else:
+        for name in kinds.values():
+            if values[f"{name}_topk"] is None:
+                raise ValueError(f"{name}_topk must be given where moba_select_mode is 'topk', got None")
+        rule = {kind: TopK(values[f"{name}_topk"], pool=pool) for kind, name in kinds.items()}
+    blocks = {kind: values[f"{name}_chunk_size"] for kind, name in kinds.items()}
+    layers = {"cycle": cycle[start:] + cycle[:start], "dense_layers": values["first_full_layer"]}
+    return blocks | layers | {"rule": rule, "dense_steps": values["first_full_step"]}

@@ -1,0 +1,330 @@
+"""What each model family of diffusers is: its layers, its grid, and how a layer makes query, key and value."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vmoba_flex.models.processor import VMoBAProcessor
+
+Grid = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """How a model family takes VMoBA.
+
+    Attributes:
+        processor: of its self-attention layers.
+        stock: names of the processor classes that it can stand in for.
+        layers: the self-attention layers of a model, in order, by name.
+        grid: ``(model, forward's arguments by name)`` -> latent video size after patching.
+        refuse: why a model cannot take VMoBA, or None if it can.
+    """
+
+    processor: type[VMoBAProcessor]
+    stock: tuple[str, ...]
+    layers: Callable[[nn.Module], list[tuple[str, nn.Module]]]
+    grid: Callable[[Any, dict[str, Any]], Grid]
+    refuse: Callable[[Any], str | None] = lambda model: None
+
+
+_ADAPTERS: dict[str, Adapter] = {}
+
+
+def register_adapter(class_name: str, adapter: Adapter) -> None:
+    """Makes ``apply_vmoba`` take a model of one's own.
+
+    Args:
+        class_name: of the model, or of a class that it derives from.
+        adapter: for its layers.
+
+    Raises:
+        TypeError: if an argument has a wrong type.
+        ValueError: if the class has an adapter.
+    """
+    if not isinstance(class_name, str):
+        raise TypeError(f"class_name must be a str, got {class_name!r}")
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"adapter must be an Adapter, got {type(adapter).__name__}")
+    if class_name in _ADAPTERS:
+        raise ValueError(f"class_name must have no adapter yet, got {class_name!r}")
+    _ADAPTERS[class_name] = adapter
+
+
+def find_adapter(model: object) -> Adapter | None:
+    """The adapter of a model's class, or of the nearest one that it derives from."""
+    return next((_ADAPTERS[c.__name__] for c in type(model).__mro__ if c.__name__ in _ADAPTERS), None)
+
+
+def supported() -> list[str]:
+    """Names of the classes that have an adapter."""
+    return sorted(_ADAPTERS)
+
+
+def forward_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of the model, by name."""
+    return _signature(type(model)).bind(model, *args, **kwargs).arguments
+
+
+@functools.cache
+def _signature(cls: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(cls.forward)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates neighbouring pairs of channels: rotary position embedding (arXiv 2104.09864), in float32.
+
+    Args:
+        x: ``(..., channels)``.
+        cos: broadcast against x, equal on both channels of a pair.
+        sin: likewise.
+    """
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((-odd, even), -1).flatten(-2)
+    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+
+
+def _split_heads(attn: Any, x: Tensor) -> Tensor:
+    """``(B, tokens, H * D)`` -> ``(B, H, tokens, D)``."""
+    return x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+
+
+def _normalized(norm: nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
+
+
+def _project_out(attn: Any, x: Tensor) -> Tensor:
+    linear, dropout = attn.to_out
+    return dropout(linear(x))
+
+
+class WanProcessor(VMoBAProcessor):
+    """Wan 2.1 and 2.2, SkyReels-V2: normalised over all heads, then rotated; text in a layer of its own."""
+
+    def sparse(self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any) -> Tensor:
+        """See ``VMoBAProcessor.sparse``."""
+        if mask is not None:
+            raise ValueError("attention_mask must be None with VMoBA applied (no block-causal mode), got a mask")
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(video).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(video), attn.to_k(video), attn.to_v(video)
+        query, key, value = (_split_heads(attn, x) for x in (attn.norm_q(query), attn.norm_k(key), value))
+        # Cosines stand at even, sines at odd channels of (1, tokens, 1, D).
+        cos, sin = (x.transpose(1, 2)[..., i::2].repeat_interleave(2, -1) for i, x in enumerate(rotary))
+        return _project_out(attn, self.attend(rotate(query, cos, sin), rotate(key, cos, sin), value))
+
+
+class LTXProcessor(VMoBAProcessor):
+    """LTX: rotated before the heads are split; text in a layer of its own."""
+
+    def sparse(self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any) -> Tensor:
+        """See ``VMoBAProcessor.sparse``."""
+        if mask is not None:
+            raise ValueError("attention_mask must be None in self-attention with VMoBA applied, got a mask")
+        query = rotate(attn.norm_q(attn.to_q(video)), *rotary)
+        key = rotate(attn.norm_k(attn.to_k(video)), *rotary)
+        query, key, value = (_split_heads(attn, x) for x in (query, key, attn.to_v(video)))
+        return _project_out(attn, self.attend(query, key, value))
+
+
+class CogVideoXProcessor(VMoBAProcessor):
+    """CogVideoX: text before the video, through the same projections."""
+
+    joint: ClassVar[bool] = True
+
+    def sparse(
+        self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See ``VMoBAProcessor.sparse``."""
+        if text is None or mask is not None:
+            raise ValueError("attention_mask must be None, and text given, with VMoBA applied to CogVideoX")
+        length = text.shape[1]
+        tokens = torch.cat([text, video], 1)
+        if getattr(attn, "fused_projections", False):
+            query, key, value = attn.to_qkv(tokens).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
+        query, key, value = (_split_heads(attn, x) for x in (query, key, value))
+        query, key = _normalized(attn.norm_q, query), _normalized(attn.norm_k, key)
+        if rotary is not None:
+            query, key = (torch.cat([x[:, :, :length], rotate(x[:, :, length:], *rotary)], 2) for x in (query, key))
+        output = _project_out(attn, self.attend(query, key, value, prefix=length))
+        return output[:, length:], output[:, :length]
+
+
+class _SuffixProcessor(VMoBAProcessor):
+    """Text behind the video, some of it padding that nobody attends."""
+
+    joint: ClassVar[bool] = True
+
+    def sparse(
+        self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See ``VMoBAProcessor.sparse``."""
+        if text is None or mask is None:
+            raise ValueError("encoder_hidden_states and attention_mask must be given with VMoBA applied, got None")
+        length = text.shape[1]
+        query, key, value = self.project(attn, video, text, rotary)
+        there = self.text_mask(mask, length)
+        # Text is attended as a set: what exists goes first.
+        order = there.sort(stable=True, dim=1, descending=True).indices
+        query, key, value = (_reorder_suffix(x, order) for x in (query, key, value))
+        output = self.attend(query, key, value, suffix=length, text_lengths=there.sum(1))
+        video, text = output.split([output.shape[1] - length, length], 1)
+        text = text.gather(1, order.argsort(1)[..., None].expand_as(text))
+        return self.finish(attn, video, text, there)
+
+    def project(self, attn: Any, video: Tensor, text: Tensor, rotary: Any) -> list[Tensor]:
+        """Query, key and value ``(B, H, S, D)``, text by projections of its own."""
+        streams = []
+        for x, names in ((video, ("to", "norm")), (text, ("add", "norm_added"))):
+            suffix = "" if names[0] == "to" else "_proj"
+            query, key, value = (
+                _split_heads(attn, getattr(attn, f"{names[0]}_{letter}{suffix}")(x)) for letter in "qkv"
+            )
+            query, key = (_normalized(getattr(attn, f"{names[1]}_{n}"), y) for n, y in (("q", query), ("k", key)))
+            if x is video and rotary is not None:
+                query, key = rotate(query, *rotary), rotate(key, *rotary)
+            streams.append((query, key, value))
+        return [torch.cat(pair, 2) for pair in zip(*streams, strict=True)]
+
+    def text_mask(self, mask: Tensor, length: int) -> Tensor:
+        """Which text tokens exist, bool ``(B, text tokens)``."""
+        return mask.bool()
+
+    def finish(self, attn: Any, video: Tensor, text: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        """Projects both streams out."""
+        return _project_out(attn, video), attn.to_add_out(text)
+
+
+def _reorder_suffix(x: Tensor, order: Tensor) -> Tensor:
+    """Reorders the last tokens of ``(B, H, S, D)`` by ``order`` ``(B, text tokens)``."""
+    length = order.shape[1]
+    video, text = x.split([x.shape[2] - length, length], 2)
+    return torch.cat([video, text.gather(2, order[:, None, :, None].expand_as(text))], 2)
+
+
+class HunyuanVideoProcessor(_SuffixProcessor):
+    """HunyuanVideo: two streams in dual layers, one in single layers; the mask is over video and text."""
+
+    def project(self, attn: Any, video: Tensor, text: Tensor, rotary: Any) -> list[Tensor]:
+        """See ``_SuffixProcessor``; single layers project both streams as one, and rotate the video's tokens."""
+        if attn.add_q_proj is not None:
+            return super().project(attn, video, text, rotary)
+        tokens, length = torch.cat([video, text], 1), video.shape[1]
+        query, key, value = (_split_heads(attn, to(tokens)) for to in (attn.to_q, attn.to_k, attn.to_v))
+        query, key = _normalized(attn.norm_q, query), _normalized(attn.norm_k, key)
+        query, key = (torch.cat([rotate(x[:, :, :length], *rotary), x[:, :, length:]], 2) for x in (query, key))
+        return [query, key, value]
+
+    def text_mask(self, mask: Tensor, length: int) -> Tensor:
+        """The end of the model's mask ``(B, 1, 1, S)``."""
+        return mask[:, 0, 0, -length:].bool()
+
+    def finish(self, attn: Any, video: Tensor, text: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        """Single layers have no projections here."""
+        out, add_out = getattr(attn, "to_out", None), getattr(attn, "to_add_out", None)
+        return _project_out(attn, video) if out else video, add_out(text) if add_out else text
+
+
+class HunyuanVideo15Processor(_SuffixProcessor):
+    """HunyuanVideo-1.5: two streams; the mask is over the text."""
+
+
+class MochiProcessor(_SuffixProcessor):
+    """Mochi: two streams; cosines and sines for each head and pair; padding comes out as zero."""
+
+    def project(self, attn: Any, video: Tensor, text: Tensor, rotary: Any) -> list[Tensor]:
+        """See ``_SuffixProcessor``; ``rotary``: cosines and sines ``(video tokens, H, D / 2)``."""
+        return super().project(attn, video, text, [x.transpose(0, 1).repeat_interleave(2, -1) for x in rotary])
+
+    def finish(self, attn: Any, video: Tensor, text: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        """The last layer projects no text."""
+        text = text * there[..., None]
+        return _project_out(attn, video), attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
+
+
+def _attention_of(*path: str) -> Callable[[nn.Module], list[tuple[str, nn.Module]]]:
+    """The layers ``model.<blocks>[i].<attention>``, for each ``blocks.attention`` of ``path`` in turn."""
+
+    def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+        names = [one.split(".") for one in path]
+        return [
+            (f"{blocks}.{i}.{attention}", getattr(block, attention))
+            for blocks, attention in names
+            for i, block in enumerate(getattr(model, blocks))
+        ]
+
+    return layers
+
+
+def _patched_grid(model: Any, arguments: dict[str, Any]) -> Grid:
+    """Of latents ``(B, C, frames, height, width)``."""
+    frames, height, width = arguments["hidden_states"].shape[2:]
+    patch = model.config.patch_size
+    if isinstance(patch, int):
+        patch = (getattr(model.config, "patch_size_t", 1), patch, patch)
+    return frames // patch[0], height // patch[1], width // patch[2]
+
+
+def _cogvideox_grid(model: Any, arguments: dict[str, Any]) -> Grid:
+    """Of latents ``(B, frames, C, height, width)``."""
+    _, frames, _, height, width = arguments["hidden_states"].shape
+    patch, patch_t = model.config.patch_size, model.config.patch_size_t or 1
+    return -(-frames // patch_t), height // patch, width // patch
+
+
+def _ltx_grid(model: Any, arguments: dict[str, Any]) -> Grid:
+    """As the caller gives it: the latents come as tokens."""
+    sizes = [arguments.get(name) for name in ("num_frames", "height", "width")]
+    if None in sizes:
+        raise ValueError(f"num_frames, height and width must be given with VMoBA applied to LTX, got {sizes}")
+    return int(sizes[0]), int(sizes[1]), int(sizes[2])
+
+
+def _refuse_block_causal(model: Any) -> str | None:
+    count = model.config.num_frame_per_block
+    return f"num_frame_per_block must be 1 (no block-causal mode), got {count}" if count > 1 else None
+
+
+for _name, _adapter in {
+    "WanTransformer3DModel": Adapter(WanProcessor, ("WanAttnProcessor",), _attention_of("blocks.attn1"), _patched_grid),
+    "SkyReelsV2Transformer3DModel": Adapter(
+        WanProcessor,
+        ("SkyReelsV2AttnProcessor",),
+        _attention_of("blocks.attn1"),
+        _patched_grid,
+        refuse=_refuse_block_causal,
+    ),
+    "HunyuanVideoTransformer3DModel": Adapter(
+        HunyuanVideoProcessor,
+        ("HunyuanVideoAttnProcessor2_0",),
+        _attention_of("transformer_blocks.attn", "single_transformer_blocks.attn"),
+        _patched_grid,
+    ),
+    "HunyuanVideo15Transformer3DModel": Adapter(
+        HunyuanVideo15Processor,
+        ("HunyuanVideo15AttnProcessor2_0",),
+        _attention_of("transformer_blocks.attn"),
+        _patched_grid,
+    ),
+    "CogVideoXTransformer3DModel": Adapter(
+        CogVideoXProcessor,
+        ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
+        _attention_of("transformer_blocks.attn1"),
+        _cogvideox_grid,
+    ),
+    "LTXVideoTransformer3DModel": Adapter(
+        LTXProcessor, ("LTXVideoAttnProcessor",), _attention_of("transformer_blocks.attn1"), _ltx_grid
+    ),
+    "MochiTransformer3DModel": Adapter(
+        MochiProcessor, ("MochiAttnProcessor2_0",), _attention_of("transformer_blocks.attn1"), _patched_grid
+    ),
+}.items():
+    register_adapter(_name, _adapter)

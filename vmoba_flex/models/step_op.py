@@ -1,0 +1,93 @@
+"""Attention as one op that reads as it runs whether the step is dense, so that one graph serves all steps."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from vmoba_flex.attention import attend
+from vmoba_flex.partition import BlockPartition
+from vmoba_flex.rules import Rule, Threshold, TopK
+
+
+def attend_at_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_lengths: Tensor | None,
+    dense: Tensor,
+    density: Tensor,
+    partition: BlockPartition,
+    rule: Rule,
+    dispatch: str,
+    backend: str,
+) -> Tensor:
+    """``vmoba_attention``, or full attention where ``dense`` says so. Without gradients.
+
+    Args:
+        query: ``(B, H, S, D)``.
+        key: likewise.
+        value: likewise.
+        text_lengths: as in ``vmoba_attention``.
+        dense: bool scalar on the CPU.
+        density: float32 scalar; what the call attended is written to it.
+        partition: the blocks.
+        rule: chooses them.
+        dispatch: as in ``vmoba_attention``, where the step is not dense.
+        backend: likewise.
+    """
+    top_k = isinstance(rule, TopK)
+    return _attend_at_step(
+        query, key, value, text_lengths, dense, density, list(partition.grid), list(partition.block),
+        [partition.prefix, partition.suffix], rule.pool, rule.k if top_k else None, rule.density if top_k else None,
+        None if top_k else rule.tau, None if top_k else rule.max_density, dispatch, backend,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("vmoba_flex::attend_at_step", mutates_args=("density",))
+def _attend_at_step(
+    query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None, dense: Tensor, density: Tensor,
+    grid: list[int], block: list[int], text: list[int],
+    pool: str, k: int | None, share: float | None, tau: float | None, max_density: float | None,
+    dispatch: str, backend: str,
+) -> Tensor:  # fmt: skip
+    if dense.item():
+        dispatch = "dense"
+    rule = _rule(pool, k, share, tau, max_density)
+    attended = attend(
+        query, key, value, _partition(tuple(grid), tuple(block), *text), rule,
+        dispatch=dispatch, backend="auto" if dispatch == "dense" else backend, text_lengths=text_lengths,
+    )  # fmt: skip
+    density.copy_(attended.density())
+    return attended.output.contiguous()
+
+
+@_attend_at_step.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[-1])
+
+
+@torch.library.custom_op("vmoba_flex::record_density", mutates_args=("density",))
+def _record_density(density: Tensor, value: Tensor) -> None:
+    density.copy_(value)
+
+
+@_record_density.register_fake
+def _(density: Tensor, value: Tensor) -> None:
+    return None
+
+
+def record_density(density: Tensor, value: Tensor) -> None:
+    """Writes what a call attended to ``density``; opaque, so that no graph keeps it for backward."""
+    with torch.no_grad():
+        _record_density(density, value)
+
+
+@functools.cache
+def _rule(pool: str, k: int | None, share: float | None, tau: float | None, max_density: float | None) -> Rule:
+    return TopK(k, density=share, pool=pool) if tau is None else Threshold(tau, pool=pool, max_density=max_density)
+
+
+@functools.cache
+def _partition(grid: tuple[int, int, int], block: tuple[int, int, int], prefix: int, suffix: int) -> BlockPartition:
+    return BlockPartition(grid, block, prefix=prefix, suffix=suffix)

@@ -1,0 +1,94 @@
+"""VMoBA as a module, for one's own model."""
+
+import dataclasses
+
+from torch import Tensor, nn
+
+from vmoba_flex.attention import vmoba_attention
+from vmoba_flex.config import VMoBAConfig
+
+
+class VMoBAAttention(nn.Module):
+    """The attention of one layer over projected query, key and value, as a config has it; without parameters.
+
+    Args:
+        config: of the whole model. On its ``dense_steps`` this module does not act, for it knows no steps: pass
+            ``dense=config.layer(layer, num_layers, step, num_steps).dense`` to ``forward`` instead.
+        layer: which layer this is, in 0..num_layers - 1.
+        num_layers: layers of the model.
+
+    Raises:
+        TypeError: if an argument has a wrong type.
+        ValueError: if ``layer`` or ``config.dense_layers`` does not fit ``num_layers``.
+
+    Example:
+        >>> import torch
+        >>> from vmoba_flex.config import VMoBAConfig
+        >>> attention = VMoBAAttention(VMoBAConfig.paper("training"), layer=1, num_layers=30)
+        >>> q, k, v = torch.randn(3, 1, 2, 4 * 8 * 8 + 5, 16)
+        >>> attention(q, k, v, (4, 8, 8), suffix=5).shape
+        torch.Size([1, 2, 261, 16])
+    """
+
+    def __init__(self, config: VMoBAConfig, layer: int, num_layers: int) -> None:
+        super().__init__()
+        if not isinstance(config, VMoBAConfig):
+            raise TypeError(f"config must be a VMoBAConfig, got {type(config).__name__}")
+        # Forward reads the plan and never the index: torch.compile makes a graph for each plan, not for each layer.
+        self.config = config
+        self.index = layer
+        self.num_layers = num_layers
+        self.plan = dataclasses.replace(config, dense_steps=0).layer(layer, num_layers)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grid: tuple[int, int, int],
+        *,
+        prefix: int = 0,
+        suffix: int = 0,
+        text_lengths: Tensor | None = None,
+        dense: bool = False,
+    ) -> Tensor:
+        """Attention in raster order; see ``vmoba_attention``.
+
+        Args:
+            query: ``(B, H, S, D)``, with ``S`` the tokens of prefix, grid and suffix.
+            key: ``(B, H, S, D)``.
+            value: ``(B, H, S, value dim)``.
+            grid: latent video size (frames, height, width) in tokens.
+            prefix: text tokens before the video's.
+            suffix: text tokens behind the video's.
+            text_lengths: int64 ``(B,)``: so many of each sample's prefix and suffix tokens exist, and the others are
+                padding that nobody attends. All exist by default.
+            dense: attend everything at this call. Layers that the config has dense do so anyway.
+
+        Returns:
+            ``(B, H, S, value dim)``.
+
+        Raises:
+            TypeError: if an argument has a wrong type or dtype.
+            ValueError: if shapes, devices or values do not fit, or a block is larger than the grid.
+        """
+        if not isinstance(dense, bool):
+            raise TypeError(f"dense must be a bool, got {dense!r}")
+        partition = self.config.partition(self.plan.kind, grid, prefix, suffix)
+        dense = dense or self.plan.dense
+        return vmoba_attention(
+            query,
+            key,
+            value,
+            partition,
+            self.plan.rule,
+            # Full attention takes torch's kernels, and would refuse a backend by name.
+            dispatch="dense" if dense else self.config.dispatch,
+            backend="auto" if dense else self.config.backend,
+            text_lengths=text_lengths,
+        )
+
+    def extra_repr(self) -> str:
+        """Which layer it is, and what it does."""
+        what = "dense" if self.plan.dense else f"rule={self.plan.rule}"
+        return f"layer={self.index}, num_layers={self.num_layers}, kind={self.plan.kind!r}, {what}"
