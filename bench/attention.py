@@ -84,7 +84,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def supervise(command: list[str], output: Path, budget_s: float, row_limit_s: float) -> int:
+def supervise(
+    command: list[str], output: Path, budget_s: float, row_limit_s: float, kind: type[Report] = Report
+) -> int:
     """Runs ``command`` until it ends well; a run that dies or hangs costs the row it was at. The exit status."""
     started = time.monotonic()
     while True:
@@ -93,7 +95,7 @@ def supervise(command: list[str], output: Path, budget_s: float, row_limit_s: fl
         if status == 0:
             return 0
         reason = "the process " + (f"was stopped after {row_limit_s:g} s" if status is None else f"ended with {status}")
-        if not output.exists() or not (Report.load(output).bury(reason) or status == DEVICE_LOST):
+        if not output.exists() or not (kind.load(output).bury(reason) or status == DEVICE_LOST):
             return status or 1  # not at a row: starting again would not help
         print(f"{reason}; going on with the next row", file=sys.stderr)
         command = [*command, "--add"]

@@ -87,10 +87,10 @@ CPU_PEERS = {
 }
 
 
-def versions() -> dict[str, str]:
-    """Versions of what is installed."""
+def versions(others: tuple[str, ...] = ()) -> dict[str, str]:
+    """Versions of what is installed, and of ``others``."""
     found = {}
-    for name in DISTRIBUTIONS:
+    for name in (*DISTRIBUTIONS, *others):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

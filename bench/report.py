@@ -2,8 +2,9 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 Row = dict[str, Any]
 
@@ -28,20 +29,22 @@ DEVICE_LOST = 75
 class Report:
     """Results of one or several runs of the script; the file is whole after each ``save``."""
 
+    formulas = FORMULAS
+
     def __init__(self, path: Path, data: dict[str, Any] | None = None) -> None:
         self.path = path
-        self.data: dict[str, Any] = data or {"runs": [], "formulas": FORMULAS, "rows": []}
+        self.data: dict[str, Any] = data or {"runs": [], "formulas": self.formulas, "rows": []}
         self.rows: dict[str, Row] = {row["id"]: row for row in self.data["rows"]}
 
     @classmethod
-    def load(cls, path: Path) -> "Report":
+    def load(cls, path: Path) -> Self:
         """Reads a report."""
         return cls(path, json.loads(path.read_text()))
 
     def save(self) -> None:
         """Writes the file, and the table beside it; an interrupted write leaves the file before."""
         self.data["rows"] = list(self.rows.values())
-        derive(self.data["rows"])
+        self.derive()
         for path, text in (
             (self.path, json.dumps(self.data, indent=1) + "\n"),
             (self.path.with_suffix(".md"), self.markdown()),
@@ -77,22 +80,35 @@ class Report:
         times = {row["backend"]: row.get("forward_backward_ms", 1e3 * row["forward_ms"]) for row in rows}
         return min(times, key=times.__getitem__, default="auto")
 
-    def markdown(self) -> str:
-        """The table."""
+    def derive(self) -> None:
+        """Adds to each row what follows from it and the others."""
+        derive(self.data["rows"])
+
+    def head(self) -> list[str]:
+        """The lines above the tables: devices, versions, commands and formulas."""
         lines = []
         for run in self.data["runs"]:
             versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
             lines.append(f"{run['device']}, {run['date']}, {versions}. `{run['command']}`\n")
-        lines += [f"- {name}: {formula}" for name, formula in self.data["formulas"].items()]
+        return lines + [f"- {name}: {formula}" for name, formula in self.data["formulas"].items()]
+
+    def markdown(self) -> str:
+        """The table."""
+        lines = self.head()
         rows = [row for row in self.data["rows"] if "stages" not in row]
         for section in dict.fromkeys(name for row in rows for name in row["sections"]):
-            table = [[name for name, _ in _COLUMNS], ["---"] * len(_COLUMNS)]
-            table += [cells(row) for row in rows if section in row["sections"]]
-            lines += ["", f"## {section}", "", *(f"| {' | '.join(row)} |" for row in table)]
+            chosen = (cells(row) for row in rows if section in row["sections"])
+            lines += ["", f"## {section}", "", *table([name for name, _ in _COLUMNS], chosen)]
         for row in self.data["rows"]:
             if row.get("stages"):
                 lines += ["", f"## {row['id']}", "", *(f"- {text}" for text in _stages(row))]
         return "\n".join(lines) + "\n"
+
+
+def table(names: Iterable[str], rows: Iterable[list[str]]) -> list[str]:
+    """Lines of Markdown."""
+    names = list(names)
+    return [f"| {' | '.join(row)} |" for row in (names, ["---"] * len(names), *rows)]
 
 
 def derive(rows: list[Row]) -> None:
@@ -159,17 +175,17 @@ def cells(row: Row) -> list[str]:
         f"{row['tokens']} x {row['heads']}",
         f"{row['kind']} {row['blocks']}" if row["blocks"] else "",
         rule,
-        _number(row.get("density"), 3),
+        number(row.get("density"), 3),
     ]
     for mode in MODES:
         result += [
-            _number(row.get(f"{mode}_ms"), 2),
-            _number(row.get(f"{mode}_tflops"), 0),
-            _number(row.get(f"{mode}_speed_up"), 2),
-            _number(row.get(f"{mode}_times_floor"), 2),
-            _number(row.get(f"{mode}_extra_gb"), 2),
+            number(row.get(f"{mode}_ms"), 2),
+            number(row.get(f"{mode}_tflops"), 0),
+            number(row.get(f"{mode}_speed_up"), 2),
+            number(row.get(f"{mode}_times_floor"), 2),
+            number(row.get(f"{mode}_extra_gb"), 2),
         ]
-    result += [_number(row.get("error_ratio"), 2), _number(row.get("gradient_ratio"), 2)]
+    result += [number(row.get("error_ratio"), 2), number(row.get("gradient_ratio"), 2)]
     status = row["status"] + (f" ({row['check']})" if "check" in row else "")
     return [*result, f"{status}: {row['error'][:80].replace('|', '/')}" if "error" in row else status]
 
@@ -195,5 +211,6 @@ def _times(times: Any) -> str:
     return ", ".join(f"{kernel['name'][:40]} {kernel['ms']:.2f} ms in {kernel['calls']}" for kernel in times)
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
+    """Empty if it was not measured."""
     return "" if value is None else f"{value:.{digits}f}"

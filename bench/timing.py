@@ -27,13 +27,13 @@ BATCH_MS = {"cuda": 30.0, "cpu": 0.0}
 def milliseconds(call: Callable[[], Any], device: str) -> float:
     """Median time of a call that has been made before."""
     call()
-    estimate = _batches(call, 1, 1, device)[0]
+    estimate = batches(call, 1, 1, device)[0]
     calls = min(100, math.ceil(BATCH_MS[device] / max(estimate, 1e-3)))
     least = 3 if device == "cuda" and estimate < 100 else 1
-    return median(_batches(call, BATCHES[device], max(least, calls), device))
+    return median(batches(call, BATCHES[device], max(least, calls), device))
 
 
-def _batches(call: Callable[[], Any], batches: int, calls: int, device: str) -> list[float]:
+def batches(call: Callable[[], Any], count: int, calls: int, device: str) -> list[float]:
     """Time per call in each batch."""
     cuda = device == "cuda"
     marks: list[Any] = []
@@ -48,7 +48,7 @@ def _batches(call: Callable[[], Any], batches: int, calls: int, device: str) -> 
     if cuda:
         torch.cuda.synchronize()
     mark()
-    for _ in range(batches):
+    for _ in range(count):
         for _ in range(calls):
             call()
         mark()

@@ -2,14 +2,9 @@
 
 import contextlib
 import dataclasses
-import datetime
-import gc
 import math
-import platform
-import re
 import sys
 import time
-import traceback
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
@@ -17,7 +12,8 @@ from typing import Any
 
 import torch
 from checks import ERROR_FACTOR, Inputs, attended_pairs, expected_selection
-from peers import CPU_PEERS, PEERS, Peer, versions
+from machine import error_text, free_memory, print_trace, run_facts
+from peers import CPU_PEERS, PEERS, Peer
 from report import DEVICE_LOST, FINAL, HEADER, Report, Row, line
 from shapes import FULL, SMALL, Case, Contenders, Sizes, Spec, specs
 from stages import kernel_milliseconds, stage_milliseconds
@@ -39,7 +35,10 @@ def work(args: Namespace) -> int:
         torch.set_num_threads(1)  # small tensors, and not the only process
     report = Report.load(args.output) if args.add else Report(args.output)
     bench = Bench(sizes, args, report)
-    facts = _facts(args, sizes)
+    facts = run_facts(args.device, args.command) | {
+        "shape": f"batch 1, head dim {sizes.head_dim}, {str(sizes.dtype).removeprefix('torch.')}",
+        "error_factor": bench.error_factor,
+    }
     if facts not in report.data["runs"]:
         report.data["runs"].append(facts)
     run = report.data["runs"].index(facts)
@@ -101,27 +100,14 @@ class Bench:
             else:
                 self._measure(spec, row)
         except torch.OutOfMemoryError as error:
-            row["status"], row["error"] = "out of memory", _text(error)
+            row["status"], row["error"] = "out of memory", error_text(error)
         except Exception as error:
             refused = isinstance(error, (ValueError, NotImplementedError)) and spec.attention not in self.peers
-            row["status"], row["error"] = "unsupported" if refused else "failed", _text(error)
+            row["status"], row["error"] = "unsupported" if refused else "failed", error_text(error)
             if not refused:
-                _print_trace()
+                print_trace()
         row["wall_s"] = time.monotonic() - began
-        return row["status"] == "ok" or self._clean()
-
-    def _clean(self) -> bool:
-        """Frees what nobody holds any more; whether the device still works."""
-        if self.device != "cuda":
-            return True
-        gc.collect()
-        try:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        except RuntimeError as error:
-            print(f"the GPU no longer answers: {_text(error)}", file=sys.stderr)
-            return False
-        return True
+        return row["status"] == "ok" or free_memory(self.device)
 
     def _measure(self, spec: Spec, row: Row) -> None:
         inputs = self._inputs_of(spec.case)
@@ -152,8 +138,8 @@ class Bench:
                 # The output and the gradients in query, key and value come on top of what is there before.
                 self._time(row, "forward_backward", forward_backward, 4, size)
             except Exception as error:
-                row["status"], row["error"] = "forward only", _text(error)
-                _print_trace()
+                row["status"], row["error"] = "forward only", error_text(error)
+                print_trace()
                 return
         row["status"] = "ok"
 
@@ -163,7 +149,7 @@ class Bench:
             self.inputs = None
             if self.device == "cuda":
                 torch.compiler.reset()  # kernels of other shapes would count against the limit of them
-            self._clean()
+            free_memory(self.device)
             self.inputs = shape, Inputs(case, self.sizes, self.device)
         return self.inputs[1]
 
@@ -209,7 +195,7 @@ class Bench:
             budget = inputs.flex_error(spec.case)
         except Exception as failure:
             row["check"] = "no budget"
-            print(f"FlexAttention gives no budget: {_text(failure)}", file=sys.stderr)
+            print(f"FlexAttention gives no budget: {error_text(failure)}", file=sys.stderr)
             return selection
         row["error_ratio"] = row["output_error"] / budget
         if row["error_ratio"] > self.error_factor:
@@ -223,7 +209,7 @@ class Bench:
         try:
             return inputs.gradient_errors(gradients, selection, spec.case, spec.attention)
         except torch.OutOfMemoryError as error:
-            row["check"] = f"gradients unchecked: {_text(error)}"
+            row["check"] = f"gradients unchecked: {error_text(error)}"
             return None
 
     def _time(self, row: Row, mode: str, call: Callable[[], Any], results: int, size: int) -> None:
@@ -242,7 +228,7 @@ class Bench:
             try:
                 row["stages"][mode] |= kernel_milliseconds(call, self.device)
             except Exception as error:  # a machine may not let its GPU be profiled
-                row["error"] = f"no profile: {_text(error)}"
+                row["error"] = f"no profile: {error_text(error)}"
 
 
 def _peers(device: str) -> dict[str, Peer]:
@@ -254,7 +240,7 @@ def _why_missing(peer: Peer) -> str | None:
     try:
         peer.load()
     except Exception as error:
-        return _text(error)
+        return error_text(error)
     return None
 
 
@@ -279,26 +265,3 @@ def _describe(spec: Spec, sizes: Sizes, run: int) -> Row:
         "inputs": case.inputs,
         "run": run,
     }
-
-
-def _facts(args: Namespace, sizes: Sizes) -> dict[str, Any]:
-    cuda = args.device == "cuda"
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})",
-        "python": platform.python_version(),
-        "versions": versions(),
-        "shape": f"batch 1, head dim {sizes.head_dim}, {str(sizes.dtype).removeprefix('torch.')}",
-        "error_factor": args.error_factor or ERROR_FACTOR[sizes.dtype],
-        "command": args.command,
-    }
-
-
-def _print_trace() -> None:
-    print(traceback.format_exc()[-1500:], file=sys.stderr)
-
-
-def _text(error: BaseException) -> str:
-    """An error in one line, without the folders of whoever ran into it."""
-    text = f"{type(error).__name__}: {error}".strip()
-    return re.sub(r"(?:/[\w.+-]+)+/", "", " ".join(text.split()))[:400]

@@ -12,7 +12,7 @@ from block_masks.pairs import pack_bits, pair_lookup
 from block_masks.realize import realize
 from block_masks.row_masks import row_mask
 from block_masks.rows import RowPlan, plan_rows
-from block_masks.slots import Slots, from_slots, plan_slots, slot_mask, slot_tile_map, to_slots
+from block_masks.slots import Slots, from_slots, live_slots, plan_slots, slot_mask, slot_tile_map, to_slots
 from block_masks.tiles import TileMap, block_mask_from_tiles, tile_lists
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "from_slots",
     "group_mask",
     "group_tiles",
+    "live_slots",
     "pack_bits",
     "pair_lookup",
     "plan_rows",

@@ -84,7 +84,7 @@ def group_mask(
         A ``BlockMask`` of shape ``(B, H, queries, keys)`` whose ``mask_mod`` alone says everything.
 
     Raises:
-        TypeError: if ``selected`` is not bool ``key_group`` not an integer tensor, or
+        TypeError: if ``selected`` is not bool, ``key_group`` not an integer tensor, or
             ``tile_size`` not an int.
         ValueError: if a rank, device or ``tile_size`` does not fit, or ``selected`` is too large to index, see
             ``pair_lookup``.

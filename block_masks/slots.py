@@ -152,6 +152,13 @@ def take_slots(source: Tensor, index: Tensor, repeats: int = 1) -> Tensor:
     return taken.unflatten(0, (-1, repeats)).sum(1, dtype=exact).to(source.dtype)
 
 
+def live_slots(slots: Slots, key_live: Tensor | None) -> Tensor | None:
+    """Which slots hold a key that is attended: bool ``(B, slots)``, of keys ``(B, keys)``; None of None."""
+    if key_live is None:
+        return None
+    return (slots.slot_key >= 0) & key_live[:, slots.slot_key.clamp(min=0)]
+
+
 def slot_tile_map(selected: Tensor, slots: Slots, slot_live: Tensor | None = None) -> TileMap:
     """Finds the tiles of ``slot_mask`` that must run, and those of them that need no mask.
 

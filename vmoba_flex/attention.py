@@ -98,7 +98,8 @@ def vmoba_attention(
             block, so that its cost is the density whatever neighbouring queries choose; see ``packed``. ``"shared"``
             is an approximation, and not what ``vmoba_selection`` chooses: up to 128 neighbouring queries of a block
             share one choice, made from their mean query, so that each tile that runs was chosen; see ``shared``.
-            ``"dense"`` is ``scaled_dot_product_attention`` over everything, which ignores ``rule``. ``"auto"`` takes
+            ``"dense"`` is ``scaled_dot_product_attention`` over everything, by cuDNN where it can and the call is large
+            enough to ask for it; it ignores ``rule``. ``"auto"`` takes
             ``"packed"`` on a GPU where measured times say that it beats the fastest dense kernels, and ``"dense"``
             elsewhere: with ``Threshold(0.25, max_density=0.25)``, head dim 128 and 12 heads, below about 34,000 tokens,
             or 23,000 with gradients. It takes ``"tiles"`` instead of ``"packed"`` inside ``torch.compile`` for a
@@ -169,14 +170,14 @@ def attend(
     if dispatch == "auto":
         dispatch = choose_dispatch(query, key, value, partition, rule)
     kernels = choose_backend(backend, dispatch, query, key, value, partition, text_lengths is not None)
+    live = None if text_lengths is None else keys_there(partition, text_lengths)
     if dispatch == "dense":
-        live = None if text_lengths is None else keys_there(partition, text_lengths)
         return Attended(dense_attention(query, key, value, scale, enable_gqa, live), query, key, partition, rule)
     if dispatch == "shared":
         output, selected, slots = shared_attention(
             query, key, value, partition, rule, scale, enable_gqa, kernels, text_lengths=text_lengths
         )
-        return Attended(output, query, key, partition, rule, tiles=(selected, slots))
+        return Attended(output, query, key, partition, rule, tiles=(selected, slots), key_live=live)
     selection = choose_blocks(query, key, partition, rule)
     if dispatch == "packed":
         output = packed_attention(
@@ -184,4 +185,4 @@ def attend(
         )
     else:
         output = tiles_attention(query, key, value, selection, partition, scale, enable_gqa, text_lengths)
-    return Attended(output, query, key, partition, rule, selection=selection)
+    return Attended(output, query, key, partition, rule, selection=selection, key_live=live)

@@ -40,7 +40,7 @@ def choose_dispatch(query: Tensor, key: Tensor, value: Tensor, partition: BlockP
     batch, heads, tokens, head_dim = query.shape
     dense = 4 * batch * heads * tokens**2 * head_dim / _DENSE_RATE * (_BACKWARD if backward else 1)
     constant, factor = _SHARE
-    if _OVERHEAD[backward] + (constant + factor * _largest_density(rule, partition.num_blocks)) * dense >= dense:
+    if _OVERHEAD[int(backward)] + (constant + factor * _largest_density(rule, partition.num_blocks)) * dense >= dense:
         return "dense"
     unbounded = isinstance(rule, Threshold) and rule.max_density is None
     return "tiles" if unbounded and torch.compiler.is_compiling() else "packed"

@@ -80,9 +80,15 @@ def selection_mask(
     return group_mask(*_ordered_groups(selection, partition, token_order), tile_size=tile_size, key_live=live)
 
 
-def selection_tiles(selection: Tensor, partition: BlockPartition, token_order: str, tile_size: int = 128) -> TileMap:
-    """The tiles of that mask, without the mask."""
-    return group_tiles(*_ordered_groups(selection, partition, token_order), tile_size)
+def selection_tiles(
+    selection: Tensor,
+    partition: BlockPartition,
+    token_order: str,
+    tile_size: int = 128,
+    key_live: Tensor | None = None,
+) -> TileMap:
+    """The tiles of that mask, without the mask; ``key_live``: bool ``(B, S)``, False at padding."""
+    return group_tiles(*_ordered_groups(selection, partition, token_order), tile_size, key_live)
 
 
 def _ordered_groups(selection: Tensor, partition: BlockPartition, token_order: str) -> tuple[Tensor, Tensor]:

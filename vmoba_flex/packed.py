@@ -52,8 +52,8 @@ def packed_attention(
     selected, key_group = key_groups(selection, partition)
     group_keys = None
     if text_lengths is not None:
-        sizes = [torch.full_like(text_lengths, size) for size in group_sizes(partition)[: partition.num_blocks]]
-        group_keys = torch.stack([*sizes, text_lengths], 1).int().repeat_interleave(heads, 0)
+        sizes = partition.block_sizes(query.device).expand(batch, -1)
+        group_keys = torch.cat([sizes, text_lengths[:, None]], 1).int().repeat_interleave(heads, 0)
         selected = selected & (group_keys > 0).view(batch, heads, 1, -1)  # no row without a key
     selected = selected.flatten(0, 1)
     row_bytes = max(head_dim, value.shape[-1]) * query.element_size()

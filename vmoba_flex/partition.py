@@ -99,7 +99,7 @@ class BlockPartition:
         _, height, width = self.grid
         _, cells_y, cells_x = self.cells
         bt, bh, bw = self.block
-        token = torch.arange(self.num_video_tokens, device=device)
+        token = realize(torch.arange(self.num_video_tokens, device=device))
         t, y, x = token // (height * width), token // width % height, token % width
         return (t // bt * cells_y + y // bh) * cells_x + x // bw
 
@@ -140,7 +140,8 @@ class BlockPartition:
             )
 
     # The two permutations in closed form: no sort, and nothing to cache per device. Inductor's symbolic index algebra
-    # fails on quotients of quotients, so it is given plain numbers to compute with, and finished indices to read.
+    # fails on quotients of quotients, and on a CPU its loops over a quotient of arange end too early (torch 2.13), so
+    # it is given plain numbers to compute with, and finished indices to read.
 
     def _block_position(self, device: torch.device) -> Tensor:
         """Position in block order of each token in raster order."""

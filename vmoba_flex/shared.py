@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from block_masks import Slots, attend_full_tiles, from_slots, plan_slots, realize, slot_mask, to_slots
+from block_masks import Slots, attend_full_tiles, from_slots, live_slots, plan_slots, realize, slot_mask, to_slots
 from block_masks.rows import TILE
 from vmoba_flex.chunked import chunked_attention
 from vmoba_flex.compiled import compiled_flex_attention, has_flex_kernel
@@ -71,9 +71,7 @@ def shared_attention(
     q, k, v = query_slots, to_slots(key, slots), to_slots(value, slots)
     if not query.is_cuda:  # FlexAttention's kernel for CPUs reads no views of what an op made.
         q, k, v = map(realize, (q, k, v))
-    # A filling slot is not there; it has no key, -1, to ask.
-    slot_live = None if live is None else (slots.slot_key >= 0) & live[:, slots.slot_key.clamp(min=0)]
-    mask = slot_mask(selected, slots, slot_live)
+    mask = slot_mask(selected, slots, live_slots(slots, live))
     if backend == "flash":
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         return from_slots(attend_full_tiles(q, k, v, mask, scale), slots), selected, slots

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from block_masks import Slots, slot_tile_map
+from block_masks import Slots, live_slots, slot_tile_map
 from vmoba_flex.mask import selection_tiles
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold
@@ -44,6 +44,7 @@ class Attended(NamedTuple):
         selection: bool ``(B, H, video tokens, N)``, where each query chose for itself.
         tiles: what each query tile attends, and the slots of these tiles, where tiles chose. With neither, the call
             attended everything.
+        key_live: bool ``(B, S)``: False at padding; None where there is none.
     """
 
     output: Tensor
@@ -53,12 +54,17 @@ class Attended(NamedTuple):
     rule: Rule
     selection: Tensor | None = None
     tiles: tuple[Tensor, Slots] | None = None
+    key_live: Tensor | None = None
 
     def stats(self) -> AttentionStats:
         """The call's stats."""
         if self.selection is not None:
-            return selection_stats(self.selection, self.query, self.key, self.partition, self.rule)
-        return shared_stats(*self.tiles, self.partition) if self.tiles else dense_stats(self.query, self.partition)
+            return selection_stats(self.selection, self.query, self.key, self.partition, self.rule, self.key_live)
+        return (
+            shared_stats(*self.tiles, self.partition, self.key_live)
+            if self.tiles
+            else dense_stats(self.query, self.partition)
+        )
 
     def density(self) -> Tensor:
         """The mean density over samples and heads, a float32 scalar on the inputs' device."""
@@ -70,7 +76,12 @@ class Attended(NamedTuple):
 
 
 def selection_stats(
-    selection: Tensor, query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule
+    selection: Tensor,
+    query: Tensor,
+    key: Tensor,
+    partition: BlockPartition,
+    rule: Rule,
+    key_live: Tensor | None = None,
 ) -> AttentionStats:
     """Stats of a selection ``(B, H, video tokens, N)`` that ``rule`` made from query and key."""
     pairs = selection.sum((-2, -1))
@@ -78,14 +89,16 @@ def selection_stats(
     if isinstance(rule, Threshold) and rule.max_density is not None:
         wanted = choose_blocks(query, key, partition, dataclasses.replace(rule, max_density=None))
         cut = wanted.sum((-2, -1)) - pairs
-    tiles = selection_tiles(selection, partition, "block").some
+    tiles = selection_tiles(selection, partition, "block", key_live=key_live).some
     return AttentionStats(pairs / selection[0, 0].numel(), tiles.float().mean((-2, -1)), pairs, cut)
 
 
-def shared_stats(selected: Tensor, slots: Slots, partition: BlockPartition) -> AttentionStats:
+def shared_stats(
+    selected: Tensor, slots: Slots, partition: BlockPartition, key_live: Tensor | None = None
+) -> AttentionStats:
     """Stats of what each tile of ``slots`` attends, bool ``(B, H, tiles, G)``."""
     pairs = _shared_pairs(selected, slots, partition)
-    tiles = slot_tile_map(selected, slots).some
+    tiles = slot_tile_map(selected, slots, live_slots(slots, key_live)).some
     return AttentionStats(pairs / _all_pairs(partition), tiles.float().mean((-2, -1)), pairs, torch.zeros_like(pairs))
 
 

@@ -146,7 +146,7 @@ class CogVideoXProcessor(VMoBAProcessor):
             raise ValueError("attention_mask must be None, and text given, with VMoBA applied to CogVideoX")
         length = text.shape[1]
         tokens = torch.cat([text, video], 1)
-        if getattr(attn, "fused_projections", False):
+        if type(self.stock).__name__.startswith("Fused"):  # as diffusers itself tells them apart
             query, key, value = attn.to_qkv(tokens).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
@@ -170,15 +170,13 @@ class _SuffixProcessor(VMoBAProcessor):
         if text is None or mask is None:
             raise ValueError("encoder_hidden_states and attention_mask must be given with VMoBA applied, got None")
         length = text.shape[1]
-        query, key, value = self.project(attn, video, text, rotary)
         there = self.text_mask(mask, length)
-        # Text is attended as a set: what exists goes first.
+        # Text has no positions here: what exists goes first.
         order = there.sort(stable=True, dim=1, descending=True).indices
-        query, key, value = (_reorder_suffix(x, order) for x in (query, key, value))
+        query, key, value = self.project(attn, video, _reorder(text, order), rotary)
         output = self.attend(query, key, value, suffix=length, text_lengths=there.sum(1))
         video, text = output.split([output.shape[1] - length, length], 1)
-        text = text.gather(1, order.argsort(1)[..., None].expand_as(text))
-        return self.finish(attn, video, text, there)
+        return self.finish(attn, video, _reorder(text, order.argsort(1)), there)
 
     def project(self, attn: Any, video: Tensor, text: Tensor, rotary: Any) -> list[Tensor]:
         """Query, key and value ``(B, H, S, D)``, text by projections of its own."""
@@ -203,11 +201,9 @@ class _SuffixProcessor(VMoBAProcessor):
         return _project_out(attn, video), attn.to_add_out(text)
 
 
-def _reorder_suffix(x: Tensor, order: Tensor) -> Tensor:
-    """Reorders the last tokens of ``(B, H, S, D)`` by ``order`` ``(B, text tokens)``."""
-    length = order.shape[1]
-    video, text = x.split([x.shape[2] - length, length], 2)
-    return torch.cat([video, text.gather(2, order[:, None, :, None].expand_as(text))], 2)
+def _reorder(text: Tensor, order: Tensor) -> Tensor:
+    """Reorders tokens ``(B, tokens, channels)`` by ``order`` ``(B, tokens)``."""
+    return text.gather(1, order[..., None].expand_as(text))
 
 
 class HunyuanVideoProcessor(_SuffixProcessor):
@@ -230,7 +226,7 @@ class HunyuanVideoProcessor(_SuffixProcessor):
     def finish(self, attn: Any, video: Tensor, text: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
         """Single layers have no projections here."""
         out, add_out = getattr(attn, "to_out", None), getattr(attn, "to_add_out", None)
-        return _project_out(attn, video) if out else video, add_out(text) if add_out else text
+        return video if out is None else _project_out(attn, video), text if add_out is None else add_out(text)
 
 
 class HunyuanVideo15Processor(_SuffixProcessor):
@@ -293,7 +289,7 @@ def _refuse_block_causal(model: Any) -> str | None:
     return f"num_frame_per_block must be 1 (no block-causal mode), got {count}" if count > 1 else None
 
 
-for _name, _adapter in {
+_ADAPTERS |= {
     "WanTransformer3DModel": Adapter(WanProcessor, ("WanAttnProcessor",), _attention_of("blocks.attn1"), _patched_grid),
     "SkyReelsV2Transformer3DModel": Adapter(
         WanProcessor,
@@ -326,5 +322,4 @@ for _name, _adapter in {
     "MochiTransformer3DModel": Adapter(
         MochiProcessor, ("MochiAttnProcessor2_0",), _attention_of("transformer_blocks.attn1"), _patched_grid
     ),
-}.items():
-    register_adapter(_name, _adapter)
+}

@@ -1,5 +1,6 @@
 """One call to run a diffusers model with VMoBA, and the handle that it returns."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -46,8 +47,7 @@ def apply_vmoba(pipe_or_model: Any, config: VMoBAConfig) -> "VMoBAHandle":
     models = _models(pipe_or_model)
     for name, model in models.items():  # all checks before any change
         _check(name, model, config)
-    scheduler = None if isinstance(pipe_or_model, nn.Module) else getattr(pipe_or_model, "scheduler", None)
-    source = None if scheduler is None else StepSource(scheduler)
+    source = None if isinstance(pipe_or_model, nn.Module) else StepSource(pipe_or_model)
     return VMoBAHandle({name: (model, Applied(model, Run(config, source=source))) for name, model in models.items()})
 
 
@@ -56,10 +56,10 @@ class Applied:
 
     def __init__(self, model: nn.Module, run: Run) -> None:
         adapter = _adapter(model)
-        self.run = run
+        self.run, run.owner = run, self
         layers = adapter.layers(model)
         self.names = [name for name, _ in layers]
-        self.processors: list[VMoBAProcessor] = []
+        self.processors: list[VMoBAProcessor] = run.processors
         # The step matters to no kind and no rule.
         plans = [run.config.layer(i, len(layers), step=0, num_steps=1) for i in range(len(layers))]
         for (_, layer), plan in zip(layers, plans, strict=True):
@@ -83,6 +83,7 @@ class Applied:
         for i, processor in enumerate(self.processors):
             plan = self.run.config.layer(i, len(self.processors), step, num_steps)
             processor.ready(plan.dense or not self.run.enabled, device)
+        self.run.keep()
         checkpointing = getattr(model, "_gradient_checkpointing_func", None)
         if checkpointing is not None and not isinstance(checkpointing, Checkpointing):
             model._gradient_checkpointing_func = Checkpointing(checkpointing, self.run)  # type: ignore[assignment]
@@ -92,6 +93,11 @@ class Applied:
         for (_, layer), processor in zip(_adapter(model).layers(model), self.processors, strict=True):
             if layer.processor is processor:
                 layer.processor = processor.stock
+        # Where a model keeps processors to put back itself, it must not put back ours.
+        kept = getattr(model, "original_attn_processors", None) or {}
+        for name, processor in kept.items():
+            if isinstance(processor, VMoBAProcessor):
+                kept[name] = processor.stock
         self.hook.remove()
         checkpointing = getattr(model, "_gradient_checkpointing_func", None)
         if isinstance(checkpointing, Checkpointing):
@@ -99,17 +105,21 @@ class Applied:
 
     def _keep_processors(self, model: nn.Module, adapter: Adapter) -> None:
         """Stands in for processors that the model itself has swapped since, as some do to fuse projections."""
-        for (name, layer), processor in zip(adapter.layers(model), self.processors, strict=True):
-            now = layer.processor
+        for i, (name, layer) in enumerate(adapter.layers(model)):
+            now, processor = _processor(layer), self.processors[i]
             if now is processor:
                 continue
-            if type(now).__name__ not in adapter.stock or type(now) is type(processor.stock):
+            if isinstance(now, VMoBAProcessor) and now.run is self.run:
+                self.processors[i] = now  # the one from before a swap
+            elif type(now).__name__ in adapter.stock and type(now) is not type(processor.stock):
+                # Another object: the model may keep the one that stands in for its first processor.
+                self.processors[i] = layer.processor = copy.copy(processor)
+                self.processors[i].stock = now
+            else:
                 raise ValueError(
                     f"every layer must keep the processor that apply_vmoba gave it, got {type(now).__name__} in "
                     f"{name}: call handle.remove() and apply again"
                 )
-            processor.stock = now
-            layer.processor = processor
 
 
 class VMoBAHandle:
@@ -117,6 +127,23 @@ class VMoBAHandle:
 
     def __init__(self, applied: dict[str, tuple[nn.Module, Applied]]) -> None:
         self._applied = applied
+
+    @classmethod
+    def of(cls, pipe_or_model: Any) -> Self:
+        """The handle of what has VMoBA applied, such as a copy of a model, or one that was pickled.
+
+        Raises:
+            TypeError: if the model is of an unknown class.
+            ValueError: if VMoBA is not applied.
+        """
+        applied = {}
+        for name, model in _models(pipe_or_model).items():
+            found = [_processor(layer) for _, layer in _adapter(model).layers(model)]
+            runs = [processor.run for processor in found if isinstance(processor, VMoBAProcessor)]
+            if not runs:
+                raise ValueError(f"{name} must have VMoBA applied, got none")
+            applied[name] = model, runs[0].owner
+        return cls(applied)
 
     def summary(self) -> str:
         """A table: each layer with its kind, blocks, rule, whether it is dense, and what it attended last."""
@@ -133,20 +160,24 @@ class VMoBAHandle:
         for _, applied in self._applied.values():
             applied.run.enabled = enabled
 
-    def set_step(self, step: int, num_steps: int) -> None:
-        """Says which denoising step comes next, from 0, and how many there are.
+    def set_step(self, step: int | None, num_steps: int = 1) -> None:
+        """Says which denoising step comes next, from 0, and how many there are, until it is called again.
+
+        With ``None`` a pipeline's scheduler says so again.
 
         Raises:
             TypeError: if one is no int.
             ValueError: if ``step`` is not in 0..num_steps - 1.
         """
+        if step is None:
+            self._set_step(None)
+            return
         check_positive("num_steps", num_steps)
         if isinstance(step, bool) or not isinstance(step, int):
             raise TypeError(f"step must be an int, got {step!r}")
         if not 0 <= step < num_steps:
             raise ValueError(f"step must lie in 0..num_steps - 1 = {num_steps - 1}, got {step}")
-        for _, applied in self._applied.values():
-            applied.run.step = step, num_steps
+        self._set_step((step, num_steps))
 
     @property
     def on_step_end(self) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
@@ -171,8 +202,13 @@ class VMoBAHandle:
 
     def _end_step(self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
         num_steps = pipe.num_timesteps
-        self.set_step((step + 1) % num_steps, num_steps)
+        # Behind the last step: the next run may count its steps by itself.
+        self._set_step((step + 1, num_steps) if step + 1 < num_steps else None)
         return callback_kwargs
+
+    def _set_step(self, step: tuple[int, int] | None) -> None:
+        for _, applied in self._applied.values():
+            applied.run.step = step
 
 
 def _models(pipe_or_model: Any) -> dict[str, nn.Module]:
@@ -212,7 +248,10 @@ def _check(name: str, model: nn.Module, config: VMoBAConfig) -> None:
     for layer_name, layer in layers:
         processor = _processor(layer)
         if isinstance(processor, VMoBAProcessor):
-            raise ValueError(f"{name} must not have VMoBA applied yet, got it in {layer_name}: call handle.remove()")
+            raise ValueError(
+                f"{name} must not have VMoBA applied yet, got it in {layer_name}: call remove() on its "
+                "handle, or on VMoBAHandle.of(...)"
+            )
         if type(processor).__name__ not in adapter.stock:
             raise ValueError(
                 f"{name} must have a processor of its own ({' or '.join(adapter.stock)}) in each layer, got "

@@ -35,7 +35,7 @@ class VMoBAProcessor:
 
     def __init__(self, stock: Any, run: Run, kind: str, rule: Rule) -> None:
         self.stock, self.run, self.kind, self.rule = stock, run, kind, rule
-        self.dense, self.dense_flag = False, run.flags[False]
+        self.set_dense(False)
         self.density = torch.zeros(())
         self._parallel_config = getattr(stock, "_parallel_config", None)
 
@@ -50,10 +50,14 @@ class VMoBAProcessor:
 
     def ready(self, dense: bool, device: torch.device) -> None:
         """Readies the layer for a forward on ``device``."""
-        self.dense, self.dense_flag = dense, self.run.flags[dense]
+        self.set_dense(dense)
         if self.density.device != device:
             with torch.inference_mode(False):  # it will be written to outside of one, too
                 self.density = torch.zeros((), device=device)
+
+    def set_dense(self, dense: bool) -> None:
+        """Sets ``dense``, both ways."""
+        self.dense, self.dense_flag = dense, self.run.flags[dense]
 
     # The names are those by which diffusers' layers pass their arguments.
     def __call__(
@@ -124,9 +128,11 @@ class VMoBAProcessor:
         partition = BlockPartition(run.grid, run.blocks[self.kind], prefix=prefix, suffix=suffix)
         dispatch, backend = run.config.dispatch, run.config.backend
         if _decides_as_it_runs():
+            dense_backend = getattr(self.stock, "_attention_backend", None)
             output = attend_at_step(
-                query, key, value, text_lengths, self.dense_flag, self.density, partition, self.rule, dispatch, backend
-            )
+                query, key, value, text_lengths, self.dense_flag, self.density, partition, self.rule, dispatch, backend,
+                "" if dense_backend is None else dense_backend.value,
+            )  # fmt: skip
         else:
             attended = attend(
                 query, key, value, partition, self.rule, dispatch=dispatch, backend=backend, text_lengths=text_lengths

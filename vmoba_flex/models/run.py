@@ -2,8 +2,7 @@
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,22 +14,26 @@ _NO_STEP_INDEX = object()
 
 
 class StepSource:
-    """A pipeline's scheduler, of which copies and pickles of a model take no copy."""
+    """A pipeline, whose scheduler counts the steps; copies and pickles of a model take no copy of it."""
 
-    def __init__(self, scheduler: Any) -> None:
-        self._scheduler = weakref.ref(scheduler)
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = weakref.ref(pipe)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_source, ()
 
     def read(self) -> tuple[int, int] | None:
-        """The step that comes next, and the number of steps; None where the scheduler does not count them."""
-        scheduler = self._scheduler()
+        """The step that comes next, and the number of steps; None where the scheduler does not count, or is done."""
+        pipe = self._pipe()
+        scheduler = getattr(pipe, "scheduler", None)
         index = getattr(scheduler, "step_index", _NO_STEP_INDEX)
-        if index is _NO_STEP_INDEX:
+        # Diffusion forcing steps copies of its scheduler, which itself stays where it is.
+        if index is _NO_STEP_INDEX or "DiffusionForcing" in type(pipe).__name__:
             return None
-        # None until the first step of a run is done.
-        return int(index or 0), len(scheduler.timesteps)
+        if index is None:  # until the first step of a run is done
+            index = getattr(scheduler, "begin_index", None) or 0
+        num_steps = len(scheduler.timesteps)
+        return (int(index), num_steps) if index < num_steps else None
 
 
 def _no_source() -> None:
@@ -46,9 +49,12 @@ class Run:
         grid: latent video size after patching, of the forward under way; None before the first.
         blocks: the block shape of each kind on that grid.
         enabled: whether layers may be sparse at all.
-        step: the denoising step that comes next and the number of steps, if they were set by hand.
+        step: the denoising step that comes next and the number of steps, where they were set by hand.
         source: where else they come from.
         flags: False and True as tensors on the CPU.
+        processors: of the layers, in order.
+        owner: what readies them before each forward.
+        state: what the forward under way has set.
     """
 
     config: VMoBAConfig
@@ -58,6 +64,9 @@ class Run:
     step: tuple[int, int] | None = None
     source: StepSource | None = None
     flags: tuple[Tensor, Tensor] = dataclasses.field(default_factory=lambda: (torch.tensor(False), torch.tensor(True)))
+    processors: list[Any] = dataclasses.field(default_factory=list)
+    owner: Any = None
+    state: tuple[Any, ...] = (None, {}, [])
 
     def learn(self, grid: tuple[int, int, int]) -> None:
         """Sets the grid, and the blocks on it.
@@ -65,10 +74,15 @@ class Run:
         Raises:
             ValueError: if a block exceeds the grid.
         """
-        if grid != self.grid:
-            # A new dictionary: a checkpointed forward may hold the old one.
-            self.blocks = {kind: self.config.partition(kind, grid).block for kind in dict.fromkeys(self.config.cycle)}
-            self.grid = grid
+        blocks = {}
+        for kind in dict.fromkeys(self.config.cycle):
+            try:
+                blocks[kind] = self.config.partition(kind, grid).block
+            except ValueError:
+                if self.enabled:
+                    raise
+                blocks[kind] = grid  # nobody will be asked for it
+        self.grid, self.blocks = grid, blocks
 
     def current_step(self) -> tuple[int | None, int | None]:
         """The step that comes next and the number of steps.
@@ -86,36 +100,43 @@ class Run:
             )
         return step
 
-    @contextmanager
-    def restored(self, grid: tuple[int, int, int] | None, blocks: dict[str, tuple[int, int, int]]) -> Iterator[None]:
-        """Sets the grid of an earlier forward, whose layers are computed again."""
-        now = self.grid, self.blocks
-        self.grid, self.blocks = grid, blocks
-        try:
-            yield
-        finally:
-            self.grid, self.blocks = now
+    def keep(self) -> None:
+        """Takes down what this forward has set, for layers that are computed again later."""
+        self.state = self.grid, self.blocks, [processor.dense for processor in self.processors]
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Sets what another forward had set."""
+        self.state = self.grid, self.blocks, dense = state
+        for processor, one in zip(self.processors, dense, strict=True):
+            processor.set_dense(one)
 
 
 class Checkpointing:
-    """A model's function for gradient checkpointing, with the grid of forward set again where layers are recomputed."""
+    """A model's function for gradient checkpointing, with the state of forward set again where layers are recomputed.
+
+    Without it a second forward before backward would change what the first one's layers recompute.
+    """
 
     def __init__(self, inner: Callable[..., Any], run: Run) -> None:
         self.inner, self.run = inner, run
 
     def __call__(self, layer: Callable[..., Any], *args: Any) -> Any:
         """The layer's output."""
-        return self.inner(_Restoring(layer, self.run, self.run.grid, self.run.blocks), *args)
+        return self.inner(_Restoring(layer, self.run, self.run.state), *args)
 
 
 class _Restoring:
-    """A layer that runs under the grid of the forward that made this."""
+    """A layer that runs in the state of the forward that made this."""
 
-    def __init__(
-        self, layer: Callable[..., Any], run: Run, grid: tuple[int, int, int] | None, blocks: dict[str, Any]
-    ) -> None:
-        self.layer, self.run, self.grid, self.blocks = layer, run, grid, blocks
+    def __init__(self, layer: Callable[..., Any], run: Run, state: tuple[Any, ...]) -> None:
+        self.layer, self.run, self.state = layer, run, state
 
     def __call__(self, *args: Any) -> Any:
-        with self.run.restored(self.grid, self.blocks):
+        now = self.run.state
+        if now is self.state:
             return self.layer(*args)
+        self.run.restore(self.state)
+        try:
+            return self.layer(*args)
+        finally:
+            self.run.restore(now)

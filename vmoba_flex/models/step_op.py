@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.attention import attend
+from vmoba_flex.mask import keys_there
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK
 
@@ -21,6 +22,7 @@ def attend_at_step(
     rule: Rule,
     dispatch: str,
     backend: str,
+    dense_backend: str,
 ) -> Tensor:
     """``vmoba_attention``, or full attention where ``dense`` says so. Without gradients.
 
@@ -35,12 +37,13 @@ def attend_at_step(
         rule: chooses them.
         dispatch: as in ``vmoba_attention``, where the step is not dense.
         backend: likewise.
+        dense_backend: diffusers' name of what a dense step runs on; empty for the fastest that torch brings.
     """
     top_k = isinstance(rule, TopK)
     return _attend_at_step(
         query, key, value, text_lengths, dense, density, list(partition.grid), list(partition.block),
         [partition.prefix, partition.suffix], rule.pool, rule.k if top_k else None, rule.density if top_k else None,
-        None if top_k else rule.tau, None if top_k else rule.max_density, dispatch, backend,
+        None if top_k else rule.tau, None if top_k else rule.max_density, dispatch, backend, dense_backend,
     )  # fmt: skip
 
 
@@ -49,15 +52,16 @@ def _attend_at_step(
     query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None, dense: Tensor, density: Tensor,
     grid: list[int], block: list[int], text: list[int],
     pool: str, k: int | None, share: float | None, tau: float | None, max_density: float | None,
-    dispatch: str, backend: str,
+    dispatch: str, backend: str, dense_backend: str,
 ) -> Tensor:  # fmt: skip
+    partition = _partition(tuple(grid), tuple(block), *text)
     if dense.item():
-        dispatch = "dense"
+        if dense_backend:
+            density.fill_(1)
+            return _dense_by_diffusers(query, key, value, text_lengths, partition, dense_backend)
+        dispatch, backend = "dense", "auto"
     rule = _rule(pool, k, share, tau, max_density)
-    attended = attend(
-        query, key, value, _partition(tuple(grid), tuple(block), *text), rule,
-        dispatch=dispatch, backend="auto" if dispatch == "dense" else backend, text_lengths=text_lengths,
-    )  # fmt: skip
+    attended = attend(query, key, value, partition, rule, dispatch=dispatch, backend=backend, text_lengths=text_lengths)
     density.copy_(attended.density())
     return attended.output.contiguous()
 
@@ -81,6 +85,17 @@ def record_density(density: Tensor, value: Tensor) -> None:
     """Writes what a call attended to ``density``; opaque, so that no graph keeps it for backward."""
     with torch.no_grad():
         _record_density(density, value)
+
+
+def _dense_by_diffusers(
+    query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None, partition: BlockPartition, name: str
+) -> Tensor:
+    from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+
+    mask = None if text_lengths is None else keys_there(partition, text_lengths)[:, None, None]
+    tokens_first = (x.transpose(1, 2) for x in (query, key, value))
+    output = dispatch_attention_fn(*tokens_first, attn_mask=mask, backend=AttentionBackendName(name))
+    return output.transpose(1, 2).contiguous()
 
 
 @functools.cache

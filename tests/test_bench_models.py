@@ -1,0 +1,157 @@
+"""The end-to-end benchmark: small runs on the CPU, their file and table, and rows that fail or lie."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.test_bench import ROOT, bench  # noqa: F401  a fixture
+
+pytest.importorskip("diffusers")
+MODES = ("training step, checkpointing", "training step", "inference forward")
+
+
+def run(output: Path, *options: str) -> str:
+    """Runs the script in small; what it printed."""
+    command = [sys.executable, "bench/models.py", "--device", "cpu", "--small", "--output", str(output), *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return result.stdout + result.stderr
+
+
+def rows_of(output: Path) -> dict[str, dict]:
+    """Rows by mode and attention."""
+    return {f"{row['mode']}, {row['attention']}": row for row in json.loads(output.read_text())["rows"]}
+
+
+def test_small_run_measures_every_mode_and_attention(tmp_path: Path):
+    output = tmp_path / "small.json"
+    printed = run(output, "--only", "Wan 1.3B")
+    report = json.loads(output.read_text())
+    assert report["runs"][0]["versions"]["diffusers"]
+    assert "say nothing about the quality" in report["formulas"]["weights"]
+    assert str(tmp_path) not in output.read_text()
+    rows = rows_of(output)
+    attentions = ("SDPA", "exact", "exact, packed", "shared", "none")
+    assert rows.keys() == {f"{mode}, {attention}" for mode in MODES for attention in attentions}
+    for row in rows.values():
+        assert row["status"] == "ok", printed
+        assert row["ms"] == row["parts"][0]["ms"] > 0
+        if row["attention"] == "none":
+            assert "speed_up" not in row
+            continue
+        assert row["dense_error"] <= row["dense_budget"] < 1e-5
+        assert row["compiled_error"] < 1e-5
+        assert row["speed_up"] == rows[f"{row['mode']}, SDPA"]["ms"] / row["ms"]
+        assert row["attention_share"] == 1 - rows[f"{row['mode']}, none"]["ms"] / row["ms"]
+        if row["attention"] != "SDPA":
+            assert 0 < row["density"] < 1 and row["difference"] > 10 * row["dense_budget"]
+            assert row["blocks"]["temporal"]["count"] == 2
+            assert ("TopK" in row["rule"]) == (row["mode"] == "inference forward")
+    table = output.with_suffix(".md").read_text()
+    assert all(f"## {mode}" in table for mode in MODES)
+    assert table.count("| Wan 1.3B, 3 layers | 72 |") == len(rows)
+
+    # Another run keeps what is there, and may compile ahead.
+    printed = run(output, "--only", "Wan 14B,inference,SDPA", "--add", "--compile-ahead-s", "60")
+    *kept, added = json.loads(output.read_text())["rows"]
+    assert kept == report["rows"]
+    assert (added["model"], added["status"]) == ("Wan 14B", "ok")
+    assert "compiling ahead" not in printed  # says no error
+
+
+def test_times_of_a_few_layers_are_scaled_to_the_whole_model(tmp_path: Path):
+    output = tmp_path / "small.json"
+    printed = run(output, "--only", "HunyuanVideo,inference,SDPA", "--only", "HunyuanVideo,inference,shared")
+    rows = rows_of(output).values()
+    assert len(rows) == 2
+    for row in rows:
+        assert row["status"] == "ok", printed
+        dual, single = row["parts"]
+        assert (dual["layers"], dual["of"], single["layers"], single["of"]) == (3, 6, 3, 9)
+        assert row["ms"] == pytest.approx(2 * dual["ms"] + 3 * single["ms"])
+        if row["attention"] == "shared":
+            assert row["density"] == pytest.approx((6 * dual["density"] + 9 * single["density"]) / 15)
+    assert "HunyuanVideo, 3 for 6 + 3 for 9 layers" in output.with_suffix(".md").read_text()
+
+
+def test_rows_that_fail_or_lie_are_recorded_and_the_others_go_on(bench, monkeypatch, tmp_path):  # noqa: F811
+    worker = bench("model_worker")
+
+    def apply(model, config):
+        if config.dispatch == "auto":
+            raise torch.OutOfMemoryError("tried to allocate 137 GiB")
+        model.register_forward_hook(lambda module, inputs, output: (output[0] * 1.001,))
+        return SimpleNamespace(remove=lambda: None, set_enabled=lambda enabled: None)
+
+    monkeypatch.setattr(worker, "apply_vmoba", apply)
+    output = tmp_path / "x.json"
+    only = ["--only", "Wan 1.3B,inference"]
+    arguments = ["--device", "cpu", "--small", *only, "--output", str(output)]
+    assert worker.work(bench("models").parse(arguments)) == 0
+    rows = {row["attention"]: row for row in json.loads(output.read_text())["rows"]}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "SDPA": "ok",
+        "exact": "out of memory",
+        "shared": "wrong",
+        "none": "ok",
+        "exact, packed": "wrong",
+    }
+    assert rows["shared"]["error"].startswith("full attention differs from the stock model's by 0.001")
+    assert "ms" not in rows["shared"]
+
+
+def test_no_row_starts_without_budget(bench, tmp_path):  # noqa: F811
+    output = tmp_path / "x.json"
+    arguments = ["--device", "cpu", "--small", "--output", str(output), "--budget-s", "-1"]
+    assert bench("model_worker").work(bench("models").parse(arguments)) == 0
+    assert {row["status"] for row in json.loads(output.read_text())["rows"]} == {"not run"}
+
+
+def test_all_rows_are_there_and_the_goals_come_first(bench):  # noqa: F811
+    shapes = bench("model_shapes")
+    specs = list(shapes.specs(shapes.FULL, "cuda"))
+    assert len({spec.id for spec in specs}) == len(specs)
+    ids = {spec.id for spec in specs}
+    for model in shapes.FULL.models:
+        for tokens in (13_440, 32_760, 55_296, 75_600, 110_592):
+            for mode in MODES:
+                for attention in ("cuDNN", "FlashAttention-4", "exact", "shared", "none"):
+                    assert f"{model.name} | {tokens} tokens | {mode} | {attention}" in ids
+    assert [(spec.tokens, spec.mode, spec.attention.name) for spec in specs[:3]] == [
+        (55_296, MODES[0], name) for name in ("cuDNN", "exact", "shared")
+    ]
+    assert {spec.model.name for spec in specs[:18]} == {"Wan 1.3B"}
+
+
+def test_the_models_have_their_real_sizes(bench):  # noqa: F811
+    shapes = bench("model_shapes")
+    sizes = []
+    for model in shapes.FULL.models:
+        for part in model.parts:
+            built = model.build(part, "meta", torch.bfloat16)
+            count = sum(x.numel() for x in built.parameters())
+            blocks = [
+                getattr(built, name, ()) for name in ("blocks", "transformer_blocks", "single_transformer_blocks")
+            ]
+            layers = sum(x.numel() for modules in blocks for block in modules for x in block.parameters())
+            sizes.append((count - layers + layers * part.of / part.layers) / 1e9)
+    wan, large, dual, single = sizes
+    assert wan == pytest.approx(1.42, abs=0.01)
+    assert large == pytest.approx(14.3, abs=0.1)
+    assert dual + single == pytest.approx(12.8, abs=0.4)
+
+
+def test_the_paper_s_blocks_are_taken_where_it_has_them(bench):  # noqa: F811
+    full = bench("model_shapes").FULL
+    config = full.config((24, 36, 64), True, "shared")
+    assert (config.temporal, config.spatial, config.spatiotemporal) == (3, (6, 8), (8, 12, 8))
+    assert config.dispatch == "shared" and config.rule.max_density == 0.25
+    other = full.config((32, 48, 72), False, "auto")
+    assert [other.partition(kind, (32, 48, 72)).num_blocks for kind in other.cycle] == [8, 48, 72]
+    assert other.rule.density == 0.25 and other.dense_steps == 0
