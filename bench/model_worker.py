@@ -17,6 +17,7 @@ from model_shapes import FULL, NONE, SMALL, STOCK, ModelSizes, Part, Spec, specs
 from report import DEVICE_LOST, FINAL, Row
 from timing import batches
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 from vmoba_flex.models import VMoBAHandle, apply_vmoba
 
@@ -87,7 +88,7 @@ def _prepare(args: Namespace) -> tuple[ModelSizes, str]:
     import diffusers
 
     # On a GPU it leaves slices of the gradient of a modulation unwritten (torch 2.10 on, pytorch#193061).
-    torch._inductor.config.triton.mix_order_reduction = False
+    inductor_config.triton.mix_order_reduction = False
     # Each shape, kind of blocks and grad mode is a graph of its own; past torch's 8 that is an error here.
     torch.compiler.config.recompile_limit = 128  # pyright: ignore[reportAttributeAccessIssue]
     warnings.filterwarnings("ignore", "flex_attention called without torch.compile")

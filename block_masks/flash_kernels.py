@@ -136,17 +136,17 @@ def backward(
     keys, values = (_of_section(x, query, plan, section) for x in (keys, values))
     heads = len(keys)
     targets = [x[section * heads : (section + 1) * heads] for x in (grad_keys, grad_values)]
-    whole = all(size % plan.tile_size == 0 for size in slots.group_sizes)
-    if not whole:
-        packed = _packed_slots(slots)
+    # Where groups are whole tiles, keys need no packing, nor do their gradients.
+    packed = _packed_slots(slots) if any(size % plan.tile_size for size in slots.group_sizes) else None
+    into = {name: x.flatten(0, 1)[:, None] for name, x in zip(("dk", "dv"), targets, strict=True)}
+    if packed is not None:
+        into = {}
         keys, values = (row_kernels.take_slots(x, packed) for x in (keys, values))
     grad_rows, grad_key, grad_value, *_ = _flash_attn_bwd(
         rows, *(x.flatten(0, 1)[:, None] for x in (keys, values)), outputs, grads, row_lse[None],
-        dlse=-row_delta[None], softmax_scale=scale, **_lengths(plan, slots, section),
-        # Where groups are whole tiles, keys need no packing, nor do their gradients.
-        **({name: x.flatten(0, 1)[:, None] for name, x in zip(("dk", "dv"), targets, strict=True)} if whole else {}),
+        dlse=-row_delta[None], softmax_scale=scale, **into, **_lengths(plan, slots, section),
     )  # fmt: skip
-    if not whole:
+    if packed is not None:
         back = torch.full_like(slots.slot_key, -1).scatter_(0, packed, torch.arange(len(packed), device=packed.device))
         for target, x in zip(targets, (grad_key, grad_value), strict=True):
             target.copy_(row_kernels.take_slots(x.unflatten(0, (heads, -1))[:, :, 0], back))

@@ -25,7 +25,7 @@ def test_examples_run(code: str):
 
 
 def test_readme_has_examples():
-    assert sum(example.id.startswith("README") for example in EXAMPLES if example.id) >= 2
+    assert sum(str(example.id).startswith("README") for example in EXAMPLES if example.id) >= 2
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -117,7 +117,7 @@ class VMoBAConfig:
             blocks, k = _PAPER.get(BlockPartition(grid, (1, 1, 1)).grid, (blocks, k))
         if setting == "training":
             return cls(*blocks, Threshold(0.25, pool="head", max_density=0.25))
-        rule = TopK(density=0.25) if k is None else dict(zip(KINDS, map(TopK, k), strict=True))
+        rule: Any = TopK(density=0.25) if k is None else dict(zip(KINDS, map(TopK, k), strict=True))
         return cls(*blocks, rule, dense_steps=0.25)
 
     def layer(self, i: int, num_layers: int, step: int | None = None, num_steps: int | None = None) -> Layer:

@@ -28,7 +28,7 @@ class Adapter:
 
     processor: type[VMoBAProcessor]
     stock: tuple[str, ...]
-    layers: Callable[[nn.Module], list[tuple[str, nn.Module]]]
+    layers: Callable[[nn.Module], list[tuple[str, Any]]]
     grid: Callable[[Any, dict[str, Any]], Grid]
     refuse: Callable[[Any], str | None] = lambda model: None
 
@@ -246,10 +246,10 @@ class MochiProcessor(_SuffixProcessor):
         return _project_out(attn, video), attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
 
 
-def _attention_of(*path: str) -> Callable[[nn.Module], list[tuple[str, nn.Module]]]:
+def _attention_of(*path: str) -> Callable[[nn.Module], list[tuple[str, Any]]]:
     """The layers ``model.<blocks>[i].<attention>``, for each ``blocks.attention`` of ``path`` in turn."""
 
-    def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    def layers(model: nn.Module) -> list[tuple[str, Any]]:
         names = [one.split(".") for one in path]
         return [
             (f"{blocks}.{i}.{attention}", getattr(block, attention))
@@ -278,7 +278,7 @@ def _cogvideox_grid(model: Any, arguments: dict[str, Any]) -> Grid:
 
 def _ltx_grid(model: Any, arguments: dict[str, Any]) -> Grid:
     """As the caller gives it: the latents come as tokens."""
-    sizes = [arguments.get(name) for name in ("num_frames", "height", "width")]
+    sizes: list[Any] = [arguments.get(name) for name in ("num_frames", "height", "width")]
     if None in sizes:
         raise ValueError(f"num_frames, height and width must be given with VMoBA applied to LTX, got {sizes}")
     return int(sizes[0]), int(sizes[1]), int(sizes[2])

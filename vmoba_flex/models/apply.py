@@ -63,7 +63,7 @@ class Applied:
         # The step matters to no kind and no rule.
         plans = [run.config.layer(i, len(layers), step=0, num_steps=1) for i in range(len(layers))]
         for (_, layer), plan in zip(layers, plans, strict=True):
-            processor = adapter.processor(_processor(layer), run, plan.kind, plan.rule)
+            processor = adapter.processor(layer.processor, run, plan.kind, plan.rule)
             self.processors.append(processor)
             layer.processor = processor
         _register_for_layer_skipping(adapter.processor)
@@ -106,7 +106,7 @@ class Applied:
     def _keep_processors(self, model: nn.Module, adapter: Adapter) -> None:
         """Stands in for processors that the model itself has swapped since, as some do to fuse projections."""
         for i, (name, layer) in enumerate(adapter.layers(model)):
-            now, processor = _processor(layer), self.processors[i]
+            now, processor = layer.processor, self.processors[i]
             if now is processor:
                 continue
             if isinstance(now, VMoBAProcessor) and now.run is self.run:
@@ -138,7 +138,7 @@ class VMoBAHandle:
         """
         applied = {}
         for name, model in _models(pipe_or_model).items():
-            found = [_processor(layer) for _, layer in _adapter(model).layers(model)]
+            found = [layer.processor for _, layer in _adapter(model).layers(model)]
             runs = [processor.run for processor in found if isinstance(processor, VMoBAProcessor)]
             if not runs:
                 raise ValueError(f"{name} must have VMoBA applied, got none")
@@ -235,10 +235,6 @@ def _adapter(model: object) -> Adapter:
     return adapter
 
 
-def _processor(layer: nn.Module) -> Any:
-    return layer.processor
-
-
 def _check(name: str, model: nn.Module, config: VMoBAConfig) -> None:
     """Raises unless the model can take the config."""
     adapter = _adapter(model)
@@ -246,7 +242,7 @@ def _check(name: str, model: nn.Module, config: VMoBAConfig) -> None:
         raise ValueError(f"{name}: {reason}")
     layers = adapter.layers(model)
     for layer_name, layer in layers:
-        processor = _processor(layer)
+        processor = layer.processor
         if isinstance(processor, VMoBAProcessor):
             raise ValueError(
                 f"{name} must not have VMoBA applied yet, got it in {layer_name}: call remove() on its "
@@ -286,7 +282,7 @@ def _register_for_layer_skipping(processor: type[VMoBAProcessor]) -> None:
         from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
     except ImportError:
         return
-    skip = _skip_joint if processor.joint else _skip
+    skip: Any = _skip_joint if processor.joint else _skip
     AttentionProcessorRegistry.register(processor, AttentionProcessorMetadata(skip))
 
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from vmoba_flex.config import VMoBAConfig
 
-_NO_STEP_INDEX = object()
-
 
 class StepSource:
     """A pipeline, whose scheduler counts the steps; copies and pickles of a model take no copy of it."""
@@ -25,11 +23,11 @@ class StepSource:
     def read(self) -> tuple[int, int] | None:
         """The step that comes next, and the number of steps; None where the scheduler does not count, or is done."""
         pipe = self._pipe()
-        scheduler = getattr(pipe, "scheduler", None)
-        index = getattr(scheduler, "step_index", _NO_STEP_INDEX)
+        scheduler: Any = getattr(pipe, "scheduler", None)
         # Diffusion forcing steps copies of its scheduler, which itself stays where it is.
-        if index is _NO_STEP_INDEX or "DiffusionForcing" in type(pipe).__name__:
+        if not hasattr(scheduler, "step_index") or "DiffusionForcing" in type(pipe).__name__:
             return None
+        index = scheduler.step_index
         if index is None:  # until the first step of a run is done
             index = getattr(scheduler, "begin_index", None) or 0
         num_steps = len(scheduler.timesteps)
