@@ -230,7 +230,9 @@ class HunyuanVideoProcessor(_SuffixProcessor):
 
 
 class HunyuanVideo15Processor(_SuffixProcessor):
-    """HunyuanVideo-1.5: two streams; the mask is over the text."""
+    """HunyuanVideo-1.5: two streams; the mask is over the text. The stock processor makes tokens x tokens of it."""
+
+    has_dense: ClassVar[bool] = True
 
 
 class MochiProcessor(_SuffixProcessor):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vmoba_flex.attention import attend
 from vmoba_flex.models.run import Run
-from vmoba_flex.models.step_op import attend_at_step, record_density
+from vmoba_flex.models.step_op import attend_at_step, attend_everything, record_density
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 
@@ -28,10 +28,12 @@ class VMoBAProcessor:
             that no graph is made anew between dense and sparse steps.
         density: what the last forward attended, a float32 scalar on the model's device.
         joint: whether the layer also takes text and returns it.
+        has_dense: whether dense layers and steps run here as well, and not in the stock processor.
     """
 
     _parallel_config: Any = None
     joint: ClassVar[bool] = False
+    has_dense: ClassVar[bool] = False
 
     def __init__(self, stock: Any, run: Run, kind: str, rule: Rule) -> None:
         self.stock, self.run, self.kind, self.rule = stock, run, kind, rule
@@ -78,7 +80,8 @@ class VMoBAProcessor:
         if not _decides_as_it_runs() and self.dense:  # in this order: one graph serves both
             with torch.no_grad():
                 self.density.fill_(1)
-            return self.stock(*arguments)
+            if not self.has_dense:
+                return self.stock(*arguments)
         return self.sparse(*arguments)
 
     def sparse(
@@ -127,12 +130,15 @@ class VMoBAProcessor:
             raise RuntimeError("the grid is not known: call the whole model, not a layer of it alone")
         partition = BlockPartition(run.grid, run.blocks[self.kind], prefix=prefix, suffix=suffix)
         dispatch, backend = run.config.dispatch, run.config.backend
+        dense_backend = getattr(self.stock, "_attention_backend", None)
+        dense_backend = "" if dense_backend is None else dense_backend.value
         if _decides_as_it_runs():
-            dense_backend = getattr(self.stock, "_attention_backend", None)
             output = attend_at_step(
                 query, key, value, text_lengths, self.dense_flag, self.density, partition, self.rule, dispatch, backend,
-                "" if dense_backend is None else dense_backend.value,
+                dense_backend,
             )  # fmt: skip
+        elif self.dense:
+            output = attend_everything(query, key, value, text_lengths, partition, dense_backend)
         else:
             attended = attend(
                 query, key, value, partition, self.rule, dispatch=dispatch, backend=backend, text_lengths=text_lengths

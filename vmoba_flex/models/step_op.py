@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.attention import attend
+from vmoba_flex.dense import dense_attention
 from vmoba_flex.mask import keys_there
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK
@@ -56,10 +57,8 @@ def _attend_at_step(
 ) -> Tensor:  # fmt: skip
     partition = _partition(tuple(grid), tuple(block), *text)
     if dense.item():
-        if dense_backend:
-            density.fill_(1)
-            return _dense_by_diffusers(query, key, value, text_lengths, partition, dense_backend)
-        dispatch, backend = "dense", "auto"
+        density.fill_(1)
+        return attend_everything(query, key, value, text_lengths, partition, dense_backend).contiguous()
     rule = _rule(pool, k, share, tau, max_density)
     attended = attend(query, key, value, partition, rule, dispatch=dispatch, backend=backend, text_lengths=text_lengths)
     density.copy_(attended.density())
@@ -87,15 +86,18 @@ def record_density(density: Tensor, value: Tensor) -> None:
         _record_density(density, value)
 
 
-def _dense_by_diffusers(
-    query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None, partition: BlockPartition, name: str
+def attend_everything(
+    query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None, partition: BlockPartition, backend: str
 ) -> Tensor:
+    """Full attention; ``backend``: diffusers' name of one, or empty for the fastest that torch brings."""
+    live = None if text_lengths is None else keys_there(partition, text_lengths)
+    if not backend:
+        return dense_attention(query, key, value, None, False, live)
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
-    mask = None if text_lengths is None else keys_there(partition, text_lengths)[:, None, None]
+    mask = None if live is None else live[:, None, None]
     tokens_first = (x.transpose(1, 2) for x in (query, key, value))
-    output = dispatch_attention_fn(*tokens_first, attn_mask=mask, backend=AttentionBackendName(name))
-    return output.transpose(1, 2).contiguous()
+    return dispatch_attention_fn(*tokens_first, attn_mask=mask, backend=AttentionBackendName(backend)).transpose(1, 2)
 
 
 @functools.cache
