@@ -16,7 +16,7 @@ Grid = tuple[int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """How a model family takes VMoBA.
+    """How a model family takes VMoBA. The model's forward has an argument ``hidden_states``, on the model's device.
 
     Attributes:
         processor: of its self-attention layers.
