@@ -54,16 +54,16 @@ def group_tiles(selected: Tensor, key_group: Tensor, tile_size: int = 128, key_l
     # A tile of keys lacks group -1, which pads the last one. The comparison is spelled out because a compiled scatter
     # of a constant by an integer-divided index has read out of bounds on GPUs.
     padded_group = F.pad(key_group, (0, -keys % tile_size), value=-1).view(-1, tile_size, 1)
-    holds = (padded_group == torch.arange(groups, device=key_group.device)).any(1).to(torch.float32).mT
+    of_group = padded_group == torch.arange(groups, device=key_group.device)
+    whole = torch.arange(len(padded_group), device=key_group.device) < keys // tile_size
+    if key_live is not None:  # by sample, and the same in each head
+        live = F.pad(key_live, (0, -keys % tile_size)).unflatten(-1, (-1, tile_size))[:, None]
+        of_group, whole = of_group & live[..., None], whole & live.all(-1)[:, :, None]
+    holds = of_group.any(-2).to(torch.float32).mT
     # Counts of groups are at most G: exact in float32, and in the reduced precisions that a matmul may choose.
     hits = padded.any(-2).to(torch.float32) @ holds
     misses = (~padded.all(-2)).to(torch.float32) @ holds
-    whole = torch.arange(holds.shape[-1], device=key_group.device) < keys // tile_size
-    every = (misses == 0) & whole
-    if key_live is not None:
-        live = F.pad(key_live, (0, -keys % tile_size)).unflatten(-1, (-1, tile_size))
-        hits, every = hits * live.any(-1)[:, None, None], every & live.all(-1)[:, None, None]
-    return TileMap(some=hits > 0, every=every)
+    return TileMap(some=hits > 0, every=(misses == 0) & whole)
 
 
 def group_mask(

@@ -136,11 +136,12 @@ def test_stats_count_pairs_and_tiles(problem: Problem):
 
 
 @pytest.mark.parametrize("rule", [TopK(1), TopK(2), Threshold(0.2)])
-def test_tile_density_counts_full_and_partial_tiles_in_block_order(rule):
-    partition = BlockPartition((4, 16, 16), (4, 8, 8), prefix=40)
+@pytest.mark.parametrize("lengths", [None, torch.tensor([60])], ids=["text", "padding"])
+def test_tile_density_counts_full_and_partial_tiles_in_block_order(rule, lengths: torch.Tensor | None):
+    partition = BlockPartition((4, 16, 16), (4, 8, 8), prefix=40, suffix=300)
     query, key, value = torch.randn(3, 1, 2, partition.num_tokens, 8, generator=torch.Generator().manual_seed(0))
-    _, stats = vmoba_attention(query, key, value, partition, rule, return_stats=True)
-    dense = reference.attention_mask(vmoba_selection(query, key, partition, rule), partition)
+    _, stats = vmoba_attention(query, key, value, partition, rule, return_stats=True, text_lengths=lengths)
+    dense = reference.attention_mask(vmoba_selection(query, key, partition, rule), partition, lengths)
     dense = partition.to_block_order(partition.to_block_order(dense, -1))
     tiles = F.max_pool2d(dense.float(), 128, ceil_mode=True)
     torch.testing.assert_close(stats.tile_density, tiles.mean((2, 3)))

@@ -6,9 +6,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from block_masks import Slots, plan_slots, slot_mask, slot_tile_map
+from block_masks import Slots, live_slots, plan_slots, slot_mask, slot_tile_map
 from tests.strategies import generators
 from tests.test_block_masks import INDEX_TENSORS
 
@@ -23,9 +23,14 @@ class SlotProblem:
     group_sizes: list[int]
     tile_size: int
     selected: Tensor
+    key_live: Tensor | None = None
 
     def plan(self) -> Slots:
         return plan_slots(self.key_group, self.group_sizes, self.tile_size)
+
+    def mask(self) -> BlockMask:
+        slots = self.plan()
+        return slot_mask(self.selected, slots, live_slots(slots, self.key_live))
 
 
 @st.composite
@@ -42,7 +47,9 @@ def slot_problems(draw: st.DrawFn, ragged: bool = True) -> SlotProblem:
     tiles = sum(-(-size // tile) for size in sizes)
     density = draw(st.sampled_from([0.0, 0.2, 0.7, 1.0]))
     selected = torch.rand((2, 2, tiles, len(sizes)), generator=generator) < density
-    return SlotProblem(groups, sizes, tile, selected)
+    live = draw(st.sampled_from([None, 0.0, 0.5, 0.95]))
+    key_live = None if live is None else torch.rand((2, len(groups)), generator=generator) < live
+    return SlotProblem(groups, sizes, tile, selected, key_live)
 
 
 def layout(problem: SlotProblem) -> list[list[int]]:
@@ -59,8 +66,11 @@ def dense(problem: SlotProblem) -> Tensor:
     tiles = layout(problem)
     group = [int(problem.key_group[tile[0]]) for tile in tiles]
     columns = problem.selected[..., group].repeat_interleave(problem.tile_size, -1)
-    filled = torch.tensor([i < len(tile) for tile in tiles for i in range(problem.tile_size)])
-    return (columns & filled).repeat_interleave(problem.tile_size, -2)
+    live = [[True] * len(problem.key_group)] * len(columns) if problem.key_live is None else problem.key_live.tolist()
+    filled = torch.tensor(
+        [[i < len(tile) and one[tile[i]] for tile in tiles for i in range(problem.tile_size)] for one in live]
+    )
+    return (columns & filled[:, None, None]).repeat_interleave(problem.tile_size, -2)
 
 
 @given(slot_problems())
@@ -77,7 +87,7 @@ def test_each_group_takes_whole_tiles_in_the_order_of_its_keys(problem: SlotProb
 @given(slot_problems())
 @example(SlotProblem(torch.zeros(5, dtype=torch.int64), [5], 4, torch.ones(1, 1, 2, 1, dtype=torch.bool)))
 def test_mask_equals_create_block_mask(problem: SlotProblem):
-    mask, expected_pairs = slot_mask(problem.selected, problem.plan()), dense(problem)
+    mask, expected_pairs = problem.mask(), dense(problem)
     expected = create_block_mask(
         lambda b, h, q, k: expected_pairs[b, h, q, k],
         *expected_pairs.shape,
@@ -95,7 +105,7 @@ def test_mask_equals_create_block_mask(problem: SlotProblem):
 def test_mask_mod_alone_says_everything(problem: SlotProblem):
     expected = dense(problem)
     index = torch.meshgrid(*(torch.arange(size) for size in expected.shape), indexing="ij")
-    assert torch.equal(slot_mask(problem.selected, problem.plan()).mask_mod(*index), expected)
+    assert torch.equal(problem.mask().mask_mod(*index), expected)
 
 
 @given(slot_problems(ragged=False))
