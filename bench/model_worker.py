@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import time
 import warnings
@@ -14,7 +15,7 @@ from machine import error_text, free_memory, print_trace, run_facts
 from model_dense import attending
 from model_report import CHECKPOINTED, FORWARD, HEADER, ModelReport, line
 from model_shapes import FULL, NONE, SMALL, STOCK, ModelSizes, Part, Spec, specs
-from report import DEVICE_LOST, FINAL, Row
+from report import Row
 from timing import batches
 from torch import Tensor
 from torch._inductor import config as inductor_config
@@ -36,36 +37,19 @@ def work(args: Namespace) -> int:
     report = ModelReport.load(args.output) if args.add else ModelReport(args.output)
     bench = Bench(sizes, device)
     facts = run_facts(device, args.command, PACKAGES)
-    if facts not in report.data["runs"]:
-        report.data["runs"].append(facts)
-    run = report.data["runs"].index(facts)
-    report.save()
+    run = report.start_run(facts)
     print(HEADER, flush=True)
-    for spec in specs(sizes, device):
-        row = report.rows.get(spec.id)
-        if not spec.wanted(args.only) or (row is not None and row["status"] in FINAL):
-            continue
-        row = report.rows[spec.id] = _describe(spec, sizes, device, run)
-        if time.monotonic() - started > args.budget_s:
-            row["status"] = "not run"
-            continue
-        report.save()
-        usable = bench.measure(spec, row)
-        report.save()
-        print(line(row), flush=True)
-        if not usable:
-            return DEVICE_LOST
-    report.save()
-    return 0
+    wanted = [spec for spec in specs(sizes, device) if spec.wanted(args.only) and not report.has(spec.id)]
+    rows = ((_describe(spec, sizes, device, run), functools.partial(bench.measure, spec)) for spec in wanted)
+    return report.fill(rows, started + args.budget_s, line)
 
 
 def compile_ahead(args: Namespace) -> int:
     """Compiles the blocks of every n-th group of rows and runs them once, for Inductor's cache; measures nothing."""
     started = time.monotonic()
     sizes, device = _prepare(args)
-    done = ModelReport.load(args.output).rows if args.add else {}
-    wanted = [spec for spec in specs(sizes, device) if spec.wanted(args.only)]
-    wanted = [spec for spec in wanted if done.get(spec.id, {}).get("status") not in FINAL]
+    report = ModelReport.load(args.output) if args.add else ModelReport(args.output)
+    wanted = [spec for spec in specs(sizes, device) if spec.wanted(args.only) and not report.has(spec.id)]
     groups = {spec.compiled_as: spec for spec in reversed(wanted)}  # the most urgent of each group
     urgent = [spec for spec in wanted if groups[spec.compiled_as] is spec]
     first, step = args.ahead

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -59,6 +60,41 @@ class Report:
             if row["status"] != "ok":
                 row["status"] = "not run"
         self.save()
+
+    def start_run(self, facts: Row) -> int:
+        """The index of a run with these facts."""
+        if facts not in self.data["runs"]:
+            self.data["runs"].append(facts)
+        self.save()
+        return self.data["runs"].index(facts)
+
+    def has(self, row_id: str) -> bool:
+        """Whether a row need not be measured again."""
+        return row_id in self.rows and self.rows[row_id]["status"] in FINAL
+
+    def fill(
+        self, rows: Iterable[tuple[Row, Callable[[Row], bool]]], deadline: float, line: Callable[[Row], str]
+    ) -> int:
+        """Measures rows one after another, and starts none past the deadline; the exit status.
+
+        Args:
+            rows: rows, and what measures each: it fills it in, and says whether the device still works.
+            deadline: by ``time.monotonic``.
+            line: a row for the terminal.
+        """
+        for row, measure in rows:
+            self.rows[row["id"]] = row
+            if time.monotonic() > deadline:
+                row["status"] = "not run"
+                continue
+            self.save()
+            usable = measure(row)
+            self.save()
+            print(line(row), flush=True)
+            if not usable:
+                return DEVICE_LOST
+        self.save()
+        return 0
 
     def bury(self, reason: str) -> bool:
         """Turns the row that a dead process left behind into a failed one; whether there was one."""

@@ -2,19 +2,20 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from checks import ERROR_FACTOR, Inputs, attended_pairs, expected_selection
 from machine import error_text, free_memory, print_trace, run_facts
 from peers import CPU_PEERS, PEERS, Peer
-from report import DEVICE_LOST, FINAL, HEADER, Report, Row, line
+from report import HEADER, Report, Row, line
 from shapes import FULL, SMALL, Case, Contenders, Sizes, Spec, specs
 from stages import kernel_milliseconds, stage_milliseconds
 from timing import milliseconds, peak_bytes
@@ -39,29 +40,19 @@ def work(args: Namespace) -> int:
         "shape": f"batch 1, head dim {sizes.head_dim}, {str(sizes.dtype).removeprefix('torch.')}",
         "error_factor": bench.error_factor,
     }
-    if facts not in report.data["runs"]:
-        report.data["runs"].append(facts)
-    run = report.data["runs"].index(facts)
-    report.save()
+    run = report.start_run(facts)
+
+    def rows() -> Iterator[tuple[Row, Callable[[Row], bool]]]:
+        # One at a time: which backend is the best one follows from the rows before.
+        for spec in map(bench.resolve, specs(sizes, args.sections, bench.contenders)):
+            if report.has(spec.id):
+                row = report.rows[spec.id]
+                row["sections"] = list(dict.fromkeys([*row["sections"], spec.section]))
+            else:
+                yield _describe(spec, sizes, run), functools.partial(bench.measure, spec)
+
     print(HEADER, flush=True)
-    for spec in specs(sizes, args.sections, bench.contenders):
-        spec = bench.resolve(spec)
-        row = report.rows.get(spec.id)
-        if row is not None and row["status"] in FINAL:
-            row["sections"] = list(dict.fromkeys([*row["sections"], spec.section]))
-            continue
-        row = report.rows[spec.id] = _describe(spec, sizes, run)
-        if time.monotonic() - started > args.budget_s:
-            row["status"] = "not run"
-            continue
-        report.save()
-        usable = bench.measure(spec, row)
-        report.save()
-        print(line(row), flush=True)
-        if not usable:
-            return DEVICE_LOST
-    report.save()
-    return 0
+    return report.fill(rows(), started + args.budget_s, line)
 
 
 class Bench:

@@ -102,7 +102,7 @@ def forward(
 
     rows = row_kernels.take_rows(query.flatten(0, 1), plan.row_query[section], plan.row_pool[section])
     keys, values = (_of_section(x, query, plan, section) for x in (keys, values))
-    if any(size % plan.tile_size for size in slots.group_sizes):
+    if not slots.whole:
         keys, values = (row_kernels.take_slots(x, _packed_slots(slots)) for x in (keys, values))
         output, lse, *_ = _flash_attn_fwd(
             *(x.reshape(-1, 1, x.shape[-1]) for x in (rows, keys, values)),
@@ -136,11 +136,11 @@ def backward(
     keys, values = (_of_section(x, query, plan, section) for x in (keys, values))
     heads = len(keys)
     targets = [x[section * heads : (section + 1) * heads] for x in (grad_keys, grad_values)]
-    # Where groups are whole tiles, keys need no packing, nor do their gradients.
-    packed = _packed_slots(slots) if any(size % plan.tile_size for size in slots.group_sizes) else None
-    into = {name: x.flatten(0, 1)[:, None] for name, x in zip(("dk", "dv"), targets, strict=True)}
-    if packed is not None:
-        into = {}
+    packed, into = None, {}
+    if slots.whole:  # keys need no packing, nor do their gradients
+        into = {name: x.flatten(0, 1)[:, None] for name, x in zip(("dk", "dv"), targets, strict=True)}
+    else:
+        packed = _packed_slots(slots)
         keys, values = (row_kernels.take_slots(x, packed) for x in (keys, values))
     grad_rows, grad_key, grad_value, *_ = _flash_attn_bwd(
         rows, *(x.flatten(0, 1)[:, None] for x in (keys, values)), outputs, grads, row_lse[None],

@@ -49,6 +49,11 @@ class Slots:
     tile_size: int
     group_sizes: tuple[int, ...]
 
+    @property
+    def whole(self) -> bool:
+        """Whether all groups are whole tiles, so that every slot holds a key."""
+        return not any(size % self.tile_size for size in self.group_sizes)
+
 
 def plan_slots(key_group: Tensor, group_sizes: list[int], tile_size: int = TILE) -> Slots:
     """Plans the slots of some keys.

@@ -1,5 +1,6 @@
 """The public attention call: checks, chooses blocks, dispatches."""
 
+import functools
 from typing import Literal, overload
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from vmoba_flex.inputs import (
     under_autocast,
 )
 from vmoba_flex.mask import keys_there
-from vmoba_flex.packed import packed_attention
+from vmoba_flex.packed import MAX_ROW_BYTES, packed_attention
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection import choose_blocks
@@ -38,7 +39,7 @@ def vmoba_attention(
     dispatch: str = "auto",
     backend: str = "auto",
     return_stats: Literal[False] = False,
-    max_row_bytes: int = 2_200_000_000,
+    max_row_bytes: int = MAX_ROW_BYTES,
     text_lengths: Tensor | None = None,
 ) -> Tensor: ...
 
@@ -56,7 +57,7 @@ def vmoba_attention(
     dispatch: str = "auto",
     backend: str = "auto",
     return_stats: Literal[True],
-    max_row_bytes: int = 2_200_000_000,
+    max_row_bytes: int = MAX_ROW_BYTES,
     text_lengths: Tensor | None = None,
 ) -> tuple[Tensor, AttentionStats]: ...
 
@@ -73,7 +74,7 @@ def vmoba_attention(
     dispatch: str = "auto",
     backend: str = "auto",
     return_stats: bool = False,
-    max_row_bytes: int = 2_200_000_000,
+    max_row_bytes: int = MAX_ROW_BYTES,
     text_lengths: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AttentionStats]:
     """VMoBA attention (arXiv 2506.23858), raster order in and out, differentiable in query, key and value.
@@ -151,7 +152,7 @@ def attend(
     enable_gqa: bool = False,
     dispatch: str = "auto",
     backend: str = "auto",
-    max_row_bytes: int = 2_200_000_000,
+    max_row_bytes: int = MAX_ROW_BYTES,
     text_lengths: Tensor | None = None,
 ) -> Attended:
     """``vmoba_attention``, with what there is to be said about the call."""
@@ -170,14 +171,16 @@ def attend(
     if dispatch == "auto":
         dispatch = choose_dispatch(query, key, value, partition, rule)
     kernels = choose_backend(backend, dispatch, query, key, value, partition, text_lengths is not None)
-    live = None if text_lengths is None else keys_there(partition, text_lengths)
+    attended = functools.partial(
+        Attended, query=query, key=key, partition=partition, rule=rule, text_lengths=text_lengths
+    )
     if dispatch == "dense":
-        return Attended(dense_attention(query, key, value, scale, enable_gqa, live), query, key, partition, rule)
+        return attended(dense_attention(query, key, value, scale, enable_gqa, keys_there(partition, text_lengths)))
     if dispatch == "shared":
         output, selected, slots = shared_attention(
             query, key, value, partition, rule, scale, enable_gqa, kernels, text_lengths=text_lengths
         )
-        return Attended(output, query, key, partition, rule, tiles=(selected, slots), key_live=live)
+        return attended(output, tiles=(selected, slots))
     selection = choose_blocks(query, key, partition, rule)
     if dispatch == "packed":
         output = packed_attention(
@@ -185,4 +188,4 @@ def attend(
         )
     else:
         output = tiles_attention(query, key, value, selection, partition, scale, enable_gqa, text_lengths)
-    return Attended(output, query, key, partition, rule, selection=selection, key_live=live)
+    return attended(output, selection=selection)

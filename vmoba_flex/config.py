@@ -7,7 +7,7 @@ from typing import Any, Self
 from vmoba_flex import config_json
 from vmoba_flex.about_blocks import AboutBlocks, about_block
 from vmoba_flex.dispatch import BACKENDS, DISPATCHES
-from vmoba_flex.inputs import check_choice, check_positive
+from vmoba_flex.inputs import check_choice, check_count, check_positive
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK
 
@@ -89,7 +89,7 @@ class VMoBAConfig:
         object.__setattr__(self, "spatiotemporal", _sizes("spatiotemporal", self.spatiotemporal, 3))
         object.__setattr__(self, "cycle", _cycle(self.cycle))
         object.__setattr__(self, "rule", _rules(self.rule, self.cycle))
-        _check_count("dense_layers", self.dense_layers)
+        check_count("dense_layers", self.dense_layers)
         _check_steps(self.dense_steps)
         check_choice("dispatch", self.dispatch, DISPATCHES)
         check_choice("backend", self.backend, BACKENDS)
@@ -135,7 +135,7 @@ class VMoBAConfig:
             ValueError: if an argument is out of range, or one that is needed is None.
         """
         check_positive("num_layers", num_layers)
-        _check_count("i", i, num_layers, "num_layers")
+        check_count("i", i, num_layers, "num_layers")
         if self.dense_layers > num_layers:
             raise ValueError(f"dense_layers must be at most num_layers = {num_layers}, got {self.dense_layers}")
         kind = self.cycle[i % len(self.cycle)]
@@ -192,7 +192,7 @@ class VMoBAConfig:
         if num_steps is not None:
             check_positive("num_steps", num_steps)
         if step is not None:
-            _check_count("step", step, num_steps, "num_steps")
+            check_count("step", step, num_steps, "num_steps")
         if not self.dense_steps:
             return False
         if step is None:
@@ -268,12 +268,3 @@ def _check_steps(value: Any) -> None:
         raise TypeError(f"dense_steps must be an int or a float, got {value!r}")
     if value < 0 or (isinstance(value, float) and not value < 1):
         raise ValueError(f"dense_steps must be a number of steps (int) or a share in [0, 1) (float), got {value!r}")
-
-
-def _check_count(name: str, value: Any, end: int | None = None, end_name: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if end is not None and not 0 <= value < end:
-        raise ValueError(f"{name} must lie in 0..{end_name} - 1 = 0..{end - 1}, got {value}")
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")

@@ -62,6 +62,16 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def check_count(name: str, value: Any, end: int | None = None, end_name: str = "") -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless ``value`` is an int of at least 0, and below ``end`` if given."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if end is not None and not 0 <= value < end:
+        raise ValueError(f"{name} must lie in 0..{end_name} - 1 = 0..{end - 1}, got {value}")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+
+
 def check_text_lengths(text_lengths: Any, query: Tensor, partition: BlockPartition) -> None:
     """Raises ``TypeError`` or ``ValueError`` unless ``text_lengths`` is None or fits; its values are not read."""
     if text_lengths is None:

@@ -76,7 +76,7 @@ def selection_mask(
 ) -> BlockMask:
     """Turns a selection ``(B, H, video tokens, N)`` in raster order into a mask for tokens in ``token_order``."""
     # Block order leaves prefix and suffix where they are, and all video keys are there.
-    live = None if text_lengths is None else keys_there(partition, text_lengths)
+    live = keys_there(partition, text_lengths)
     return group_mask(*_ordered_groups(selection, partition, token_order), tile_size=tile_size, key_live=live)
 
 
@@ -115,13 +115,15 @@ def key_groups(selection: Tensor, partition: BlockPartition) -> tuple[Tensor, Te
     return F.pad(selection.mT, (partition.prefix, partition.suffix, 0, 1), value=True).mT, groups
 
 
-def keys_there(partition: BlockPartition, text_lengths: Tensor) -> Tensor:
-    """Which keys are no padding: bool ``(B, S)`` in raster order.
+def keys_there(partition: BlockPartition, text_lengths: Tensor | None) -> Tensor | None:
+    """Which keys are no padding: bool ``(B, S)`` in raster order, or None if all are there.
 
     Args:
         partition: the blocks.
         text_lengths: int64 ``(B,)``, as in ``vmoba_attention``.
     """
+    if text_lengths is None:
+        return None
     text = torch.arange(partition.prefix + partition.suffix, device=text_lengths.device) < text_lengths[:, None]
     video = text.new_ones(len(text), partition.num_video_tokens)
     return torch.cat([text[:, : partition.prefix], video, text[:, partition.prefix :]], 1)

@@ -11,6 +11,9 @@ from vmoba_flex.mask import group_sizes, key_groups
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 
+# The default of max_row_bytes.
+MAX_ROW_BYTES = 2_200_000_000
+
 # What forward and backward hold of a section of heads: so many copies of its rows, and of its keys. Forward: outputs;
 # FlashAttention-4 also wants the queries gathered. Backward: queries, gradients of outputs and of queries;
 # FlashAttention-4 also gradients of queries in float32, and keys, values and their gradients packed.

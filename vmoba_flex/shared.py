@@ -63,7 +63,7 @@ def shared_attention(
     slots = block_slots(partition, query.device, tile_size)
     query_slots = to_slots(query, slots)
     selected = choose_tiles(query_slots, key, partition, rule, slots)
-    live = None if text_lengths is None else keys_there(partition, text_lengths)
+    live = keys_there(partition, text_lengths)
     if not has_flex_kernel(query, key, value):
         of_token = selected.index_select(2, slots.key_slot // tile_size)
         key_group = group_of_key(partition, query.device)

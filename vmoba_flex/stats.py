@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from block_masks import Slots, live_slots, slot_tile_map
-from vmoba_flex.mask import selection_tiles
+from vmoba_flex.mask import keys_there, selection_tiles
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold
 from vmoba_flex.selection import choose_blocks
@@ -44,7 +44,7 @@ class Attended(NamedTuple):
         selection: bool ``(B, H, video tokens, N)``, where each query chose for itself.
         tiles: what each query tile attends, and the slots of these tiles, where tiles chose. With neither, the call
             attended everything.
-        key_live: bool ``(B, S)``: False at padding; None where there is none.
+        text_lengths: as given.
     """
 
     output: Tensor
@@ -54,17 +54,16 @@ class Attended(NamedTuple):
     rule: Rule
     selection: Tensor | None = None
     tiles: tuple[Tensor, Slots] | None = None
-    key_live: Tensor | None = None
+    text_lengths: Tensor | None = None
 
     def stats(self) -> AttentionStats:
         """The call's stats."""
+        live = keys_there(self.partition, self.text_lengths)
         if self.selection is not None:
-            return selection_stats(self.selection, self.query, self.key, self.partition, self.rule, self.key_live)
-        return (
-            shared_stats(*self.tiles, self.partition, self.key_live)
-            if self.tiles
-            else dense_stats(self.query, self.partition)
-        )
+            return selection_stats(self.selection, self.query, self.key, self.partition, self.rule, live)
+        if self.tiles is not None:
+            return shared_stats(*self.tiles, self.partition, live)
+        return dense_stats(self.query, self.partition)
 
     def density(self) -> Tensor:
         """The mean density over samples and heads, a float32 scalar on the inputs' device."""

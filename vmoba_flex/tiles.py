@@ -34,7 +34,7 @@ def tiles_attention(
         ``(B, H, S, value dim)`` in raster order.
     """
     if not has_flex_kernel(query, key, value):
-        live = None if text_lengths is None else keys_there(partition, text_lengths)
+        live = keys_there(partition, text_lengths)
         return chunked_attention(query, key, value, *key_groups(selection, partition), scale, live)
     mask = selection_mask(selection, partition, "block", text_lengths=text_lengths)
     query, key, value = (partition.to_block_order(x) for x in (query, key, value))

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -94,8 +94,17 @@ def _split_heads(attn: Any, x: Tensor) -> Tensor:
     return x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
 
 
-def _normalized(norm: nn.Module | None, x: Tensor) -> Tensor:
-    return x if norm is None else norm(x)
+def _project(attn: Any, x: Tensor, fused: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value ``(B, tokens, H * D)``."""
+    return attn.to_qkv(x).chunk(3, dim=-1) if fused else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
+
+
+def _normalized_heads(
+    attn: Any, projected: Iterable[Tensor], norm_q: nn.Module | None, norm_k: nn.Module | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(B, H, tokens, D)`` of what was projected, query and key normalised within a head."""
+    query, key, value = (_split_heads(attn, x) for x in projected)
+    return query if norm_q is None else norm_q(query), key if norm_k is None else norm_k(key), value
 
 
 def _project_out(attn: Any, x: Tensor) -> Tensor:
@@ -110,10 +119,7 @@ class WanProcessor(VMoBAProcessor):
         """See ``VMoBAProcessor.sparse``."""
         if mask is not None:
             raise ValueError("attention_mask must be None with VMoBA applied (no block-causal mode), got a mask")
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(video).chunk(3, dim=-1)
-        else:
-            query, key, value = attn.to_q(video), attn.to_k(video), attn.to_v(video)
+        query, key, value = _project(attn, video, attn.fused_projections)
         query, key, value = (_split_heads(attn, x) for x in (attn.norm_q(query), attn.norm_k(key), value))
         # Cosines stand at even, sines at odd channels of (1, tokens, 1, D).
         cos, sin = (x.transpose(1, 2)[..., i::2].repeat_interleave(2, -1) for i, x in enumerate(rotary))
@@ -127,9 +133,9 @@ class LTXProcessor(VMoBAProcessor):
         """See ``VMoBAProcessor.sparse``."""
         if mask is not None:
             raise ValueError("attention_mask must be None in self-attention with VMoBA applied, got a mask")
-        query = rotate(attn.norm_q(attn.to_q(video)), *rotary)
-        key = rotate(attn.norm_k(attn.to_k(video)), *rotary)
-        query, key, value = (_split_heads(attn, x) for x in (query, key, attn.to_v(video)))
+        query, key, value = _project(attn, video)
+        query, key = rotate(attn.norm_q(query), *rotary), rotate(attn.norm_k(key), *rotary)
+        query, key, value = (_split_heads(attn, x) for x in (query, key, value))
         return _project_out(attn, self.attend(query, key, value))
 
 
@@ -145,13 +151,9 @@ class CogVideoXProcessor(VMoBAProcessor):
         if text is None or mask is not None:
             raise ValueError("attention_mask must be None, and text given, with VMoBA applied to CogVideoX")
         length = text.shape[1]
-        tokens = torch.cat([text, video], 1)
-        if type(self.stock).__name__.startswith("Fused"):  # as diffusers itself tells them apart
-            query, key, value = attn.to_qkv(tokens).chunk(3, dim=-1)
-        else:
-            query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
-        query, key, value = (_split_heads(attn, x) for x in (query, key, value))
-        query, key = _normalized(attn.norm_q, query), _normalized(attn.norm_k, key)
+        fused = type(self.stock).__name__.startswith("Fused")  # as diffusers itself tells them apart
+        projected = _project(attn, torch.cat([text, video], 1), fused)
+        query, key, value = _normalized_heads(attn, projected, attn.norm_q, attn.norm_k)
         if rotary is not None:
             query, key = (torch.cat([x[:, :, :length], rotate(x[:, :, length:], *rotary)], 2) for x in (query, key))
         output = _project_out(attn, self.attend(query, key, value, prefix=length))
@@ -180,17 +182,12 @@ class _SuffixProcessor(VMoBAProcessor):
 
     def project(self, attn: Any, video: Tensor, text: Tensor, rotary: Any) -> list[Tensor]:
         """Query, key and value ``(B, H, S, D)``, text by projections of its own."""
-        streams = []
-        for x, names in ((video, ("to", "norm")), (text, ("add", "norm_added"))):
-            suffix = "" if names[0] == "to" else "_proj"
-            query, key, value = (
-                _split_heads(attn, getattr(attn, f"{names[0]}_{letter}{suffix}")(x)) for letter in "qkv"
-            )
-            query, key = (_normalized(getattr(attn, f"{names[1]}_{n}"), y) for n, y in (("q", query), ("k", key)))
-            if x is video and rotary is not None:
-                query, key = rotate(query, *rotary), rotate(key, *rotary)
-            streams.append((query, key, value))
-        return [torch.cat(pair, 2) for pair in zip(*streams, strict=True)]
+        query, key, value = _normalized_heads(attn, _project(attn, video), attn.norm_q, attn.norm_k)
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        added = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
+        added = _normalized_heads(attn, added, attn.norm_added_q, attn.norm_added_k)
+        return [torch.cat(pair, 2) for pair in zip((query, key, value), added, strict=True)]
 
     def text_mask(self, mask: Tensor, length: int) -> Tensor:
         """Which text tokens exist, bool ``(B, text tokens)``."""
@@ -214,8 +211,7 @@ class HunyuanVideoProcessor(_SuffixProcessor):
         if attn.add_q_proj is not None:
             return super().project(attn, video, text, rotary)
         tokens, length = torch.cat([video, text], 1), video.shape[1]
-        query, key, value = (_split_heads(attn, to(tokens)) for to in (attn.to_q, attn.to_k, attn.to_v))
-        query, key = _normalized(attn.norm_q, query), _normalized(attn.norm_k, key)
+        query, key, value = _normalized_heads(attn, _project(attn, tokens), attn.norm_q, attn.norm_k)
         query, key = (torch.cat([rotate(x[:, :, :length], *rotary), x[:, :, length:]], 2) for x in (query, key))
         return [query, key, value]
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from vmoba_flex.config import VMoBAConfig
-from vmoba_flex.inputs import check_positive
+from vmoba_flex.inputs import check_count, check_positive
 from vmoba_flex.models.adapters import Adapter, find_adapter, forward_arguments, supported
 from vmoba_flex.models.processor import VMoBAProcessor
 from vmoba_flex.models.run import Checkpointing, Run, StepSource
@@ -173,10 +173,7 @@ class VMoBAHandle:
             self._set_step(None)
             return
         check_positive("num_steps", num_steps)
-        if isinstance(step, bool) or not isinstance(step, int):
-            raise TypeError(f"step must be an int, got {step!r}")
-        if not 0 <= step < num_steps:
-            raise ValueError(f"step must lie in 0..num_steps - 1 = {num_steps - 1}, got {step}")
+        check_count("step", step, num_steps, "num_steps")
         self._set_step((step, num_steps))
 
     @property

@@ -1,7 +1,5 @@
 """Attention as one op that reads as it runs whether the step is dense, so that one graph serves all steps."""
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -55,11 +53,13 @@ def _attend_at_step(
     pool: str, k: int | None, share: float | None, tau: float | None, max_density: float | None,
     dispatch: str, backend: str, dense_backend: str,
 ) -> Tensor:  # fmt: skip
-    partition = _partition(tuple(grid), tuple(block), *text)
+    (frames, height, width), (bt, bh, bw), (prefix, suffix) = grid, block, text
+    partition = BlockPartition((frames, height, width), (bt, bh, bw), prefix=prefix, suffix=suffix)
     if dense.item():
         density.fill_(1)
         return attend_everything(query, key, value, text_lengths, partition, dense_backend).contiguous()
-    rule = _rule(pool, k, share, tau, max_density)
+    top_k = tau is None
+    rule = TopK(k, density=share, pool=pool) if top_k else Threshold(tau, pool=pool, max_density=max_density)
     attended = attend(query, key, value, partition, rule, dispatch=dispatch, backend=backend, text_lengths=text_lengths)
     density.copy_(attended.density())
     return attended.output.contiguous()
@@ -90,7 +90,7 @@ def attend_everything(
     query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None, partition: BlockPartition, backend: str
 ) -> Tensor:
     """Full attention; ``backend``: diffusers' name of one, or empty for the fastest that torch brings."""
-    live = None if text_lengths is None else keys_there(partition, text_lengths)
+    live = keys_there(partition, text_lengths)
     if not backend:
         return dense_attention(query, key, value, None, False, live)
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -98,13 +98,3 @@ def attend_everything(
     mask = None if live is None else live[:, None, None]
     tokens_first = (x.transpose(1, 2) for x in (query, key, value))
     return dispatch_attention_fn(*tokens_first, attn_mask=mask, backend=AttentionBackendName(backend)).transpose(1, 2)
-
-
-@functools.cache
-def _rule(pool: str, k: int | None, share: float | None, tau: float | None, max_density: float | None) -> Rule:
-    return TopK(k, density=share, pool=pool) if tau is None else Threshold(tau, pool=pool, max_density=max_density)
-
-
-@functools.cache
-def _partition(grid: tuple[int, int, int], block: tuple[int, int, int], prefix: int, suffix: int) -> BlockPartition:
-    return BlockPartition(grid, block, prefix=prefix, suffix=suffix)
