@@ -28,20 +28,16 @@ def forward(
     section: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of a section's rows; see ``row_steps.forward``."""
+    """Attention of a section's rows over whole tiles; see ``row_steps.forward``.
+
+    Slots that only fill a tile take part: see ``slot_attention.py``, and ``packed.py`` for what takes them out again.
+    """
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_fwd
 
     rows = row_kernels.take_rows(query.flatten(0, 1), plan.row_query[section], plan.row_pool[section])
     keys, values = (_of_section(x, query, plan, section) for x in (keys, values))
-    if not slots.whole:
-        keys, values = (row_kernels.take_slots(x, _packed_slots(slots)) for x in (keys, values))
-        output, lse, *_ = _flash_attn_fwd(
-            *(x.reshape(-1, 1, x.shape[-1]) for x in (rows, keys, values)),
-            softmax_scale=scale, return_lse=True, **_lengths(plan, slots, section),
-        )  # fmt: skip
-        return output[:, 0], lse[0]
-    lists = (x[None, None].contiguous() for x in key_tile_lists(plan, slots, section))
+    lists = (x[None, None].contiguous() for x in key_tile_lists(plan, slots, section, whole=True))
     output, lse, *_ = _flash_attn_fwd(
         *(x.reshape(1, -1, 1, x.shape[-1]) for x in (rows, keys, values)),
         softmax_scale=scale, return_lse=True,

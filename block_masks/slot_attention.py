@@ -15,6 +15,7 @@ holds a key of zeros here: it adds nothing to the gradient of query, and its own
 ``slot_steps.py`` has the steps in plain PyTorch, for a CPU; ``flash_kernels.py`` and ``filler_kernels.py`` for a GPU.
 """
 
+import dataclasses
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,8 @@ from torch import Tensor
 from block_masks.device import on_device
 from block_masks.slots import Slots
 from block_masks.tiles import tile_lists
+
+_SLOT_TENSORS = [field.name for field in dataclasses.fields(Slots) if field.type is Tensor]
 
 
 def attend_slots(query: Tensor, key: Tensor, value: Tensor, selected: Tensor, slots: Slots, scale: float) -> Tensor:
@@ -50,30 +53,26 @@ def attend_slots(query: Tensor, key: Tensor, value: Tensor, selected: Tensor, sl
     """
     if query.dtype == torch.float16 and not slots.whole:
         raise ValueError(f"query must not be float16 where groups are no whole tiles, got sizes {slots.group_sizes}")
-    layout = [slots.slot_key, slots.tile_group, slots.first_slot, slots.group_keys]
-    output, _ = _attend(query, key, value, selected, layout, slots.tile_size, slots.whole, scale)
+    output, _ = _attend(query, key, value, selected, *_flat(slots), scale)
     return output
 
 
 @torch.library.custom_op("block_masks::attend_slots", mutates_args=())
 @on_device
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, layout: list[Tensor],
-    tile_size: int, whole: bool, scale: float,
+    query: Tensor, key: Tensor, value: Tensor, selected: Tensor,
+    slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    slot_key, tile_group, first_slot, group_keys = layout
+    slots = Slots(*slot_tensors, tile_size=tile_size, group_sizes=tuple(group_sizes))
     attend, fillers = _modules(query)
-    lists = _whole_tiles(selected.index_select(-1, tile_group))
-    if whole:
+    lists = _whole_tiles(selected.index_select(-1, slots.tile_group))
+    if slots.whole:
         output, lse = attend.attend_tiles(query, key, value, lists, scale, tile_size)
         return output.contiguous(), lse
-    last = (first_slot + group_keys - 1).long()
-    of_slot = torch.arange(len(slot_key), device=query.device)
-    held = torch.where(slot_key >= 0, of_slot, last[tile_group].repeat_interleave(tile_size))
-    copied = fillers.take_slots(key.flatten(0, 1).contiguous(), held).view(key.shape)
+    copied = fillers.take_slots(key.flatten(0, 1).contiguous(), slots.held_slot).view(key.shape)
     output, lse = attend.attend_tiles(query, copied, value, lists, scale, tile_size)
-    counts = -group_keys % tile_size
-    return fillers.leave_out(query, key[:, :, last], counts, selected, output, lse, scale, tile_size)
+    last_keys = key[:, :, slots.last_slot]
+    return fillers.leave_out(query, last_keys, slots.fillers, selected, output, lse, scale, tile_size)
 
 
 @_attend.register_fake
@@ -87,10 +86,10 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Te
 @on_device
 def _attend_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, output: Tensor, lse: Tensor,
-    layout: list[Tensor], tile_size: int, whole: bool, scale: float,
+    tile_group: Tensor, tile_size: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     attend, _ = _modules(query)
-    lists = _whole_tiles(selected.index_select(-1, layout[1]).mT)
+    lists = _whole_tiles(selected.index_select(-1, tile_group).mT)
     return attend.attend_tiles_backward(grad, query, key, value, output, lse, lists, scale, tile_size)
 
 
@@ -100,17 +99,24 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tu
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4], *output, *inputs[4])
+    slot_tensors, _, tile_size, scale = inputs[4:]
+    tile_group = slot_tensors[_SLOT_TENSORS.index("tile_group")]
+    ctx.save_for_backward(*inputs[:4], *output, tile_group)
     ctx.mark_non_differentiable(output[1])
-    ctx.settings = inputs[5:]
+    ctx.settings = tile_size, scale
 
 
 def _backward_of_attend(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    *tensors, a, b, c, d = ctx.saved_tensors
-    return *_attend_backward(grad, *tensors, [a, b, c, d], *ctx.settings), None, [None] * 4, None, None, None
+    none = [None] * len(_SLOT_TENSORS)
+    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.settings), None, none, None, None, None
 
 
 _attend.register_autograd(_backward_of_attend, setup_context=_save)
+
+
+def _flat(slots: Slots) -> tuple[list[Tensor], list[int], int]:
+    """Slots as an op takes them."""
+    return [getattr(slots, name) for name in _SLOT_TENSORS], list(slots.group_sizes), slots.tile_size
 
 
 def _whole_tiles(tiles: Tensor) -> list[Tensor]:

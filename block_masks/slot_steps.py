@@ -60,26 +60,28 @@ def attend_tiles_backward(
 
 def leave_out(
     query: Tensor, last_keys: Tensor, fillers: Tensor, selected: Tensor, output: Tensor, lse: Tensor,
-    scale: float, tile_size: int,
+    scale: float, together: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Takes filling slots out of attention in which each one held its group's last key and a value of zero.
 
     Args:
         query: ``(B, H, S, D)``.
-        last_keys: the last key of each group, ``(B, H, G, D)``.
+        last_keys: the last key of each group, ``(B, key heads, G, D)``.
         fillers: filling slots of each group, int32 ``(G,)``.
-        selected: bool ``(B, H, tiles, G)``: which groups the queries of each tile attended.
+        selected: bool ``(B, H, rows, G)``: which groups were attended by each ``together`` queries.
         output: ``(B, H, S, value dim)``, filling slots included.
         lse: ``(B, H, S)``, likewise.
         scale: factor on the scores.
-        tile_size: queries in a tile.
+        together: queries to a row of ``selected``.
 
     Returns:
         Output and log-sum-exp without them, both contiguous.
     """
+    last_keys = last_keys.repeat_interleave(query.shape[1] // last_keys.shape[1], 1)
     shares = (_scores(query, last_keys, scale) - lse[..., None]).exp() * fillers
-    left = 1 - torch.where(selected.repeat_interleave(tile_size, 2), shares, 0).sum(-1)
-    return (output / left[..., None]).to(output.dtype), lse + left.log()
+    chosen = selected.repeat_interleave(together, 2)[:, :, : query.shape[2]]
+    left = 1 - torch.where(chosen, shares, 0).sum(-1)
+    return (output / left[..., None]).to(output.dtype).contiguous(), lse + left.log()
 
 
 def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:

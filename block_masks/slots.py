@@ -56,6 +56,23 @@ class Slots:
         """Whether all groups are whole tiles, so that every slot holds a key."""
         return not any(size % self.tile_size for size in self.group_sizes)
 
+    @property
+    def last_slot(self) -> Tensor:
+        """The slot of each group's last key, int64 ``(G,)``."""
+        return (self.first_slot + self.group_keys - 1).long()
+
+    @property
+    def fillers(self) -> Tensor:
+        """Filling slots of each group, int32 ``(G,)``."""
+        return -self.group_keys % self.tile_size
+
+    @property
+    def held_slot(self) -> Tensor:
+        """Each slot itself, or where it only fills a tile, the slot of its group's last key: int64 ``(slots,)``."""
+        of_slot = torch.arange(len(self.slot_key), device=self.slot_key.device)
+        last = self.last_slot[self.tile_group].repeat_interleave(self.tile_size, output_size=len(of_slot))
+        return torch.where(self.slot_key >= 0, of_slot, last)
+
 
 def plan_slots(key_group: Tensor, group_sizes: list[int], tile_size: int = TILE, *, sorted_keys: bool = False) -> Slots:
     """Plans the slots of some keys.

@@ -92,15 +92,16 @@ def check_attention(
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
-def check_leave_out(heads: int, sizes: list[int], dims: tuple[int, int]) -> None:
+def check_leave_out(heads: int, sizes: list[int], dims: tuple[int, int], together: int) -> None:
     """Filling slots taken out of an output whose tokens stand before heads in memory, as after FlashAttention-4."""
-    tiles, groups = sum(-(-size // 128) for size in sizes), len(sizes)
-    query, last_keys = torch.randn(2, heads, tiles * 128, dims[0]), torch.randn(2, heads, groups, dims[0])
-    output = torch.randn(2, tiles * 128, heads, dims[1]).transpose(1, 2)
-    lse = 14 + torch.randn(2, heads, tiles * 128)  # so that something is left
+    queries, groups = 300, len(sizes)
+    query, last_keys = torch.randn(2, heads, queries, dims[0]), torch.randn(2, 1, groups, dims[0])
+    output = torch.randn(2, queries, heads, dims[1]).transpose(1, 2)
+    lse = 14 + torch.randn(2, heads, queries)  # so that something is left
     fillers = -torch.tensor(sizes, dtype=torch.int32) % 128
-    selected = torch.rand(2, heads, tiles, groups) < 0.5
-    arguments = query, last_keys, fillers, selected, output, lse, 0.2, 128
+    selected = torch.rand(2, heads, groups, -(-queries // together)).mT < 0.5
+    lse[0, 0, 0] = torch.where(selected[0, 0, 0].any(), lse[0, 0, 0], -torch.inf)  # nothing was attended
+    arguments = query, last_keys, fillers, selected, output, lse, 0.2, together
     actual, expected = filler_kernels.leave_out(*arguments), slot_steps.leave_out(*arguments)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert all(x.is_contiguous() for x in actual)
@@ -120,6 +121,6 @@ if __name__ == "__main__":
     check_attention(4, 2, [200, 31, 1], (16, 40), 0.2, short=True)
     check_attention(2, 1, [70, 64], (16, 16), 0.0)
     check_attention(2, 1, [70, 64], (16, 16), 1.0, shift=4)  # a filling slot's score of 0 would weigh e^200
-    check_leave_out(1, [1], (16, 16))
-    check_leave_out(3, [100, 256, 129], (24, 40))
-    check_leave_out(1, [3] * 18, (72, 128))  # more groups than are looked at at once
+    check_leave_out(1, [1], (16, 16), 1)
+    check_leave_out(3, [100, 256, 129], (24, 40), 128)
+    check_leave_out(2, [3] * 18, (72, 128), 1)  # more groups than are looked at at once

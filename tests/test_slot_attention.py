@@ -9,7 +9,7 @@ from torch import Tensor
 
 from block_masks import attend_slots, from_slots, plan_slots, slot_steps, to_slots
 from tests.strategies import generators
-from tests.test_slots import SlotProblem, slot_problems
+from tests.test_slots import SLOT_TENSORS, SlotProblem, slot_problems
 
 
 def inputs(problem: SlotProblem, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -120,7 +120,7 @@ def test_the_registered_op_is_well_formed():
     problem = lone([100, 60])
     slots = problem.plan()
     query, key, value, _ = (to_slots(x, slots).requires_grad_() for x in inputs(problem, torch.Generator()))
-    layout = [slots.slot_key, slots.tile_group, slots.first_slot, slots.group_keys]
+    tensors = [getattr(slots, name) for name in SLOT_TENSORS]
     torch.library.opcheck(
-        torch.ops.block_masks.attend_slots, (query, key, value, problem.selected, layout, 128, False, 0.5)
+        torch.ops.block_masks.attend_slots, (query, key, value, problem.selected, tensors, [100, 60], 128, 0.5)
     )
