@@ -10,6 +10,7 @@ from vmoba_flex.models.run import Run
 from vmoba_flex.models.step_op import attend_at_step, attend_everything, record_density
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
+from vmoba_flex.warmup import WarmedThreshold
 
 
 class VMoBAProcessor:
@@ -60,6 +61,11 @@ class VMoBAProcessor:
     def set_dense(self, dense: bool) -> None:
         """Sets ``dense``, both ways."""
         self.dense, self.dense_flag = dense, self.run.flags[dense]
+
+    def warm(self, share: float) -> None:
+        """Sets how far a rule that is warmed up is on its way."""
+        if isinstance(self.rule, WarmedThreshold):
+            self.rule.warm(share)
 
     # The names are those by which diffusers' layers pass their arguments.
     def __call__(

@@ -47,6 +47,7 @@ class Run:
         grid: latent video size after patching, of the forward under way; None before the first.
         blocks: the block shape of each kind on that grid.
         enabled: whether layers may be sparse at all.
+        warmup: share of the way from full attention to the config's thresholds.
         step: the denoising step that comes next and the number of steps, where they were set by hand.
         source: where else they come from.
         flags: False and True as tensors on the CPU.
@@ -59,12 +60,13 @@ class Run:
     grid: tuple[int, int, int] | None = None
     blocks: dict[str, tuple[int, int, int]] = dataclasses.field(default_factory=dict)
     enabled: bool = True
+    warmup: float = 1.0
     step: tuple[int, int] | None = None
     source: StepSource | None = None
     flags: tuple[Tensor, Tensor] = dataclasses.field(default_factory=lambda: (torch.tensor(False), torch.tensor(True)))
     processors: list[Any] = dataclasses.field(default_factory=list)
     owner: Any = None
-    state: tuple[Any, ...] = (None, {}, [])
+    state: tuple[Any, ...] = (None, {}, [], 1.0)
 
     def learn(self, grid: tuple[int, int, int]) -> None:
         """Sets the grid, and the blocks on it.
@@ -100,13 +102,14 @@ class Run:
 
     def keep(self) -> None:
         """Takes down what this forward has set, for layers that are computed again later."""
-        self.state = self.grid, self.blocks, [processor.dense for processor in self.processors]
+        self.state = self.grid, self.blocks, [processor.dense for processor in self.processors], self.warmup
 
     def restore(self, state: tuple[Any, ...]) -> None:
         """Sets what another forward had set."""
-        self.state = self.grid, self.blocks, dense = state
+        self.state = self.grid, self.blocks, dense, warmup = state
         for processor, one in zip(self.processors, dense, strict=True):
             processor.set_dense(one)
+            processor.warm(warmup)
 
 
 class Checkpointing:
