@@ -14,9 +14,10 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_mask, vmoba_selection
 from vmoba_flex.cli import main
-from vmoba_flex.demo import DemoError, run
+from vmoba_flex.demo import run
 from vmoba_flex.demo.clip import BUNNY, read_clip
 from vmoba_flex.demo.model import VideoProjection, rotary_angles, rotate
+from vmoba_flex.user_error import UserError
 
 GRID = (4, 6, 8)
 
@@ -92,7 +93,7 @@ def test_unusable_clip_is_refused(tmp_path: Path, name: str):
         sound.rate = 8000
         writer.mux(stream.encode(sound))
         writer.mux(stream.encode())
-    with pytest.raises(DemoError, match=name) as caught:
+    with pytest.raises(UserError, match=name) as caught:
         read_clip(tmp_path / name, 4, 16, 16)
     assert "\n" not in str(caught.value)
 
@@ -227,7 +228,7 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "av" else find(name))
     assert main(["demo"]) == 2
-    assert capsys.readouterr().err == 'vmoba-flex: error: the demo needs av: pip install "vmoba-flex[demo]"\n'
+    assert capsys.readouterr().err == 'vmoba-flex: error: this needs av: pip install "vmoba-flex[demo]"\n'
 
 
 def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

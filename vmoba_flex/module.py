@@ -57,7 +57,7 @@ class VMoBAAttention(nn.Module):
             TypeError: if ``share`` is no number.
             ValueError: if it is not in [0, 1], or the rule is a ``TopK``.
         """
-        check_warmup(share, self.plan.rule)
+        check_warmup(share)
         rule = warmed(self.plan.rule)
         if rule is not self.plan.rule:
             self.plan = dataclasses.replace(self.plan, rule=rule)

@@ -15,7 +15,7 @@ from vmoba_flex.warmup import WarmedThreshold
 
 # For each pool, the dims of a (B, H, S, N) gate that stay apart and those that compete. The competing dims stand in
 # the order that breaks ties: block id, then query index, then head.
-_POOL_DIMS = {
+POOL_DIMS = {
     "query": ([0, 1, 2], [3]),
     "block": ([0, 3], [2, 1]),
     "head": ([0, 1], [3, 2]),
@@ -69,7 +69,7 @@ def select(scores: Tensor, own: Tensor, rule: Rule) -> Tensor:
     Returns:
         bool ``(B, H, S, N)``, the transpose of a contiguous ``(B, H, N, S)``.
     """
-    apart, competing = _POOL_DIMS[rule.pool]
+    apart, competing = POOL_DIMS[rule.pool]
     max_pairs = rule.max_pairs(math.prod([scores.shape[dim] for dim in competing]), scores.shape[-1])
     tau, stretch = (rule.tau, rule.normalize == "minmax") if isinstance(rule, Threshold) else (None, True)
     now = rule.now if isinstance(rule, WarmedThreshold) else None

@@ -64,18 +64,20 @@ class WarmedThreshold(Threshold):
         return repr(Threshold(self.now.item(), pool=self.pool, max_density=self.max_density, normalize=self.normalize))
 
 
-def warmed(rule: Rule) -> Rule:
-    """A threshold that can be warmed, for a ``Threshold``; any other rule as it is."""
-    if not isinstance(rule, Threshold) or isinstance(rule, WarmedThreshold):
-        return rule
-    return WarmedThreshold(**vars(rule))
+def warmed(rule: Rule) -> WarmedThreshold:
+    """A ``Threshold`` as one that can be warmed.
+
+    Raises:
+        ValueError: if ``rule`` is a ``TopK``.
+    """
+    if not isinstance(rule, Threshold):
+        raise ValueError(f"rule must be a Threshold to be warmed up, got {rule!r}")
+    return rule if isinstance(rule, WarmedThreshold) else WarmedThreshold(**vars(rule))
 
 
-def check_warmup(share: float, rule: Rule) -> None:
-    """Raises ``TypeError`` or ``ValueError`` unless ``rule`` can go ``share`` of the way."""
+def check_warmup(share: float) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless ``share`` is a share of the way."""
     if isinstance(share, bool) or not isinstance(share, int | float):
         raise TypeError(f"share must be a number, got {share!r}")
     if not 0 <= share <= 1:
         raise ValueError(f"share must lie in [0, 1], got {share!r}")
-    if not isinstance(rule, Threshold):
-        raise ValueError(f"rule must be a Threshold to be warmed up, got {rule!r}")

@@ -1,19 +1,15 @@
 """The whole demo, from video file to table and picture."""
 
-import importlib.util
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from vmoba_flex import Threshold, TopK
-from vmoba_flex.demo import DemoError
 from vmoba_flex.demo.clip import BUNNY, read_clip
 from vmoba_flex.demo.model import PATCH, VideoProjection
 from vmoba_flex.demo.picture import Story, draw
 from vmoba_flex.demo.run import LayerResult, attention_of, check_toolchain, layer_kinds, run_layers, sdpa_seconds
+from vmoba_flex.user_error import UserError, check_extra, new_file
 
 HEAD = 1
 """The head that the picture shows."""
@@ -45,19 +41,17 @@ def show(
         Text: a table with a line per layer kind, and how to read it.
 
     Raises:
-        DemoError: something is missing, or cannot be read or written.
+        UserError: something is missing, or cannot be read or written.
     """
-    missing = [name for name in ("av", "matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise DemoError(f'the demo needs {", ".join(missing)}: pip install "vmoba-flex[demo]"')
+    check_extra("demo", "av", "matplotlib", "tqdm")
     check_toolchain()
     if token is None:
         shares = (0.5, 0.5, 0.5) if video else BUNNY_FACE
         t, y, x = (int(share * size) for share, size in zip(shares, grid, strict=True))
         token = (t, y, x)
     if any(not 0 <= place < size for place, size in zip(token, grid, strict=True)):
-        raise DemoError(f"the query {token} lies outside the grid {grid}: each number must be below the grid's")
-    with _new_file(output) as path:
+        raise UserError(f"the query {token} lies outside the grid {grid}: each number must be below the grid's")
+    with new_file(output, ".png", "the picture is a PNG") as path:
         results, sdpa = _run(path, video, grid, rule or Threshold(0.25), token)
     return "\n".join(
         (
@@ -123,24 +117,3 @@ def table(results: list[LayerResult]) -> str:
         shares = f"{r.density:>9.3f}{r.tile_density:>14.3f}{r.recall:>8.3f}"
         lines.append(f"{r.kind:<6}{r.partition.num_blocks:>8}{shares}{r.error:>15.1e}{r.seconds:>8.3f} s")
     return "\n".join(lines)
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place at the end and vanishes on failure."""
-    if path.suffix.lower() != ".png":
-        raise DemoError(f"the picture is a PNG, so its name must end in .png, got {path}")
-    if path.is_dir():
-        raise DemoError(f"cannot write {path}, which is a folder: name a file")
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # Made at once, so that a folder that cannot be written is known before the work and not after.
-        draft.touch()
-        yield draft
-        os.replace(draft, path)
-    except OSError as error:
-        raise DemoError(
-            f"cannot write {path} ({error.strerror}): name a file in a folder that you can write"
-        ) from error
-    finally:
-        draft.unlink(missing_ok=True)

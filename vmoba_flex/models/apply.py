@@ -147,6 +147,10 @@ class VMoBAHandle:
             applied[name] = model, runs[0].owner
         return cls(applied)
 
+    def runs(self) -> dict[str, Run]:
+        """What the layers of each model share, by the model's name."""
+        return {name: applied.run for name, (_, applied) in self._applied.items()}
+
     def summary(self) -> str:
         """A table: each layer with its kind, blocks, rule, whether it is dense, and what it attended last."""
         return "\n".join(line for name, (_, applied) in self._applied.items() for line in _table(name, applied))
@@ -175,13 +179,13 @@ class VMoBAHandle:
             TypeError: if ``share`` is no number.
             ValueError: if it is not in [0, 1], or a layer has a ``TopK``.
         """
-        for _, applied in self._applied.values():
-            for processor in applied.processors:
-                check_warmup(share, processor.rule)
-        for _, applied in self._applied.values():
-            applied.run.warmup = share
-            for processor in applied.processors:
-                processor.rule = warmed(processor.rule)
+        check_warmup(share)
+        runs = self.runs().values()
+        rules = [[warmed(processor.rule) for processor in run.processors] for run in runs]  # checked before any change
+        for run, of_run in zip(runs, rules, strict=True):
+            run.warmup = share
+            for processor, rule in zip(run.processors, of_run, strict=True):
+                processor.rule = rule
 
     def set_step(self, step: int | None, num_steps: int = 1) -> None:
         """Says which denoising step comes next, from 0, and how many there are, until it is called again.

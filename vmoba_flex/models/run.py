@@ -53,6 +53,7 @@ class Run:
         flags: False and True as tensors on the CPU.
         processors: of the layers, in order.
         owner: what readies them before each forward.
+        recorder: called with each layer's query and key, while these are captured.
         state: what the forward under way has set.
     """
 
@@ -66,6 +67,7 @@ class Run:
     flags: tuple[Tensor, Tensor] = dataclasses.field(default_factory=lambda: (torch.tensor(False), torch.tensor(True)))
     processors: list[Any] = dataclasses.field(default_factory=list)
     owner: Any = None
+    recorder: Callable[..., None] | None = None
     state: tuple[Any, ...] = (None, {}, [], 1.0)
 
     def learn(self, grid: tuple[int, int, int]) -> None:
@@ -84,6 +86,10 @@ class Run:
                 blocks[kind] = grid  # nobody will be asked for it
         self.grid, self.blocks = grid, blocks
 
+    def known_step(self) -> tuple[int, int] | None:
+        """The step that comes next and the number of steps; None where nobody says."""
+        return self.step or (self.source.read() if self.source else None)
+
     def current_step(self) -> tuple[int | None, int | None]:
         """The step that comes next and the number of steps.
 
@@ -92,7 +98,7 @@ class Run:
         """
         if not self.config.dense_steps:
             return None, None
-        step = self.step or (self.source and self.source.read())
+        step = self.known_step()
         if step is None:
             raise ValueError(
                 "config.dense_steps needs the denoising step: apply to a pipeline whose scheduler has a step_index, "
