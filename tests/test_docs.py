@@ -11,30 +11,21 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.test_bench import ROOT, bench  # noqa: F401  a fixture
+
 PICTURES = ROOT / "docs" / "pictures"
 # Whatever asks the network anyway finds nobody there.
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 
 
-@pytest.fixture(scope="module")
-def pages():
-    """The script that fills numbers in, by its plain name and without leaving it behind."""
-    before = dict(sys.modules)
-    sys.path.insert(0, str(ROOT / "bench"))
-    yield importlib.import_module("pages")
-    sys.path.remove(str(ROOT / "bench"))
-    for name in sys.modules.keys() - before.keys():
-        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(ROOT / "bench")):
-            del sys.modules[name]
-
-
-def test_numbers_are_those_of_the_results(pages):
+def test_numbers_are_those_of_the_results(bench):  # noqa: F811
+    pages = bench("pages")
     stale = [str(page) for page in pages.PAGES if pages.filled(page.read_text()) != page.read_text()]
     assert not stale, f"run python bench/pages.py: {stale}"
 
 
-def test_a_number_that_was_changed_by_hand_is_seen(pages):
+def test_a_number_that_was_changed_by_hand_is_seen(bench):  # noqa: F811
+    pages = bench("pages")
     text = (ROOT / "README.md").read_text()
     number = re.search(r"_attention -->([\d.]+)", text)
     assert number
@@ -43,9 +34,9 @@ def test_a_number_that_was_changed_by_hand_is_seen(pages):
 
 
 @pytest.mark.parametrize("mark", ["no_such_part h200_2026-11-24_attention", "dense no_such_file"])
-def test_a_mark_that_names_nothing_is_an_error(pages, mark: str):
+def test_a_mark_that_names_nothing_is_an_error(bench, mark: str):  # noqa: F811
     with pytest.raises((KeyError, FileNotFoundError), match="no_such"):
-        pages.filled(f"<!-- results: {mark} --><!-- end -->")
+        bench("pages").filled(f"<!-- results: {mark} --><!-- end -->")
 
 
 def test_pictures_are_what_the_script_draws(tmp_path: Path):
