@@ -15,7 +15,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parent.parent
 OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/NOTES.md", "bench/results/*.md")
 OUTSIDE += ("vmoba_flex/demo/CREDITS.md",)
-_LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#]+)")
+# What follows "](", but for addresses and anchors. Code is matched first, and left as it is.
+_LINK = re.compile(r"^```.*?^```|`[^`]+`|(?<=\]\()(?![a-z]+:|#)(?P<path>[^)#]+)", re.DOTALL | re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -33,7 +34,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     site = PurePosixPath(page.file.src_uri).parent
 
     def relink(link: re.Match[str]) -> str:
-        target = PurePosixPath(os.path.normpath(here.parent / link[0]))
+        if link["path"] is None:
+            return link[0]
+        target = PurePosixPath(os.path.normpath(here.parent / link["path"]))
         target = target.relative_to("docs") if target.is_relative_to("docs") else target
         return os.path.relpath(target, site)
 

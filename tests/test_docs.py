@@ -3,11 +3,13 @@
 import html.parser
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -99,3 +101,15 @@ def test_every_public_name_is_in_the_reference(site: dict[str, _Loads], package:
 
 def test_what_the_repository_links_outside_of_docs_is_in_the_site(site: dict[str, _Loads]):
     assert {".", "CONTRIBUTING", "CHANGELOG", "bench/NOTES", "concepts", "models"} <= site.keys()
+
+
+def test_links_become_those_of_the_site_and_code_is_left_alone():
+    files = pytest.importorskip("mkdocs.structure.files")
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    assert spec and spec.loader
+    spec.loader.exec_module(hooks := importlib.util.module_from_spec(spec))
+    file = files.File("bench/NOTES.md", str(ROOT), "site", use_directory_urls=True)
+    text = "[a](../docs/faq.md#b) [`c`](../CONTRIBUTING.md) [d](https://e.f) ![j](k.png)"
+    text += " `g[h](../docs/i.md)`\n\n```python\nl[m](../docs/n)\n```\n"
+    expected = text.replace("../docs/faq", "../faq")
+    assert hooks.on_page_markdown(text, SimpleNamespace(file=file), None, None) == expected
