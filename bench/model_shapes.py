@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -234,6 +234,12 @@ class Spec:
     def wanted(self, only: list[str]) -> bool:
         """Whether it is among the rows asked for: all words of one of the lists occur in its id."""
         return not only or any(all(word in self.id for word in words.split(",")) for words in only)
+
+
+def shared_out(rows: Iterable[Spec], index: int, count: int) -> list[Spec]:
+    """Of all rows the ``index``-th of ``count`` shares: those of a model and grid stay together."""
+    shapes: dict[tuple[str, Sizes3], int] = {}
+    return [row for row in rows if shapes.setdefault((row.model.name, row.grid), len(shapes)) % count == index]
 
 
 def specs(sizes: ModelSizes, device: str) -> Iterator[Spec]:

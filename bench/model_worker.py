@@ -14,7 +14,7 @@ import torch
 from machine import error_text, free_memory, print_trace, run_facts
 from model_dense import attending
 from model_report import CHECKPOINTED, FORWARD, HEADER, ModelReport, line
-from model_shapes import FULL, NONE, SMALL, STOCK, ModelSizes, Part, Spec, specs
+from model_shapes import FULL, NONE, SMALL, STOCK, ModelSizes, Part, Spec, shared_out, specs
 from report import Row
 from timing import batches
 from torch import Tensor
@@ -39,7 +39,8 @@ def work(args: Namespace) -> int:
     facts = run_facts(device, args.command, PACKAGES)
     run = report.start_run(facts)
     print(HEADER, flush=True)
-    wanted = [spec for spec in specs(sizes, device) if spec.wanted(args.only) and not report.has(spec.id)]
+    wanted = [spec for spec in shared_out(specs(sizes, device), *args.share) if spec.wanted(args.only)]
+    wanted = [spec for spec in wanted if not report.has(spec.id)]
     rows = ((_describe(spec, sizes, device, run), functools.partial(bench.measure, spec)) for spec in wanted)
     return report.fill(rows, started + args.budget_s, line)
 
@@ -49,7 +50,8 @@ def compile_ahead(args: Namespace) -> int:
     started = time.monotonic()
     sizes, device = _prepare(args)
     report = ModelReport.load(args.output) if args.add else ModelReport(args.output)
-    wanted = [spec for spec in specs(sizes, device) if spec.wanted(args.only) and not report.has(spec.id)]
+    wanted = [spec for spec in shared_out(specs(sizes, device), *args.share) if spec.wanted(args.only)]
+    wanted = [spec for spec in wanted if not report.has(spec.id)]
     groups = {spec.compiled_as: spec for spec in reversed(wanted)}  # the most urgent of each group
     urgent = [spec for spec in wanted if groups[spec.compiled_as] is spec]
     first, step = args.ahead

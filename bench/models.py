@@ -16,6 +16,8 @@ Blocks are compiled by compile_repeated_blocks. Before a row is timed, its model
 the stock one, and its outputs and gradients must be finite. The most urgent rows come first. Compiling takes most of
 the time: `--compile-ahead-s` lets several processes compile side by side first, for Inductor's cache.
 
+Several GPUs (`--gpus`) share the rows, all rows of one model and number of tokens on the same one.
+
 A row that fails is recorded with its error, and the others go on. The file is rewritten after each row, with a table
 beside it; `--budget-s` stops starting rows, `--only` chooses rows by words of their names, and `--add` keeps the good
 rows of a file and measures the others.
@@ -26,6 +28,7 @@ rows of a file and measures the others.
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -43,6 +46,8 @@ def main() -> int:
         return compile_ahead(args) if args.ahead else work(args)
     from model_report import ModelReport
 
+    if args.gpus > 1:
+        return spread(args)
     started = time.monotonic()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.add:
@@ -71,18 +76,52 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--row-limit-s", type=float, default=240, help="give a row up after this many seconds (default 240)")
     add("--compile-ahead-s", type=float, default=0, help="compile side by side for this many seconds before measuring")
     add("--add", action="store_true", help="keep the good rows of an existing file and measure the others")
+    add("--gpus", type=int, default=1, help="measure on so many GPUs at once (default 1)")
+    add("--share", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     add("--ahead", type=int, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     shown = [f'--only "{words}"' for words in args.only]
     shown += ["--device cpu"] * (args.device == "cpu") + ["--small"] * args.small
-    args.command = " ".join([f"python bench/models.py --output bench/results/{args.output.name}", *shown])
+    index, count = args.share
+    shown += [f"--gpus {count}"] * (count > 1)
+    name = args.output.name.replace(f"_gpu{index}.", ".") if count > 1 else args.output.name
+    args.command = " ".join([f"python bench/models.py --output bench/results/{name}", *shown])
     return args
+
+
+def spread(args: argparse.Namespace) -> int:
+    """Runs this script once for each GPU, on its share of the rows and of the cores, and puts the results together."""
+    from model_report import ModelReport
+
+    cores = sorted(os.sched_getaffinity(0))
+    each = max(1, len(cores) // args.gpus)
+    outputs = [args.output.with_stem(f"{args.output.stem}_gpu{gpu}") for gpu in range(args.gpus)]
+    processes = []
+    for gpu, output in enumerate(outputs):
+        if args.add:
+            shutil.copy(args.output, output)
+        # The last of an option counts.
+        options = ["--output", str(output), "--gpus", "1", "--share", str(gpu), str(args.gpus)]
+        command = [sys.executable, __file__, *sys.argv[1:], *options]
+        command = ["taskset", "--cpu-list", ",".join(map(str, cores[gpu * each :][:each] or cores)), *command]
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if args.device == "cuda" else {})
+        processes.append(subprocess.Popen(command, env=environment))
+    statuses = [process.wait() for process in processes]
+    report = ModelReport.load(args.output) if args.add else ModelReport(args.output)
+    for output in outputs:
+        if output.exists():
+            report.take(ModelReport.load(output))
+            output.unlink()
+            output.with_suffix(".md").unlink()
+    report.save()
+    print(f"table: {args.output.with_suffix('.md')}")
+    return max(statuses)
 
 
 def compile_side_by_side(command: list[str], seconds: float) -> None:
     """Runs processes that compile every n-th group of rows; what goes wrong there goes wrong again when measured."""
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     count = max(1, min(6, cores // 2))
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, cores // count))}
     deadline = time.monotonic() + seconds + 60  # each ends what it has begun

@@ -68,6 +68,12 @@ class Report:
         self.save()
         return self.data["runs"].index(facts)
 
+    def take(self, other: Self) -> None:
+        """Takes over the rows that another report has measured."""
+        for row in other.rows.values():
+            if row["id"] not in self.rows or row["status"] not in ("not run", "running"):
+                self.rows[row["id"]] = row | {"run": self.start_run(other.data["runs"][row["run"]])}
+
     def has(self, row_id: str) -> bool:
         """Whether a row need not be measured again."""
         return row_id in self.rows and self.rows[row_id]["status"] in FINAL

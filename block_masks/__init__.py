@@ -5,13 +5,13 @@ The package knows tiles and ``BlockMask``; it knows nothing of video or of how a
 torch alone.
 """
 
-from block_masks.full_tiles import attend_full_tiles
 from block_masks.group_mask import group_mask, group_tiles
 from block_masks.packed import attend_packed
 from block_masks.pairs import pack_bits, pair_lookup
 from block_masks.realize import realize
 from block_masks.row_masks import row_mask
 from block_masks.rows import RowPlan, plan_rows
+from block_masks.slot_attention import attend_slots
 from block_masks.slots import Slots, from_slots, live_slots, plan_slots, slot_mask, slot_tile_map, to_slots
 from block_masks.tiles import TileMap, block_mask_from_tiles, tile_lists
 
@@ -19,8 +19,8 @@ __all__ = [
     "RowPlan",
     "Slots",
     "TileMap",
-    "attend_full_tiles",
     "attend_packed",
+    "attend_slots",
     "block_mask_from_tiles",
     "from_slots",
     "group_mask",

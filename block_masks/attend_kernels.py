@@ -187,7 +187,7 @@ class _Launch:
 
     def __init__(self, kernel: str, rows: Tensor, values: Tensor, tile_size: int) -> None:
         dim, value_dim = rows.shape[-1], values.shape[-1]
-        padded, value_padded = _padded(dim), _padded(value_dim)
+        padded, value_padded = dot_width(dim), dot_width(value_dim)
         hopper = rows.is_cuda and torch.cuda.get_device_capability(rows.device)[0] == 9
         wide = max(padded, value_padded) > 128
         kind = "float32" if rows.dtype == torch.float32 else "hopper" if hopper and not wide else "small"
@@ -208,10 +208,10 @@ class _Launch:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         x = x.flatten(0, -2)
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), [count, _padded(x.shape[1])])
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [count, dot_width(x.shape[1])])
 
 
-def _padded(dim: int) -> int:
+def dot_width(dim: int) -> int:
     """The least width of a tile that holds ``dim`` and that ``tl.dot`` takes."""
     return max(16, triton.next_power_of_2(dim))
 

@@ -1,8 +1,6 @@
-"""Attention over packed rows by FlashAttention-4, where it is installed and has shown itself right.
+"""Attention over packed rows, and over tiles of slots, by FlashAttention-4, where ``flash_check.py`` lets it.
 
-FlashAttention-4 is young: some of its versions gave wrong log-sum-exps, or wrong gradients at some head dims. So it is
-used only in the version that was tried, and only after a small problem on the same device, dtype and head dims has come
-out right, forward and backward. Its dq is summed by atomics: two runs may differ in the last bits.
+Its dq is summed by atomics: two runs may differ in the last bits.
 
 Its private ``_flash_attn_fwd`` and ``_flash_attn_bwd`` are called here and nowhere else: the public function keeps the
 output and log-sum-exp of each row for backward, which would run the rows again where the merged ones already do.
@@ -10,80 +8,14 @@ output and log-sum-exp of each row for backward, which would run the rows again 
 
 # pyright: reportMissingImports=false
 import functools
-import importlib.metadata
 
 import torch
 from torch import Tensor
 
 from block_masks import row_kernels
 from block_masks.row_masks import key_tile_lists
-from block_masks.rows import TILE, RowPlan
+from block_masks.rows import RowPlan
 from block_masks.slots import Slots
-
-VERSION = "4.0.0b36"
-
-
-def refusal(device: int, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
-    """Why FlashAttention-4 cannot run here, or None if it can.
-
-    The first call for each device, dtype and head dims runs a small problem and reads its result back to the host.
-    """
-    try:
-        version = importlib.metadata.version("flash-attn-4")
-    except importlib.metadata.PackageNotFoundError:
-        return "flash-attn-4 is not installed"
-    if version != VERSION:
-        return f"flash-attn-4 must be {VERSION}, found {version}"
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return f"the device must be a Hopper GPU, got {torch.cuda.get_device_name(device)}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"the dtype must be float16 or bfloat16, got {dtype}"
-    if torch.are_deterministic_algorithms_enabled():
-        return "its backward is not deterministic"
-    error = _worst_error(device, dtype, head_dim, value_dim)
-    return None if error <= 2 else f"its error is {error:.1f} times that of the Triton kernels on a small problem"
-
-
-@functools.cache
-def _worst_error(device: int, dtype: torch.dtype, head_dim: int, value_dim: int) -> float:
-    """The largest ratio of its error to that of the Triton kernels, over output and gradients; inf if it fails."""
-    from block_masks.packed import attend_packed
-
-    generator = torch.Generator("cpu").manual_seed(0)
-    ratios = []
-    # A caller may be in inference mode, or have set a default device.
-    with (
-        torch.cuda.device(device),
-        torch.device("cpu"),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cuda", enabled=False),
-    ):
-        # Groups of whole tiles take another way than cut ones.
-        for sizes in ([128, 384, 256], [100, 300, 77]):
-            keys = sum(sizes)
-            group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
-            selected = (torch.rand((2, 500, len(sizes)), generator=generator) < 0.6).to(device)
-            shapes = ((2, 500, head_dim), (2, keys, head_dim), (2, keys, value_dim), (2, 500, value_dim))
-            *inputs, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
-            results = []
-            for backend, kind in (("eager", torch.float32), ("triton", dtype), ("flash", dtype)):
-                query, key, value = leaves = [x.to(kind).requires_grad_() for x in inputs]
-                try:
-                    output, _ = attend_packed(
-                        query, key, value, selected, group, sizes,
-                        row_tiles=(26, 13), heads=(2, 1), scale=head_dim**-0.5, backend=backend,
-                    )  # fmt: skip
-                    gradients = torch.autograd.grad(output, leaves, grad.to(kind))
-                except Exception:
-                    # Whatever stops it, on this device it cannot be used.
-                    if backend == "flash":
-                        return float("inf")
-                    raise
-                results.append([x.detach().float() for x in (output, *gradients)])
-            for exact, triton, flash in zip(*results, strict=True):
-                ratios.append(((flash - exact).norm() / (triton - exact).norm()).item())
-    return max(ratios) if all(ratio == ratio for ratio in ratios) else float("inf")
 
 
 def forward(
@@ -96,20 +28,16 @@ def forward(
     section: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of a section's rows; see ``row_steps.forward``."""
+    """Attention of a section's rows over whole tiles; see ``row_steps.forward``.
+
+    Slots that only fill a tile take part: see ``slot_attention.py``, and ``packed.py`` for what takes them out again.
+    """
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_fwd
 
     rows = row_kernels.take_rows(query.flatten(0, 1), plan.row_query[section], plan.row_pool[section])
     keys, values = (_of_section(x, query, plan, section) for x in (keys, values))
-    if not slots.whole:
-        keys, values = (row_kernels.take_slots(x, _packed_slots(slots)) for x in (keys, values))
-        output, lse, *_ = _flash_attn_fwd(
-            *(x.reshape(-1, 1, x.shape[-1]) for x in (rows, keys, values)),
-            softmax_scale=scale, return_lse=True, **_lengths(plan, slots, section),
-        )  # fmt: skip
-        return output[:, 0], lse[0]
-    lists = (x[None, None].contiguous() for x in key_tile_lists(plan, slots, section))
+    lists = (x[None, None].contiguous() for x in key_tile_lists(plan, slots, section, whole=True))
     output, lse, *_ = _flash_attn_fwd(
         *(x.reshape(1, -1, 1, x.shape[-1]) for x in (rows, keys, values)),
         softmax_scale=scale, return_lse=True,
@@ -153,29 +81,31 @@ def backward(
     return grad_rows[:, 0]
 
 
-def attend_tiles(query: Tensor, key: Tensor, value: Tensor, lists: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of attention over full tiles; see ``full_tiles.attend_full_tiles``."""
+def attend_tiles(
+    query: Tensor, key: Tensor, value: Tensor, lists: list[Tensor], scale: float, tile_size: int
+) -> tuple[Tensor, Tensor]:
+    """See ``slot_steps.attend_tiles``; tokens of the output stand before heads in memory."""
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_fwd
 
     output, lse, *_ = _flash_attn_fwd(
         *(x.transpose(1, 2) for x in (query, key, value)), softmax_scale=scale, return_lse=True,
-        block_sparse_tensors=BlockSparseTensorsTorch(*lists, block_size=(TILE, TILE)),
+        block_sparse_tensors=BlockSparseTensorsTorch(*lists, block_size=(tile_size, tile_size)),
     )  # fmt: skip
-    return output.transpose(1, 2).contiguous(), lse
+    return output.transpose(1, 2), lse
 
 
 def attend_tiles_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
-    transposed: list[Tensor], scale: float,
+    transposed: list[Tensor], scale: float, tile_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients through ``attend_tiles``."""
+    """See ``slot_steps.attend_tiles_backward``."""
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_bwd
 
     grad_query, grad_key, grad_value, *_ = _flash_attn_bwd(
         *(x.transpose(1, 2) for x in (query, key, value, output, grad)), lse, softmax_scale=scale,
-        block_sparse_tensors=BlockSparseTensorsTorch(*transposed, block_size=(TILE, TILE)),
+        block_sparse_tensors=BlockSparseTensorsTorch(*transposed, block_size=(tile_size, tile_size)),
     )  # fmt: skip
     grad_query, grad_key, grad_value = (x.transpose(1, 2).contiguous() for x in (grad_query, grad_key, grad_value))
     return grad_query, grad_key, grad_value

@@ -51,13 +51,16 @@ def row_mask(plan: RowPlan, slots: Slots, section: int = 0) -> BlockMask:
     )
 
 
-def key_tile_lists(plan: RowPlan, slots: Slots, section: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def key_tile_lists(
+    plan: RowPlan, slots: Slots, section: int, whole: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The tiles of slots that each tile of rows attends: those cut short, counted and listed, and the full ones.
 
     Args:
         plan: of the rows.
         slots: of the keys; the h-th head of the section holds the slots from ``h * slots`` on.
         section: which section's rows.
+        whole: whether to count slots that only fill a tile as if they held a key, so that no tile is cut.
 
     Returns:
         int32 counts ``(row tiles,)`` and lists ``(row tiles, tiles of the largest group)`` of cut tiles; the same of
@@ -68,7 +71,7 @@ def key_tile_lists(plan: RowPlan, slots: Slots, section: int) -> tuple[Tensor, T
     used = plan.row_pool[section] >= 0
     pool = plan.row_pool[section].clamp(min=0) - section * heads * groups
     pool = torch.where(used, pool, 0)
-    keys = slots.group_keys[pool % groups]
+    keys = (slots.group_keys + slots.fillers if whole else slots.group_keys)[pool % groups]
     first = slots.first_slot[pool % groups] // tile + pool // groups * head_tiles
     full, cut = torch.where(used, keys // tile, 0), torch.where(used & (keys % tile > 0), 1, 0).int()
     last = heads * head_tiles - 1

@@ -37,6 +37,7 @@ class Slots:
         group_keys: int32 ``(G,)``, the keys in each group.
         tile_size: slots in a tile.
         group_sizes: keys in each group, on the host.
+        sorted_keys: whether keys are known to stand in the order of their groups.
     """
 
     slot_key: Tensor
@@ -48,24 +49,44 @@ class Slots:
     group_keys: Tensor
     tile_size: int
     group_sizes: tuple[int, ...]
+    sorted_keys: bool = False
 
     @property
     def whole(self) -> bool:
         """Whether all groups are whole tiles, so that every slot holds a key."""
         return not any(size % self.tile_size for size in self.group_sizes)
 
+    @property
+    def last_slot(self) -> Tensor:
+        """The slot of each group's last key, int64 ``(G,)``."""
+        return (self.first_slot + self.group_keys - 1).long()
 
-def plan_slots(key_group: Tensor, group_sizes: list[int], tile_size: int = TILE) -> Slots:
+    @property
+    def fillers(self) -> Tensor:
+        """Filling slots of each group, int32 ``(G,)``."""
+        return -self.group_keys % self.tile_size
+
+    @property
+    def held_slot(self) -> Tensor:
+        """Each slot itself, or where it only fills a tile, the slot of its group's last key: int64 ``(slots,)``."""
+        of_slot = torch.arange(len(self.slot_key), device=self.slot_key.device)
+        last = self.last_slot[self.tile_group].repeat_interleave(self.tile_size, output_size=len(of_slot))
+        return torch.where(self.slot_key >= 0, of_slot, last)
+
+
+def plan_slots(key_group: Tensor, group_sizes: list[int], tile_size: int = TILE, *, sorted_keys: bool = False) -> Slots:
     """Plans the slots of some keys.
 
     Args:
         key_group: int64 ``(keys,)``: the group of each key.
         group_sizes: keys in each group, at least one, known on the host.
         tile_size: slots in a tile.
+        sorted_keys: whether ``key_group`` is known to rise: keys of whole tiles then are in their slots already, and
+            need no copies.
     """
     tiles = sum(-(-size // tile_size) for size in group_sizes)
     tensors = _plan_slots(key_group, len(group_sizes), tiles, tile_size)
-    return Slots(*tensors, tile_size=tile_size, group_sizes=tuple(group_sizes))
+    return Slots(*tensors, tile_size=tile_size, group_sizes=tuple(group_sizes), sorted_keys=sorted_keys)
 
 
 # Opaque to Inductor: it scans and scatters, and its results are captured by a mask_mod.
@@ -101,12 +122,16 @@ def _(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) -> list[Te
 
 
 def to_slots(x: Tensor, slots: Slots) -> Tensor:
-    """Copies tokens ``(B, H, keys, D)`` to slots ``(B, H, slots, D)``, zero in filling ones. Differentiable."""
+    """Tokens ``(B, H, keys, D)`` in slots ``(B, H, slots, D)``, zero in filling ones. Differentiable."""
+    if slots.whole and slots.sorted_keys:
+        return x
     return _gather_slots(x, slots.slot_key, slots.key_slot)
 
 
 def from_slots(x: Tensor, slots: Slots) -> Tensor:
-    """Copies slots ``(B, H, slots, D)`` back to tokens ``(B, H, keys, D)``. Differentiable."""
+    """Slots ``(B, H, slots, D)`` as tokens ``(B, H, keys, D)`` again. Differentiable."""
+    if slots.whole and slots.sorted_keys:
+        return x
     return _gather_slots(x, slots.key_slot, slots.slot_key)
 
 

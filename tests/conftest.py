@@ -17,6 +17,13 @@ settings.register_profile("thorough", max_examples=1000, **_SHARED)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_configure() -> None:
+    """Spreads the workers of pytest-xdist over the GPUs of a machine."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if worker and torch.cuda.is_available():
+        torch.cuda.set_device(int(worker) % torch.cuda.device_count())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

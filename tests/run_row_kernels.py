@@ -1,4 +1,4 @@
-"""Runs the Triton kernels of packed rows at odd sizes against their eager twins: a script, not a test module.
+"""Runs the Triton kernels of packed rows and slots at odd sizes against their eager twins: a script, not a test module.
 
 TRITON_INTERPRET=1 python -m tests.run_row_kernels                       # on a CPU
 compute-sanitizer --tool memcheck python -m tests.run_row_kernels        # on a GPU
@@ -6,7 +6,7 @@ compute-sanitizer --tool memcheck python -m tests.run_row_kernels        # on a 
 
 import torch
 
-from block_masks import RowPlan, attend_packed, plan_slots, row_kernels, row_steps
+from block_masks import RowPlan, attend_packed, filler_kernels, plan_slots, row_kernels, row_steps, slot_steps
 from block_masks.rows import _plan, _plan_on_gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,6 +92,21 @@ def check_attention(
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
+def check_leave_out(heads: int, sizes: list[int], dims: tuple[int, int], together: int) -> None:
+    """Filling slots taken out of an output whose tokens stand before heads in memory, as after FlashAttention-4."""
+    queries, groups = 300, len(sizes)
+    query, last_keys = torch.randn(2, heads, queries, dims[0]), torch.randn(2, 1, groups, dims[0])
+    output = torch.randn(2, queries, heads, dims[1]).transpose(1, 2)
+    lse = 14 + torch.randn(2, heads, queries)  # so that something is left
+    fillers = -torch.tensor(sizes, dtype=torch.int32) % 128
+    selected = torch.rand(2, heads, groups, -(-queries // together)).mT < 0.5
+    lse[0, 0, 0] = torch.where(selected[0, 0, 0].any(), lse[0, 0, 0], -torch.inf)  # nothing was attended
+    arguments = query, last_keys, fillers, selected, output, lse, 0.2, together
+    actual, expected = filler_kernels.leave_out(*arguments), slot_steps.leave_out(*arguments)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert all(x.is_contiguous() for x in actual)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_default_device(DEVICE)
@@ -106,3 +121,6 @@ if __name__ == "__main__":
     check_attention(4, 2, [200, 31, 1], (16, 40), 0.2, short=True)
     check_attention(2, 1, [70, 64], (16, 16), 0.0)
     check_attention(2, 1, [70, 64], (16, 16), 1.0, shift=4)  # a filling slot's score of 0 would weigh e^200
+    check_leave_out(1, [1], (16, 16), 1)
+    check_leave_out(3, [100, 256, 129], (24, 40), 128)
+    check_leave_out(2, [3] * 18, (72, 128), 1)  # more groups than are looked at at once

@@ -65,6 +65,28 @@ def test_small_run_measures_every_mode_and_attention(tmp_path: Path):
     assert "compiling ahead" not in printed  # says no error
 
 
+def test_gpus_share_the_rows(tmp_path: Path):
+    output = tmp_path / "small.json"
+    printed = run(output, "--gpus", "2", "--only", "inference,SDPA", "--only", "HunyuanVideo,inference,none")
+    report = json.loads(output.read_text())
+    rows = {(row["model"], row["attention"]): row for row in report["rows"]}
+    assert len(rows) == 4 and {row["status"] for row in rows.values()} == {"ok"}, printed
+    assert rows["HunyuanVideo", "SDPA"]["attention_share"] > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"small.json", "small.md"}
+    (one,) = report["runs"]  # the same device and command
+    assert one["command"].endswith("--device cpu --small --gpus 2") and "_gpu" not in one["command"]
+
+
+def test_every_row_has_one_share_and_shapes_stay_together(bench):  # noqa: F811
+    shapes = bench("model_shapes")
+    rows = list(shapes.specs(shapes.FULL, "cuda"))
+    shares = [shapes.shared_out(rows, index, 4) for index in range(4)]
+    assert sorted(row.id for share in shares for row in share) == sorted(row.id for row in rows)
+    kept = [{(row.model.name, row.grid) for row in share} for share in shares]
+    assert sum(map(len, kept)) == len(set.union(*kept))
+    assert [share[0].tokens for share in shares] == [55_296, 32_760, 13_440, 75_600]
+
+
 def test_times_of_a_few_layers_are_scaled_to_the_whole_model(tmp_path: Path):
     output = tmp_path / "small.json"
     printed = run(output, "--only", "HunyuanVideo,inference,SDPA", "--only", "HunyuanVideo,inference,shared")

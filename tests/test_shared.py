@@ -25,6 +25,7 @@ from tests.paths import (
 )
 from tests.strategies import Problem, problems, rules
 from vmoba_flex import BlockPartition, Threshold, TopK, reference, shared, vmoba_attention, vmoba_selection
+from vmoba_flex.shared import block_slots
 
 TILE_SIZES = st.sampled_from([1, 3, 4, 128])
 
@@ -101,6 +102,15 @@ def test_gpu_branch_equals_dense_masked_attention(problem: Problem, tile_size: i
     upstream = torch.randn(problem.query.shape, generator=torch.Generator().manual_seed(1))
     path = functools.partial(gpu_branch, tile_size=tile_size)
     assert_equals_dense_masked_attention(path, problem, upstream, mask)
+
+
+@given(problems(), TILE_SIZES)
+def test_slots_of_slabs_are_known_to_be_in_order(problem: Problem, tile_size: int):
+    slots = block_slots(problem.partition, torch.device("cpu"), tile_size)
+    kept = slots.slot_key[slots.slot_key >= 0]
+    assert not slots.sorted_keys or torch.equal(kept, torch.arange(len(kept)))
+    slabs = BlockPartition.temporal((4, 2, 2), 2, suffix=1)
+    assert block_slots(slabs, torch.device("cpu"), tile_size).sorted_keys
 
 
 @pytest.mark.parametrize("scale", [None, 0.05])

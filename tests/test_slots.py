@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from block_masks import Slots, live_slots, plan_slots, slot_mask, slot_tile_map
+from block_masks import Slots, from_slots, live_slots, plan_slots, slot_mask, slot_tile_map, to_slots
 from tests.strategies import generators
 from tests.test_block_masks import INDEX_TENSORS
 
@@ -116,6 +116,16 @@ def test_all_tiles_are_full_where_groups_divide_into_tiles(problem: SlotProblem)
     assert mask.full_kv_num_blocks is not None and mask.q_num_blocks is not None
     assert not mask.kv_num_blocks.any() and not mask.q_num_blocks.any()
     assert torch.equal(mask.full_kv_num_blocks, tiles.some.sum(-1))
+
+
+@given(slot_problems(ragged=False), generators())
+def test_sorted_keys_of_whole_tiles_are_in_their_slots(problem: SlotProblem, generator: torch.Generator):
+    groups = problem.key_group.sort().values
+    plans = [plan_slots(groups, problem.group_sizes, problem.tile_size, sorted_keys=known) for known in (True, False)]
+    x = torch.randn((2, 1, len(groups), 3), generator=generator)
+    in_place, copied = (to_slots(x, slots) for slots in plans)
+    assert in_place is x and torch.equal(copied, x)
+    assert from_slots(in_place, plans[0]) is x and torch.equal(from_slots(copied, plans[1]), x)
 
 
 def test_the_registered_op_is_well_formed():

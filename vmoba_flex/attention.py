@@ -108,11 +108,11 @@ def vmoba_attention(
             ``"shared"`` never. The stats tell full attention by its density of 1.
         backend: kernels on a GPU, but for ``"dense"``, which takes what torch takes. ``"triton"``: the same inputs give
             the same bits. ``"flash"``: FlashAttention-4, for ``"packed"``, and for ``"shared"`` with as many key heads
-            as query heads and whole 128 tokens in each block, and in prefix and suffix together; its gradient of query
-            may differ in the last bits from run to run. It must be installed in the version that this package was
-            tried with, and come out right on a small problem, which the first call for each dtype and head dim runs
-            and reads back: call once before capturing a graph. ``"auto"`` is ``"flash"`` where that can run, and else
-            ``"triton"``.
+            as query heads, and for float16 whole 128 tokens in each block, and in prefix and suffix together; its
+            gradient of query may differ in the last bits from run to run. It must be installed in the version that this
+            package was tried with, and come out right on a small problem, which the first call for each dispatch, dtype
+            and head dim runs and reads back: call once before capturing a graph. ``"auto"`` is ``"flash"`` where that
+            can run, and else ``"triton"``.
         return_stats: also return ``AttentionStats``.
         max_row_bytes: for ``"packed"``, what the rows of the heads worked on together may take; at least one head is,
             and all are for pools that span heads.

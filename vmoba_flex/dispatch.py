@@ -93,16 +93,17 @@ def _flash_refusal(
     if dispatch == "shared":
         if key.shape[1] != query.shape[1]:
             return "dispatch='shared' has no kernels for it with fewer key heads"
-        if any(size % TILE for size in group_sizes(partition)):
+        if query.dtype != torch.bfloat16 and any(size % TILE for size in group_sizes(partition)):
             return (
-                f"dispatch='shared' has kernels for it where each block, and all text, is a multiple of {TILE} tokens"
+                f"dispatch='shared' has kernels for it in {query.dtype} where each block, and all text, is a multiple "
+                f"of {TILE} tokens"
             )
-    return _flash_cannot_run(query.device.index, query.dtype, query.shape[-1], value.shape[-1])
+    return _flash_cannot_run(query.device.index, query.dtype, query.shape[-1], value.shape[-1], dispatch == "shared")
 
 
 @torch.compiler.assume_constant_result
-def _flash_cannot_run(device: int, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
-    """``block_masks.flash_kernels.refusal``, a constant to ``torch.compile``."""
-    from block_masks import flash_kernels
+def _flash_cannot_run(device: int, dtype: torch.dtype, head_dim: int, value_dim: int, of_slots: bool) -> str | None:
+    """``block_masks.flash_check.refusal``, a constant to ``torch.compile``."""
+    from block_masks import flash_check
 
-    return flash_kernels.refusal(device, dtype, head_dim, value_dim)
+    return flash_check.refusal(device, dtype, head_dim, value_dim, of_slots)

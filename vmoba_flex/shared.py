@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from block_masks import Slots, attend_full_tiles, from_slots, live_slots, plan_slots, realize, slot_mask, to_slots
+from block_masks import Slots, attend_slots, from_slots, live_slots, plan_slots, realize, slot_mask, to_slots
 from block_masks.rows import TILE
 from vmoba_flex.chunked import chunked_attention
 from vmoba_flex.compiled import compiled_flex_attention, has_flex_kernel
@@ -50,8 +50,8 @@ def shared_attention(
         rule: chooses them.
         scale: ``1 / sqrt(D)`` if None.
         enable_gqa: whether key may have fewer heads.
-        backend: ``"flash"`` for FlashAttention-4, where no tile is cut short and key has query's heads; anything else
-            for FlexAttention's own kernels.
+        backend: ``"flash"`` for FlashAttention-4, where key has query's heads; anything else for FlexAttention's own
+            kernels.
         tile_size: tokens in a query tile. Compiled kernels on Hopper GPUs need a multiple of 128.
         text_lengths: int64 ``(B,)``, as in ``vmoba_attention``; not for ``"flash"``.
 
@@ -71,17 +71,19 @@ def shared_attention(
     q, k, v = query_slots, to_slots(key, slots), to_slots(value, slots)
     if not query.is_cuda:  # FlexAttention's kernel for CPUs reads no views of what an op made.
         q, k, v = map(realize, (q, k, v))
-    mask = slot_mask(selected, slots, live_slots(slots, live))
     if backend == "flash":
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        return from_slots(attend_full_tiles(q, k, v, mask, scale), slots), selected, slots
+        return from_slots(attend_slots(q, k, v, selected, slots, scale), slots), selected, slots
+    mask = slot_mask(selected, slots, live_slots(slots, live))
     output = compiled_flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=enable_gqa)
     return from_slots(output, slots), selected, slots
 
 
 def block_slots(partition: BlockPartition, device: torch.device, tile_size: int = TILE) -> Slots:
     """The slots of a partition's tokens: its blocks, then prefix and suffix together, each in whole tiles."""
-    return plan_slots(group_of_key(partition, device), group_sizes(partition), tile_size)
+    # Slabs of frames, with no text before them, are in block order as they come.
+    in_order = partition.block[1:] == partition.grid[1:] and not partition.prefix
+    return plan_slots(group_of_key(partition, device), group_sizes(partition), tile_size, sorted_keys=in_order)
 
 
 @torch.no_grad()

@@ -1,0 +1,135 @@
+"""Whether FlashAttention-4 can be used here.
+
+It is young: some of its versions gave wrong log-sum-exps, or wrong gradients at some head dims. So it is used only in
+the version that was tried, and only after a small problem on the same device, dtype and head dims has come out right,
+forward and backward.
+"""
+
+import functools
+import importlib.metadata
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from block_masks.packed import attend_packed
+from block_masks.slot_attention import attend_slots
+from block_masks.slots import from_slots, plan_slots, to_slots
+
+VERSION = "4.0.0b36"
+
+T = TypeVar("T")
+Ways = dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]
+
+# Groups of whole tiles take another way than cut ones.
+_WHOLE, _CUT = [128, 384, 256], [100, 300, 77]
+
+
+def refusal(device: int, dtype: torch.dtype, head_dim: int, value_dim: int, of_slots: bool) -> str | None:
+    """Why FlashAttention-4 cannot run here, or None if it can.
+
+    The first call for each combination of arguments runs a small problem and reads its result back to the host.
+
+    Args:
+        device: index of a CUDA device.
+        dtype: of query, key and value.
+        head_dim: of query and key.
+        value_dim: of value.
+        of_slots: whether it is asked for by ``attend_slots``, and not by ``attend_packed``.
+    """
+    try:
+        version = importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
+        return "flash-attn-4 is not installed"
+    if version != VERSION:
+        return f"flash-attn-4 must be {VERSION}, found {version}"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return f"the device must be a Hopper GPU, got {torch.cuda.get_device_name(device)}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the dtype must be float16 or bfloat16, got {dtype}"
+    if torch.are_deterministic_algorithms_enabled():
+        return "its backward is not deterministic"
+    error = _worst_error(device, dtype, head_dim, value_dim, of_slots)
+    return None if error <= 2 else f"its error is {error:.1f} times that of other kernels on a small problem"
+
+
+@functools.cache
+def _worst_error(device: int, dtype: torch.dtype, head_dim: int, value_dim: int, of_slots: bool) -> float:
+    """The largest ratio of its error to that of other kernels, over output and gradients; inf if it fails."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    cut = dtype == torch.bfloat16 or not of_slots
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    def ratios() -> list[float]:
+        torch.cuda.set_device(device)  # of this thread
+        found = []
+        for sizes in (_WHOLE, _CUT) if cut else (_WHOLE,):
+            tokens = sum(sizes)
+            group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
+            ways = (_slot_ways if of_slots else _packed_ways)(group, sizes, head_dim**-0.5, generator)
+            inputs = random(2, tokens, head_dim), random(2, tokens, head_dim), random(2, tokens, value_dim)
+            grad = random(2, tokens, value_dim)
+            results = []
+            for name, way in ways.items():
+                leaves = [(x.float() if name == "exact" else x).detach().requires_grad_() for x in inputs]
+                try:
+                    output = way(*leaves)
+                    gradients = torch.autograd.grad(output, leaves, grad.to(output.dtype))
+                except Exception:
+                    # Whatever stops it, on this device it cannot be used.
+                    if name == "flash":
+                        return [float("inf")]
+                    raise
+                results.append([x.detach().float() for x in (output, *gradients)])
+            for exact, other, flash in zip(*results, strict=True):
+                found.append(((flash - exact).norm() / (other - exact).norm()).item())
+        return found
+
+    found = undisturbed(ratios)
+    return max(found) if all(ratio == ratio for ratio in found) else float("inf")
+
+
+def undisturbed(call: Callable[[], T]) -> T:
+    """Calls in a thread of its own, where nothing that the caller is in holds.
+
+    The caller may be inside an op, where nothing is differentiated; in a checkpoint, which counts what is saved; in
+    inference mode or autocast; or have set a default device.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+def _packed_ways(group: Tensor, sizes: list[int], scale: float, generator: torch.Generator) -> Ways:
+    """Attention of two heads whose queries chose groups each for itself."""
+    selected = (torch.rand((2, len(group), len(sizes)), generator=generator) < 0.6).to(group.device)
+
+    def through(backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attend_packed(
+                query, key, value, selected, group, sizes,
+                row_tiles=(42, 21), heads=(2, 1), scale=scale, backend=backend,
+            )[0]  # fmt: skip
+
+        return attend
+
+    return {"exact": through("eager"), "other": through("triton"), "flash": through("flash")}
+
+
+def _slot_ways(group: Tensor, sizes: list[int], scale: float, generator: torch.Generator) -> Ways:
+    """Attention of two heads whose tiles of slots chose groups."""
+    slots = plan_slots(group, sizes)
+    selected = torch.rand((1, 2, len(slots.tile_group), len(sizes)), generator=generator).to(group.device) < 0.5
+    selected[..., 0] = True
+    mask = selected[0].index_select(1, slots.key_slot // slots.tile_size)[..., group]
+
+    def flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (to_slots(x[None], slots) for x in (query, key, value))
+        return from_slots(attend_slots(query, key, value, selected, slots, scale), slots)[0]
+
+    masked = functools.partial(F.scaled_dot_product_attention, attn_mask=mask, scale=scale)
+    return {"exact": masked, "other": masked, "flash": flash}

@@ -1,0 +1,136 @@
+"""Attention of tiles of slots over the groups that they chose, by kernels that know whole tiles alone.
+
+FlashAttention-4 runs tiles with a mask at a third of its speed. A group's last tile would need one, for the slots that
+only fill it. It goes without:
+
+Forward. A filling slot holds a copy of its group's last key, and a value of zero. So it adds nothing to the output, and
+to a query's sum of ``exp(score)`` as much as that key does. What all of them add is known, and taken out again: the
+output is divided by the share that is left, and the logarithm of it added to the log-sum-exp. At least one in
+``tile_size`` of a group's part in the sum is a key's own, so at least that share is left.
+
+Backward. With the output and log-sum-exp so corrected, ``p = exp(score - lse)`` is right for each key. A filling slot
+holds a key of zeros here: it adds nothing to the gradient of query, and its own gradients are dropped. Its p is
+``exp(-lse)``, which must stay finite.
+
+``slot_steps.py`` has the steps in plain PyTorch, for a CPU; ``flash_kernels.py`` and ``filler_kernels.py`` for a GPU.
+"""
+
+import dataclasses
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from block_masks.device import on_device
+from block_masks.slots import Slots
+from block_masks.tiles import tile_lists
+
+_SLOT_TENSORS = [field.name for field in dataclasses.fields(Slots) if field.type is Tensor]
+
+
+def attend_slots(query: Tensor, key: Tensor, value: Tensor, selected: Tensor, slots: Slots, scale: float) -> Tensor:
+    """Attention of each tile of slots over the keys of the groups that it chose.
+
+    On a GPU by FlashAttention-4, where ``flash_check.refusal`` has no objection; on a CPU by plain PyTorch that holds
+    all scores at once, to test it.
+
+    Args:
+        query: ``(B, H, slots, D)``.
+        key: ``(B, H, slots, D)``, zero in filling slots, as ``to_slots`` leaves it.
+        value: ``(B, H, slots, value dim)``, likewise.
+        selected: bool ``(B, H, tiles, G)``: which groups each tile of slots attends, at least one.
+        slots: of these tiles and groups.
+        scale: factor on the scores.
+
+    Returns:
+        ``(B, H, slots, value dim)``. Gradients of key and value mean nothing in filling slots. The gradient of query is
+        summed by atomics on a GPU: two runs may differ in the last bits. Where all scores of a query lie below -80, and
+        not all groups are whole tiles, gradients are not finite.
+
+    Raises:
+        ValueError: if a group is no whole number of tiles and the dtype is float16, in which ``exp(-lse)`` overflows.
+    """
+    if query.dtype == torch.float16 and not slots.whole:
+        raise ValueError(f"query must not be float16 where groups are no whole tiles, got sizes {slots.group_sizes}")
+    output, _ = _attend(query, key, value, selected, *_flat(slots), scale)
+    return output
+
+
+@torch.library.custom_op("block_masks::attend_slots", mutates_args=())
+@on_device
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, selected: Tensor,
+    slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    slots = Slots(*slot_tensors, tile_size=tile_size, group_sizes=tuple(group_sizes))
+    attend, fillers = _modules(query)
+    lists = _whole_tiles(selected.index_select(-1, slots.tile_group))
+    if slots.whole:
+        output, lse = attend.attend_tiles(query, key, value, lists, scale, tile_size)
+        return output.contiguous(), lse
+    copied = fillers.take_slots(key.flatten(0, 1).contiguous(), slots.held_slot).view(key.shape)
+    output, lse = attend.attend_tiles(query, copied, value, lists, scale, tile_size)
+    last_keys = key[:, :, slots.last_slot]
+    return fillers.leave_out(query, last_keys, slots.fillers, selected, output, lse, scale, tile_size)
+
+
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    shape = (*query.shape[:3], value.shape[-1])
+    exact = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(shape), query.new_empty(shape[:3], dtype=exact)
+
+
+@torch.library.custom_op("block_masks::attend_slots_backward", mutates_args=())
+@on_device
+def _attend_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, output: Tensor, lse: Tensor,
+    tile_group: Tensor, tile_size: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    attend, _ = _modules(query)
+    lists = _whole_tiles(selected.index_select(-1, tile_group).mT)
+    return attend.attend_tiles_backward(grad, query, key, value, output, lse, lists, scale, tile_size)
+
+
+@_attend_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    slot_tensors, _, tile_size, scale = inputs[4:]
+    tile_group = slot_tensors[_SLOT_TENSORS.index("tile_group")]
+    ctx.save_for_backward(*inputs[:4], *output, tile_group)
+    ctx.mark_non_differentiable(output[1])
+    ctx.settings = tile_size, scale
+
+
+def _backward_of_attend(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    none = [None] * len(_SLOT_TENSORS)
+    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.settings), None, none, None, None, None
+
+
+_attend.register_autograd(_backward_of_attend, setup_context=_save)
+
+
+def _flat(slots: Slots) -> tuple[list[Tensor], list[int], int]:
+    """Slots as an op takes them."""
+    return [getattr(slots, name) for name in _SLOT_TENSORS], list(slots.group_sizes), slots.tile_size
+
+
+def _whole_tiles(tiles: Tensor) -> list[Tensor]:
+    """Counts and lists of cut tiles, of which there are none, and of the whole ones in each row of a map."""
+    counts, listed = tile_lists(tiles)
+    return [torch.zeros_like(counts), torch.zeros_like(listed), counts, listed]
+
+
+def _modules(query: Tensor) -> tuple[ModuleType, ModuleType]:
+    """What attends tiles, and what deals with filling slots. Triton and FlashAttention-4 are imported on first use."""
+    if not query.is_cuda:
+        from block_masks import slot_steps
+
+        return slot_steps, slot_steps
+    from block_masks import filler_kernels, flash_kernels
+
+    return flash_kernels, filler_kernels

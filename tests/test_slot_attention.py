@@ -1,0 +1,126 @@
+"""Attention of tiles of slots by whole tiles alone: filling slots are taken out of the sums again."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from block_masks import attend_slots, from_slots, plan_slots, slot_steps, to_slots
+from tests.strategies import generators
+from tests.test_slots import SLOT_TENSORS, SlotProblem, slot_problems
+
+
+def inputs(problem: SlotProblem, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Query, key, value and a gradient of the keys of a problem."""
+    tokens = len(problem.key_group)
+    return [torch.randn(2, 2, tokens, dim, generator=generator, dtype=dtype) for dim in (8, 8, 3, 3)]
+
+
+def chosen(problem: SlotProblem) -> SlotProblem:
+    """The problem, each tile of which chose at least one group, and without padding."""
+    selected = problem.selected.clone()
+    selected[..., 0] |= ~selected.any(-1)
+    return SlotProblem(problem.key_group, problem.group_sizes, problem.tile_size, selected)
+
+
+def through_slots(problem: SlotProblem, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    slots = problem.plan()
+    query, key, value = (to_slots(x, slots) for x in (query, key, value))
+    return from_slots(attend_slots(query, key, value, problem.selected, slots, scale), slots)
+
+
+def masked(problem: SlotProblem, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    slots = problem.plan()
+    mask = problem.selected.index_select(2, slots.key_slot // slots.tile_size)[..., problem.key_group]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def assert_equal(problem: SlotProblem, tensors: list[Tensor], scale: float, tolerance: float) -> None:
+    *leaves, grad = tensors
+    results = []
+    for way in (through_slots, masked):
+        ready = [x.clone().requires_grad_() for x in leaves]
+        output = way(problem, *ready, scale)
+        results.append([output.detach(), *torch.autograd.grad(output, ready, grad)])
+    largest = max(expected.norm() for expected in results[1])  # where one key is all, the gradient of query is zero
+    for actual, expected in zip(*results, strict=True):
+        assert (actual - expected).norm() <= tolerance * largest
+
+
+@given(slot_problems(), generators(), st.sampled_from([0.5, 4.0, -0.3, 0.0]))
+def test_equals_masked_attention(problem: SlotProblem, generator: torch.Generator, scale: float):
+    problem = chosen(problem)
+    assert_equal(problem, inputs(problem, generator), scale, 1e-9)
+
+
+def lone(sizes: list[int]) -> SlotProblem:
+    groups = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    tiles = sum(-(-size // 128) for size in sizes)
+    return SlotProblem(groups, sizes, 128, torch.ones(2, 2, tiles, len(sizes), dtype=torch.bool))
+
+
+@pytest.mark.parametrize("sizes", [[1], [1, 1, 1], [129, 1], [200, 300]], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 10.0, -10.0])
+def test_accurate_where_the_last_key_holds_all_the_mass(sizes: list[int], offset: float):
+    problem = lone(sizes)
+    query, key, value, grad = inputs(problem, torch.Generator().manual_seed(0), torch.float32)
+    ends = torch.tensor(sizes).cumsum(0) - 1
+    query[..., 0], key[..., 0] = 1.0, offset
+    key[:, :, ends, 0] += 20
+    # Up to 127 copies of these keys are taken out again, and with them all but 1 / 128 of the sum, so that 128 times as
+    # much of the log-sum-exp's rounding shows. It must stay below that of the dtype that kernels for whole tiles take.
+    assert_equal(problem, [query, key, value, grad], 1.0, 4 * torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("offset", [-20.0, -60.0, -80.0])
+def test_scores_far_below_zero_leave_gradients_right(offset: float):
+    problem = lone([100, 60])
+    query, key, value, grad = inputs(problem, torch.Generator().manual_seed(0), torch.float32)
+    query, key = query / 4, key / 4
+    query[..., 0], key[..., 0] = 1.0, offset
+    assert_equal(problem, [query, key, value, grad], 1.0, 1e-3)
+
+
+def test_filling_slots_change_no_bit_of_what_they_hold():
+    problem, generator = lone([100, 60]), torch.Generator().manual_seed(0)
+    slots = problem.plan()
+    query, key, value, _ = (to_slots(x, slots) for x in inputs(problem, generator, torch.float32))
+    output = attend_slots(query, key, value, problem.selected, slots, 0.5)
+    key[:, :, slots.slot_key < 0] = 7.0
+    assert torch.equal(attend_slots(query, key, value, problem.selected, slots, 0.5), output)
+
+
+def test_float16_needs_whole_tiles():
+    problem = lone([100])
+    slots = problem.plan()
+    query, key, value, _ = (to_slots(x, slots).half() for x in inputs(problem, torch.Generator()))
+    with pytest.raises(ValueError, match=r"query must not be float16 where groups are no whole tiles, got sizes"):
+        attend_slots(query, key, value, problem.selected, slots, 0.5)
+    whole = plan_slots(torch.zeros(128, dtype=torch.int64), [128])
+    query, key, value = (x[:, :, :128] for x in (query, key, value))
+    assert attend_slots(query, key, value, problem.selected, whole, 0.5).isfinite().all()
+
+
+def test_what_is_left_out_is_what_fillers_added():
+    generator = torch.Generator().manual_seed(0)
+    query, keys, value = (torch.randn(1, 1, 4, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    scores = query @ keys.mT
+    scores = torch.cat([scores, scores[..., 3:], scores[..., 3:]], -1)
+    values = torch.cat([value, torch.zeros_like(value[:, :, :2])], 2)
+    selected, fillers = torch.tensor([[[[True, False]]]]), torch.tensor([2, 5], dtype=torch.int32)
+    last = torch.stack([keys[:, :, 3], keys[:, :, 0]], 2)
+    kept = slot_steps.leave_out(query, last, fillers, selected, scores.softmax(-1) @ values, scores.logsumexp(-1), 1, 4)
+    expected = (query @ keys.mT).softmax(-1) @ value, (query @ keys.mT).logsumexp(-1)
+    torch.testing.assert_close(kept, expected)
+
+
+def test_the_registered_op_is_well_formed():
+    problem = lone([100, 60])
+    slots = problem.plan()
+    query, key, value, _ = (to_slots(x, slots).requires_grad_() for x in inputs(problem, torch.Generator()))
+    tensors = [getattr(slots, name) for name in SLOT_TENSORS]
+    torch.library.opcheck(
+        torch.ops.block_masks.attend_slots, (query, key, value, problem.selected, tensors, [100, 60], 128, 0.5)
+    )
