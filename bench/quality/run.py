@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.quality import clips
+from bench.quality.results import last_loss, step_ms
 from bench.quality.runs import RUNS, SIZES, SMALL_SIZES
 from bench.quality.windows import HELD_OUT, LEVELS, TRAINING
 
@@ -130,16 +131,13 @@ class Campaign:
 
 def line(name: str, log: dict[str, Any]) -> str:
     """What came of a run, in a line."""
-    curve, held_out = log.get("curve", []), log.get("held_out", [])
-    if len(curve) < 2:
+    if not log.get("held_out"):
         return f"{name}: {log.get('status')}"
-    loss = mean(mean(levels) for levels in held_out[-1]["loss"].values())
-    pace = (curve[-1][1] - curve[0][1]) / (curve[-1][0] - curve[0][0])
     density = mean(layer["density"] for layer in log.get("layers", [{"density": float("nan")}]))
     error = log.get("gradient_error", {"all": float("nan")})["all"]
     return (
-        f"{name}: {log['status']}, {log['step']} steps of {1e3 * pace:.1f} ms, compiled in "
-        f"{log['compile_seconds']:.0f} s, held-out loss {loss:.4f}, rule's density {density:.3f}, "
+        f"{name}: {log['status']}, {log['step']} steps of {step_ms(log):.1f} ms, compiled in "
+        f"{log['compile_seconds']:.0f} s, held-out loss {last_loss(log):.4f}, rule's density {density:.3f}, "
         f"gradients off by {error:.1e}"
     )
 
@@ -173,9 +171,9 @@ def main() -> int:
     add("--budget-s", type=float, default=1500.0, help="seconds for everything (default: %(default)s)")
     args = parser.parse_args()
     try:
+        clips.read(args.clips)
         if args.device == "cuda" and not torch.cuda.is_available():
             raise OSError("no CUDA GPU here: give --device cpu --small to try it out")
-        clips.read(args.clips)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.work.mkdir(parents=True, exist_ok=True)
     except (clips.ClipError, OSError) as error:

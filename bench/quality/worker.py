@@ -1,6 +1,7 @@
 """One run as a process: trains, takes held-out losses, looks at the model, and keeps a log that the parent reads."""
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -65,12 +66,14 @@ def work(args: argparse.Namespace) -> None:
             keep(trainer, log, saved)
     if not trainer.held_out or trainer.held_out[-1]["step"] < trainer.step:
         keep(trainer, log, saved)
+    if run.size == SHIPPED:
+        device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+        training = {"attention": run.variant, "grid": size.grid, "steps": trainer.step, "device": device}
+        anywhere = dataclasses.replace(attention, backend="auto")
+        checkpoint.save(trainer.average, anywhere, training, args.work / "model.safetensors")
     if trainer.step < steps:
         log.note(status=f"stopped at step {trainer.step} of {steps}")
         return
-    if run.size == SHIPPED:
-        training = {"run": run.name, "steps": steps, "device": args.device, "date": time.strftime("%Y-%m-%d")}
-        checkpoint.save(trainer.average, attention, training, args.work / "model.safetensors")
     # A model trained with full attention is looked at as the paper's rule would have it.
     looked_at = variants["exact"] if run.variant == "full" else attention
     log.note(layers=probe.attended(trainer.average, looked_at, trainer.windows, size.grid))
