@@ -80,12 +80,12 @@ def test_an_attention_backend_is_honoured_by_dense_steps(name: str, monkeypatch:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["wan2.1", "hunyuan"])
-def test_packed_equals_eager(name: str):
+@pytest.mark.parametrize(("name", "normalize"), [("wan2.1", "softmax"), ("hunyuan", "minmax")])
+def test_packed_equals_eager(name: str, normalize: str):
     family = FAMILIES[name]
     model, eager, inputs = family.build(), family.build(), family.inputs()
     for each in (model, eager):
-        apply_vmoba(each, VMoBAConfig(*BLOCKS, Threshold(0.3, max_density=0.6), dispatch="packed"))
+        apply_vmoba(each, VMoBAConfig(*BLOCKS, Threshold(0.3, max_density=0.6, normalize=normalize), dispatch="packed"))
     compile_blocks(model, family)
     assert_close(run(model, inputs), run(eager, inputs))
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from block_masks.device import on_device
 from vmoba_flex.gate import gate
 from vmoba_flex.inputs import check_query_key
+from vmoba_flex.mass import block_mass
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold
 
@@ -47,14 +48,20 @@ def choose_blocks(query: Tensor, key: Tensor, partition: BlockPartition, rule: R
     """``vmoba_selection`` of inputs that have been checked."""
     blocks = torch.arange(partition.num_blocks, device=query.device)
     own = (blocks[:, None] == partition.block_ids(query.device)).mT
-    return select(gate(query, key, partition), own, rule)
+    return select(ranked(gate(query, key, partition), partition, rule, query.shape[-1]), own, rule)
+
+
+def ranked(scores: Tensor, partition: BlockPartition, rule: Rule, head_dim: int) -> Tensor:
+    """What a rule ranks: the gate's scores, or the masses that they estimate."""
+    softmax = isinstance(rule, Threshold) and rule.normalize == "softmax"
+    return block_mass(scores, partition, head_dim) if softmax else scores
 
 
 def select(scores: Tensor, own: Tensor, rule: Rule) -> Tensor:
-    """Applies a rule to gate scores.
+    """Applies a rule to what it ranks.
 
     Args:
-        scores: floating ``(B, H, S, N)``.
+        scores: floating ``(B, H, S, N)``; masses in 0..1, or NaN, for a ``Threshold`` with ``normalize="softmax"``.
         own: bool ``(S, N)``, True at each query's own block.
         rule: ``TopK`` or ``Threshold``.
 
@@ -63,7 +70,8 @@ def select(scores: Tensor, own: Tensor, rule: Rule) -> Tensor:
     """
     apart, competing = _POOL_DIMS[rule.pool]
     max_pairs = rule.max_pairs(math.prod([scores.shape[dim] for dim in competing]), scores.shape[-1])
-    return _select(scores, own, apart, competing, max_pairs, rule.tau if isinstance(rule, Threshold) else None)
+    tau, stretch = (rule.tau, rule.normalize == "minmax") if isinstance(rule, Threshold) else (None, True)
+    return _select(scores, own, apart, competing, max_pairs, tau, stretch)
 
 
 # Opaque to Inductor, which on torch 2.11 fails to fuse scans as long as a pool with what surrounds them, and which
@@ -71,8 +79,9 @@ def select(scores: Tensor, own: Tensor, rule: Rule) -> Tensor:
 @torch.library.custom_op("vmoba_flex::select", mutates_args=())
 @on_device
 def _select(
-    scores: Tensor, own: Tensor, apart: list[int], competing: list[int], max_pairs: int | None, tau: float | None
-) -> Tensor:
+    scores: Tensor, own: Tensor, apart: list[int], competing: list[int],
+    max_pairs: int | None, tau: float | None, stretch: bool,
+) -> Tensor:  # fmt: skip
     batch, heads, tokens, blocks = scores.shape
     on_gpu = scores.is_cuda and scores.dtype == torch.float32
     if on_gpu and len(apart) == 3:
@@ -81,7 +90,7 @@ def _select(
         if blocks <= select_kernels.SHORT:
             one_bits = _one_bits(blocks)
             return (
-                select_kernels.take_short(scores.flatten(0, 1), own, max_pairs, tau, one_bits)
+                select_kernels.take_short(scores.flatten(0, 1), own, max_pairs, tau, stretch, one_bits)
                 .view(batch, heads, blocks, tokens)
                 .mT
             )
@@ -95,9 +104,9 @@ def _select(
     if on_gpu and len(apart) < 3:
         from vmoba_flex import cut_kernels
 
-        selected = cut_kernels.take_long(pools.contiguous(), own, max_pairs, tau, _one_bits(pools.shape[1]))
+        selected = cut_kernels.take_long(pools.contiguous(), own, max_pairs, tau, stretch, _one_bits(pools.shape[1]))
     else:
-        selected = _take(pools, own, max_pairs, tau)
+        selected = _take(pools, own, max_pairs, tau, stretch)
     selected = selected.view(*pooled.shape[: len(apart)], *entries)
     by_block = selected.permute([order.index(dim) for dim in (0, 1, 3, 2)])
     # Flat in between, so that dims of size 1 have the strides that the fake promises.
@@ -114,7 +123,7 @@ def _(scores: Tensor, *_: object) -> Tensor:
     return scores.new_empty(scores.mT.shape, dtype=torch.bool).mT
 
 
-def _take(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None) -> Tensor:
+def _take(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None, stretch: bool) -> Tensor:
     """Own pairs and the best others, per pool: the shortest prefix that reaches every target.
 
     A pair belongs to that prefix exactly if what ranks before it falls short of the target, for each criterion.
@@ -123,7 +132,8 @@ def _take(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None)
         scores: floating ``(pools, entries)``, entries in the order that breaks ties.
         own: bool ``(own pools, entries)``; pool p has row ``p % own pools``.
         max_pairs: pairs that a pool keeps, own ones included; None for no cap.
-        tau: share of the pool's scaled scores to reach; None for no target.
+        tau: share of the pool's weights to reach; None for no target.
+        stretch: whether weights are the scores scaled by the pool's minimum and maximum, or as they are, in 0..1.
 
     Returns:
         bool ``(pools, entries)``.
@@ -137,7 +147,7 @@ def _take(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None)
     if max_pairs is not None:
         taken = taken & (_before(others.long()) < max_pairs - own.sum(-1, keepdim=True))
     if tau is not None:
-        weights, rest = _threshold_weights(scores, own, tau)
+        weights, rest = _threshold_weights(scores, own, tau, stretch)
         taken = taken & (_before(others * weights.gather(-1, rank)) < rest)
     return own | torch.zeros_like(own).scatter(-1, rank, taken)
 
@@ -147,8 +157,8 @@ def _before(weights: Tensor) -> Tensor:
     return weights.cumsum(-1) - weights
 
 
-def _threshold_weights(scores: Tensor, own: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """Min-max scaled scores, and how much of them the non-own pairs of a pool have to reach.
+def _threshold_weights(scores: Tensor, own: Tensor, tau: float, stretch: bool) -> tuple[Tensor, Tensor]:
+    """Weights of pairs, and how much of them the non-own pairs of a pool have to reach.
 
     Both are int64 fixed point. Integer sums are the same in any order, so the cut does not depend on how a device, or
     several of them, add up a pool.
@@ -159,10 +169,13 @@ def _threshold_weights(scores: Tensor, own: Tensor, tau: float) -> tuple[Tensor,
     """
     one = 2.0 ** _one_bits(scores.shape[-1])
     least, most = scores.aminmax(dim=-1, keepdim=True)
-    spread = most.double() - least.double()
+    low, spread = least.double(), most.double() - least.double()
     finite = spread.isfinite()
-    unit = one / torch.where(spread <= 1e-6, 1.0, spread)
-    weights = torch.where(finite, (scores.double() - least.double()) * unit, 0.0).long()
+    if stretch:
+        unit = one / torch.where(spread <= 1e-6, 1.0, spread)
+    else:
+        low, unit = 0.0, one
+    weights = torch.where(finite, (scores.double() - low) * unit, 0.0).long()
     reach = tau * (weights.sum(-1, keepdim=True).double() + 1e-6 * one)
     rest = reach.ceil().long() - (own * weights).sum(-1, keepdim=True)
     return weights, torch.where(finite, rest, torch.iinfo(torch.int64).max)

@@ -25,7 +25,7 @@ from vmoba_flex.gate import block_means
 from vmoba_flex.mask import group_of_key, group_sizes, keys_there
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
-from vmoba_flex.selection import select
+from vmoba_flex.selection import ranked, select
 
 
 def shared_attention(
@@ -109,5 +109,5 @@ def choose_tiles(query_slots: Tensor, key: Tensor, partition: BlockPartition, ru
     with torch.autocast(key.device.type, enabled=False):
         scores = (means[:, :, None] @ queries.unflatten(1, (key.shape[1], -1)).mT).flatten(1, 2).mT
     own = slots.tile_group[:video_tiles, None] == torch.arange(partition.num_blocks, device=key.device)
-    chosen = select(scores, own, rule)
+    chosen = select(ranked(scores, partition, rule, key.shape[-1]), own, rule)
     return F.pad(chosen, (0, int(text_tiles > 0), 0, text_tiles), value=True)

@@ -42,7 +42,8 @@ def attend_at_step(
     return _attend_at_step(
         query, key, value, text_lengths, dense, density, list(partition.grid), list(partition.block),
         [partition.prefix, partition.suffix], rule.pool, rule.k if top_k else None, rule.density if top_k else None,
-        None if top_k else rule.tau, None if top_k else rule.max_density, dispatch, backend, dense_backend,
+        None if top_k else rule.tau, None if top_k else rule.max_density,
+        "" if top_k else rule.normalize, dispatch, backend, dense_backend,
     )  # fmt: skip
 
 
@@ -51,15 +52,17 @@ def _attend_at_step(
     query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None, dense: Tensor, density: Tensor,
     grid: list[int], block: list[int], text: list[int],
     pool: str, k: int | None, share: float | None, tau: float | None, max_density: float | None,
-    dispatch: str, backend: str, dense_backend: str,
+    normalize: str, dispatch: str, backend: str, dense_backend: str,
 ) -> Tensor:  # fmt: skip
     (frames, height, width), (bt, bh, bw), (prefix, suffix) = grid, block, text
     partition = BlockPartition((frames, height, width), (bt, bh, bw), prefix=prefix, suffix=suffix)
     if dense.item():
         density.fill_(1)
         return attend_everything(query, key, value, text_lengths, partition, dense_backend).contiguous()
-    top_k = tau is None
-    rule = TopK(k, density=share, pool=pool) if top_k else Threshold(tau, pool=pool, max_density=max_density)
+    if tau is None:
+        rule = TopK(k, density=share, pool=pool)
+    else:
+        rule = Threshold(tau, pool=pool, max_density=max_density, normalize=normalize)
     attended = attend(query, key, value, partition, rule, dispatch=dispatch, backend=backend, text_lengths=text_lengths)
     density.copy_(attended.density())
     return attended.output.contiguous()
