@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gc
+import importlib.util
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from tests.test_selection import own_blocks
 from tests.test_shared import exact_means
 from tests.test_slots import SLOT_TENSORS, slot_problems
 from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_attention, vmoba_mask, vmoba_selection
+from vmoba_flex.dispatch import choose_backend
 from vmoba_flex.gate import block_means, gate
 from vmoba_flex.mass import block_mass
 from vmoba_flex.rules import POOLS, Rule
@@ -363,6 +365,16 @@ def test_non_finite_values_stay_in_their_sample(bad: float, path: str):
     after = PATHS[path](case)
     assert after[0, 0, 700].isnan().all()
     assert torch.equal(after[1], before[1])
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("flash_attn"), reason="needs flash-attn-4")
+@pytest.mark.parametrize("dispatch", ["packed", "shared"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_flash_is_taken_where_it_is_installed(dispatch: str, head_dim: int, dtype: torch.dtype):
+    partition = BlockPartition((4, 16, 16), (2, 8, 8))
+    query = torch.randn(1, 2, partition.num_tokens, head_dim, device="cuda", dtype=dtype)
+    assert choose_backend("auto", dispatch, query, query, query, partition) == "flash"
 
 
 @pytest.mark.parametrize("dispatch", ["tiles", "packed", "shared"])

@@ -1,5 +1,6 @@
 """Read a video file into frames."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ BUNNY = Path(__file__).with_name("bunny.mp4")
 
 
 def read_clip(path: str | Path, frames: int, height: int, width: int) -> Tensor:
-    """Frames sampled evenly over the video, scaled to cover `height` x `width` and cropped at the centre.
+    """The video's first frames, scaled to cover `height` x `width` and cropped at the centre.
 
     Args:
         path: a video file that FFmpeg can read.
@@ -38,14 +39,11 @@ def read_clip(path: str | Path, frames: int, height: int, width: int) -> Tensor:
     if not path.is_file():
         raise UserError(f"no video file at {path}: check the path")
     try:
-        # Two passes, because only a decoded count can be trusted and all the frames of a long video would not fit.
-        count = sum(1 for _ in _decode(path))
-        if count < frames:
-            raise UserError(f"{path} has {count} frames, but this grid needs {frames}: give a longer video")
-        wanted = set(np.linspace(0, count - 1, frames).round().astype(int).tolist())
-        images = [_cover(frame, height, width) for index, frame in enumerate(_decode(path)) if index in wanted]
+        images = [_cover(frame, height, width) for frame in itertools.islice(_decode(path), frames)]
     except (FFmpegError, OSError) as error:
         raise UserError(f"cannot read {path} as a video ({error.strerror}): give another file") from error
+    if len(images) < frames:
+        raise UserError(f"{path} has {len(images)} frames, but this grid needs {frames}: give a longer video")
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 

@@ -47,7 +47,7 @@ def plot_inspection(reports: Sequence[HeadReport], path: Path) -> None:
     for axes in (heads, layers):
         axes.set_ylim(0, 1.03)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="best", framealpha=0.7)
     heads.set_xlim(0, 1.03)
     figure.savefig(path, format="png")
 
