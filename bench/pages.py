@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from quality import tables
 from report import MODES, Row, number, table
 
 ROOT = Path(__file__).parent.parent
@@ -153,6 +154,13 @@ _PARTS: dict[str, Callable[[Row], str | list[str]]] = {
     "paper": _paper,
     "smooth": _smooth,
     "models": _models,
+    "training_where": tables.where,
+    "training": tables.summary,
+    "training_aims": tables.aims,
+    "training_runs": lambda data: table(*tables.runs(data)),
+    "training_swapped": lambda data: table(*tables.swapped(data)),
+    "training_tiles": lambda data: table(*tables.tiles(data)),
+    "training_times": lambda data: table(*tables.times(data)),
 }
 
 
