@@ -24,9 +24,10 @@ from vmoba_flex import (
     vmoba_selection,
 )
 from vmoba_flex.cli import main
-from vmoba_flex.demo import DemoError, checkpoint, denoise, run
+from vmoba_flex.demo import checkpoint, denoise, run
 from vmoba_flex.demo.clip import BUNNY, read_clip
 from vmoba_flex.demo.model import Shape, VideoTransformer, from_patches, rotary_angles, rotate, to_patches
+from vmoba_flex.user_error import UserError
 
 GRID = (4, 6, 8)
 CONFIG = VMoBAConfig(1, (2, 4), (2, 3, 4), Threshold(0.25), dispatch="tiles")
@@ -105,7 +106,7 @@ def test_unusable_clip_is_refused(tmp_path: Path, name: str):
         sound.rate = 8000
         writer.mux(stream.encode(sound))
         writer.mux(stream.encode())
-    with pytest.raises(DemoError, match=name) as caught:
+    with pytest.raises(UserError, match=name) as caught:
         read_clip(tmp_path / name, 4, 16, 16)
     assert "\n" not in str(caught.value)
 
@@ -177,7 +178,7 @@ def test_unusable_checkpoint_is_refused(tmp_path: Path):
     model.shape = Shape((2, 4, 4), dim=64, depth=3, heads=2)
     checkpoint.save(model, CONFIG, {}, tmp_path / "unlike.safetensors")
     for name in ("missing", "text", "foreign", "unlike"):
-        with pytest.raises(DemoError, match=name) as caught:
+        with pytest.raises(UserError, match=name) as caught:
             checkpoint.load(tmp_path / f"{name}.safetensors")
         assert "\n" not in str(caught.value)
 
@@ -326,7 +327,7 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "av" else find(name))
     assert main(["demo"]) == 2
-    assert capsys.readouterr().err == 'vmoba-flex: error: the demo needs av: pip install "vmoba-flex[demo]"\n'
+    assert capsys.readouterr().err == 'vmoba-flex: error: this needs av: pip install "vmoba-flex[demo]"\n'
 
 
 def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

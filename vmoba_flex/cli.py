@@ -5,16 +5,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vmoba_flex.demo import DemoError
+from vmoba_flex.insight.commands import add_commands
 from vmoba_flex.rules import Threshold, TopK
+from vmoba_flex.user_error import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, 2 where the user has to mend something."""
     arguments = _parser().parse_args(argv)
     try:
-        report = _demo(arguments)
-    except DemoError as error:
+        report = arguments.run(arguments)
+    except UserError as error:
         sys.stderr.write(f"vmoba-flex: error: {error}\n")
         return 2
     sys.stdout.write(report + "\n")
@@ -29,7 +30,7 @@ def _demo(arguments: argparse.Namespace) -> str:
         if arguments.density is not None:
             rule = TopK(density=arguments.density)
     except ValueError as error:
-        raise DemoError(str(error)) from error
+        raise UserError(str(error)) from error
     return show(arguments.output, video=arguments.video, grid=arguments.grid, rule=rule, token=arguments.query)
 
 
@@ -57,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     rule.add_argument("--density", type=float, help="instead, the share of the blocks that each query attends")
     demo.add_argument("--query", type=_token, metavar="T,Y,X", help="the token whose choice is drawn")
+    demo.set_defaults(run=_demo)
+    add_commands(commands, _token)
     return parser
 
 

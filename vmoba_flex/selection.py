@@ -11,10 +11,11 @@ from vmoba_flex.inputs import check_query_key
 from vmoba_flex.mass import block_mass
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold
+from vmoba_flex.warmup import WarmedThreshold
 
 # For each pool, the dims of a (B, H, S, N) gate that stay apart and those that compete. The competing dims stand in
 # the order that breaks ties: block id, then query index, then head.
-_POOL_DIMS = {
+POOL_DIMS = {
     "query": ([0, 1, 2], [3]),
     "block": ([0, 3], [2, 1]),
     "head": ([0, 1], [3, 2]),
@@ -68,10 +69,11 @@ def select(scores: Tensor, own: Tensor, rule: Rule) -> Tensor:
     Returns:
         bool ``(B, H, S, N)``, the transpose of a contiguous ``(B, H, N, S)``.
     """
-    apart, competing = _POOL_DIMS[rule.pool]
+    apart, competing = POOL_DIMS[rule.pool]
     max_pairs = rule.max_pairs(math.prod([scores.shape[dim] for dim in competing]), scores.shape[-1])
     tau, stretch = (rule.tau, rule.normalize == "minmax") if isinstance(rule, Threshold) else (None, True)
-    return _select(scores, own, apart, competing, max_pairs, tau, stretch)
+    now = rule.now if isinstance(rule, WarmedThreshold) else None
+    return _select(scores, own, apart, competing, max_pairs, tau, stretch, now)
 
 
 # Opaque to Inductor, which on torch 2.11 fails to fuse scans as long as a pool with what surrounds them, and which
@@ -80,8 +82,12 @@ def select(scores: Tensor, own: Tensor, rule: Rule) -> Tensor:
 @on_device
 def _select(
     scores: Tensor, own: Tensor, apart: list[int], competing: list[int],
-    max_pairs: int | None, tau: float | None, stretch: bool,
+    max_pairs: int | None, tau: float | None, stretch: bool, now: Tensor | None,
 ) -> Tensor:  # fmt: skip
+    if now is not None:
+        if scores.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError("a rule must not be warmed up inside a CUDA graph, which would keep its tau")
+        tau = now.item()
     batch, heads, tokens, blocks = scores.shape
     on_gpu = scores.is_cuda and scores.dtype == torch.float32
     if on_gpu and len(apart) == 3:

@@ -9,7 +9,3 @@
 
 It needs the extra `demo` (av, matplotlib, safetensors, tqdm), which is imported where it is used and not before.
 """
-
-
-class DemoError(Exception):
-    """The demo cannot go on for a reason that its user can mend; the message says how, in one line."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from vmoba_flex import VMoBAConfig
-from vmoba_flex.demo import DemoError
 from vmoba_flex.demo.model import Shape, VideoTransformer
+from vmoba_flex.user_error import UserError
 
 TRAINED = Path(__file__).with_name("model.safetensors")
 """The model that ships with the demo; bench/quality trained it."""
@@ -39,12 +39,12 @@ def load(path: Path = TRAINED) -> tuple[VideoTransformer, VMoBAConfig, dict[str,
     """The model in float32, the attention that it was trained with, and how it was trained.
 
     Raises:
-        DemoError: the file is missing, or is not what `save` writes.
+        UserError: the file is missing, or is not what `save` writes.
     """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise DemoError(f"no model at {path}: check the path")
+        raise UserError(f"no model at {path}: check the path")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -56,4 +56,4 @@ def load(path: Path = TRAINED) -> tuple[VideoTransformer, VMoBAConfig, dict[str,
         return model.requires_grad_(False), attention, json.loads(metadata["training"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         words = " ".join(str(error).split())[:200]
-        raise DemoError(f"{path} holds no model of bench/quality ({words}): give another file") from error
+        raise UserError(f"{path} holds no model of bench/quality ({words}): give another file") from error

@@ -19,8 +19,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from vmoba_flex import BlockPartition, Threshold, TopK, VMoBAConfig, reference, vmoba_mask, vmoba_selection
 from vmoba_flex.compiled import compiled_flex_attention
-from vmoba_flex.demo import DemoError
 from vmoba_flex.demo.model import Grid, VideoTransformer
+from vmoba_flex.user_error import UserError
 
 TILE = 128
 """Queries and keys of a FlexAttention tile."""
@@ -68,11 +68,11 @@ class LayerResult:
 
 
 def check_toolchain() -> None:
-    """Raise `DemoError` where torch.compile would fail for want of a C++ compiler or of Python's headers."""
+    """Raise `UserError` where torch.compile would fail for want of a C++ compiler or of Python's headers."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++", "cl")):
-        raise DemoError("torch.compile needs a C++ compiler: install g++, or name one in the variable CXX")
+        raise UserError("torch.compile needs a C++ compiler: install g++, or name one in the variable CXX")
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        raise DemoError("torch.compile needs Python's headers: install them (the package python3-dev or alike)")
+        raise UserError("torch.compile needs Python's headers: install them (the package python3-dev or alike)")
 
 
 class PlainAttention(nn.Module):

@@ -1,16 +1,12 @@
 """The whole demo, from video file to table and picture."""
 
 import dataclasses
-import importlib.util
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from vmoba_flex import Threshold, TopK, VMoBAConfig
-from vmoba_flex.demo import DemoError, checkpoint
+from vmoba_flex.demo import checkpoint
 from vmoba_flex.demo.clip import BUNNY, read_clip
 from vmoba_flex.demo.denoise import LEVEL, STEPS, add_noise, denoise, frames_of, psnr
 from vmoba_flex.demo.model import Grid, VideoTransformer
@@ -24,6 +20,7 @@ from vmoba_flex.demo.run import (
     run_layers,
     sdpa_seconds,
 )
+from vmoba_flex.user_error import UserError, check_extra, new_file
 
 HEAD = 1
 """The head that the picture shows."""
@@ -55,23 +52,20 @@ def show(
         Text: how near the denoised videos are, a table with a line per layer, and how to read it.
 
     Raises:
-        DemoError: something is missing, or cannot be read or written.
+        UserError: something is missing, or cannot be read or written.
     """
-    needed = ("av", "matplotlib", "safetensors", "tqdm")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise DemoError(f'the demo needs {", ".join(missing)}: pip install "vmoba-flex[demo]"')
+    check_extra("demo", "av", "matplotlib", "safetensors", "tqdm")
     check_toolchain()
     if token is None:
         shares = (0.5, 0.5, 0.5) if video else BUNNY_FACE
         t, y, x = (int(share * size) for share, size in zip(shares, grid, strict=True))
         token = (t, y, x)
     if any(not 0 <= place < size for place, size in zip(token, grid, strict=True)):
-        raise DemoError(f"the query {token} lies outside the grid {grid}: each number must be below the grid's")
+        raise UserError(f"the query {token} lies outside the grid {grid}: each number must be below the grid's")
     model, config, training = checkpoint.load()
     if rule is not None:
         config = dataclasses.replace(config, rule=rule)
-    with _new_file(output) as path:
+    with new_file(output, ".png", "the picture is a PNG") as path:
         story, results, sdpa = _run(path, model, config, video, grid, token)
     what = "the video" if video else "frames that it was not trained on"
     trained_on = "x".join(map(str, training["grid"]))
@@ -163,24 +157,3 @@ def table(results: list[LayerResult]) -> str:
         shares = f"{r.density:>9.3f}{r.tile_density:>14.3f}{r.recall:>8.3f}"
         lines.append(f"{r.layer:>5}  {r.kind:<4}{r.partition.num_blocks:>8}{shares}{r.error:>15.1e}{r.seconds:>8.3f} s")
     return "\n".join(lines)
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place at the end and vanishes on failure."""
-    if path.suffix.lower() != ".png":
-        raise DemoError(f"the picture is a PNG, so its name must end in .png, got {path}")
-    if path.is_dir():
-        raise DemoError(f"cannot write {path}, which is a folder: name a file")
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # Made at once, so that a folder that cannot be written is known before the work and not after.
-        draft.touch()
-        yield draft
-        os.replace(draft, path)
-    except OSError as error:
-        raise DemoError(
-            f"cannot write {path} ({error.strerror}): name a file in a folder that you can write"
-        ) from error
-    finally:
-        draft.unlink(missing_ok=True)

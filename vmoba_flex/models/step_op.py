@@ -8,6 +8,7 @@ from vmoba_flex.dense import dense_attention
 from vmoba_flex.mask import keys_there
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK
+from vmoba_flex.warmup import WarmedThreshold
 
 
 def attend_at_step(
@@ -43,7 +44,8 @@ def attend_at_step(
         query, key, value, text_lengths, dense, density, list(partition.grid), list(partition.block),
         [partition.prefix, partition.suffix], rule.pool, rule.k if top_k else None, rule.density if top_k else None,
         None if top_k else rule.tau, None if top_k else rule.max_density,
-        "" if top_k else rule.normalize, dispatch, backend, dense_backend,
+        "" if top_k else rule.normalize, rule.now if isinstance(rule, WarmedThreshold) else None,
+        dispatch, backend, dense_backend,
     )  # fmt: skip
 
 
@@ -52,7 +54,7 @@ def _attend_at_step(
     query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None, dense: Tensor, density: Tensor,
     grid: list[int], block: list[int], text: list[int],
     pool: str, k: int | None, share: float | None, tau: float | None, max_density: float | None,
-    normalize: str, dispatch: str, backend: str, dense_backend: str,
+    normalize: str, now: Tensor | None, dispatch: str, backend: str, dense_backend: str,
 ) -> Tensor:  # fmt: skip
     (frames, height, width), (bt, bh, bw), (prefix, suffix) = grid, block, text
     partition = BlockPartition((frames, height, width), (bt, bh, bw), prefix=prefix, suffix=suffix)
@@ -63,6 +65,8 @@ def _attend_at_step(
         rule = TopK(k, density=share, pool=pool)
     else:
         rule = Threshold(tau, pool=pool, max_density=max_density, normalize=normalize)
+        if now is not None:
+            rule = WarmedThreshold(**vars(rule), now=now)
     attended = attend(query, key, value, partition, rule, dispatch=dispatch, backend=backend, text_lengths=text_lengths)
     density.copy_(attended.density())
     return attended.output.contiguous()
