@@ -65,7 +65,7 @@ def plot_mass(record: Record, path: Path, *, rows: int = 1024, seed: int = 0) ->
     panels = figure.subplots(1, len(means), squeeze=False)[0]
     most, image = float(means.nan_to_num().max()), None
     for axes, head, values in zip(panels, record.heads, means, strict=True):
-        image = axes.imshow(values, cmap=_SHADES, vmin=0, vmax=most, interpolation="nearest")
+        image = axes.imshow(values.numpy(), cmap=_SHADES, vmin=0, vmax=most, interpolation="nearest")
         axes.set(title=f"head {head}", xlabel="block of the key")
     panels[0].set_ylabel("block of the query")
     assert image is not None  # a record has a head
@@ -106,7 +106,7 @@ def plot_choice(
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     heat, image = (100 * attention / attention.max()).view(partition.grid), None
     for axes, t in zip(panels, shown, strict=False):
-        image = axes.imshow(heat[t].sqrt(), cmap=_SHADES, vmin=0, vmax=10, interpolation="nearest")
+        image = axes.imshow(heat[t].sqrt().numpy(), cmap=_SHADES, vmin=0, vmax=10, interpolation="nearest")
         cells = ids.view(partition.grid)[t]
         _outline(axes, chosen[cells].numpy(), _CHOSEN, 2.5, "-")
         _outline(axes, (cells == ids[place]).numpy(), _OWN, 1.5, "--")

@@ -1,0 +1,235 @@
+"""Records, what is measured on them, and the rules that are found from them."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.strategies import Problem, problems
+from vmoba_flex import BlockPartition, Threshold, TopK, VMoBAConfig, reference, vmoba_selection
+from vmoba_flex.insight import Record, Timing, break_even, calibrate, crossover, inspect, load, save
+from vmoba_flex.insight.measure import best_choice, own_blocks, recall_of, sample_rows, true_mass
+from vmoba_flex.user_error import UserError
+
+GRID = (4, 6, 8)
+CONFIG = VMoBAConfig(1, (3, 4), (2, 3, 4), Threshold(0.5, normalize="softmax"))
+
+
+def record_of(problem: Problem) -> Record:
+    key = problem.key[0].repeat_interleave(problem.query.shape[1] // problem.key.shape[1], 0)
+    length = None if problem.text_lengths is None else int(problem.text_lengths[0])
+    return Record(problem.query[0], key, problem.partition, text_length=length)
+
+
+def record(layer: int = 0, seed: int = 0, **facts) -> Record:
+    kind = CONFIG.cycle[layer % 3]
+    query, key = torch.randn(2, 2, math.prod(GRID), 16, generator=torch.Generator().manual_seed(seed))
+    return Record(3 * query, key, CONFIG.partition(kind, GRID), kind=kind, layer=layer, **facts)
+
+
+@given(problems())
+def test_reports_are_those_of_dense_attention(problem: Problem):
+    problem = dataclasses.replace(problem, query=problem.query[:1], key=problem.key[:1])
+    one, partition = record_of(problem), problem.partition
+    lengths = None if one.text_length is None else torch.tensor([one.text_length])
+    selection = vmoba_selection(problem.query, one.key[None], partition, problem.rule)
+    there = reference.attention_mask(torch.ones_like(selection), partition, lengths)
+    scores = one.query.double() @ one.key.double().mT / math.sqrt(one.query.shape[-1])
+    shares = scores.masked_fill(~there[0], -torch.inf).softmax(-1)
+    video = slice(partition.prefix, partition.prefix + partition.num_video_tokens)
+    kept = (shares * reference.attention_mask(selection, partition, lengths)[0]).sum(-1)[:, video].mean(-1)
+    entropy = torch.special.entr(shares).sum(-1)[:, video].mean(-1)
+    for head, report in enumerate(inspect([one], problem.rule, rows=10_000)):
+        assert report.head == head
+        assert report.density == pytest.approx(selection[0, head].float().mean().item())
+        assert report.recall == pytest.approx(kept[head].item(), abs=1e-5)
+        assert report.entropy == pytest.approx(entropy[head].item(), abs=1e-4)
+
+
+@given(st.data())
+def test_the_best_choice_is_the_best_of_all_with_as_many_pairs(data: st.DataObject):
+    heads, rows, blocks = 2, 2, 3
+    seed, pool = data.draw(st.integers(0, 99)), data.draw(st.sampled_from(["query", "block", "head", "global"]))
+    generator = torch.Generator().manual_seed(seed)
+    mass = torch.rand(heads, rows, blocks, generator=generator)
+    own = torch.nn.functional.one_hot(torch.randint(blocks, (rows,), generator=generator), blocks).bool()
+    chosen = own | (torch.rand(mass.shape, generator=generator) < 0.4)
+    best = best_choice(mass, own, chosen, pool)
+    assert (best | ~own).all()
+    dims = {"query": (2,), "block": (0, 1), "head": (1, 2), "global": (0, 1, 2)}[pool]
+    assert torch.equal(best.sum(dims), chosen.sum(dims))
+    allowed = torch.tensor(list(itertools.product([False, True], repeat=mass.numel()))).view(-1, *mass.shape)
+    fits = (allowed | ~own).flatten(1).all(1)
+    # Counts of pools, one dim of them at least.
+    counts = allowed.sum([dim + 1 for dim in dims]).view(len(allowed), -1)
+    fits &= (counts == chosen.sum(dims).view(-1)).all(1)
+    most = recall_of(mass, allowed[fits]).sum((1, 2)).max()
+    assert recall_of(mass, best).sum().item() == pytest.approx(most.item(), abs=1e-5)
+
+
+def test_samples_are_seeded_and_mass_takes_them_in_parts(monkeypatch: pytest.MonkeyPatch):
+    one = record(2)
+    rows = sample_rows(one.partition, 50, seed=1)
+    assert len(rows.unique()) == 50 and torch.equal(rows, sample_rows(one.partition, 50, seed=1))
+    assert not torch.equal(rows, sample_rows(one.partition, 50, seed=2))
+    mass, entropy = true_mass(one, one.partition, rows)
+    monkeypatch.setattr("vmoba_flex.insight.measure._LOGITS", 7 * one.query.shape[1])
+    parts, entropy_in_parts = true_mass(one, one.partition, rows)
+    torch.testing.assert_close(parts, mass)
+    torch.testing.assert_close(entropy_in_parts, entropy)
+    assert mass.sum(-1).allclose(torch.ones(()))
+    assert own_blocks(one.partition, mass.device)[rows].sum() == 50
+
+
+def test_a_config_brings_its_own_blocks_and_its_dense_layers():
+    config = dataclasses.replace(CONFIG, spatial=(2, 2), dense_layers=1)
+    reports = inspect([record(0), record(1)], config)
+    assert [(r.layer, r.kind, r.head) for r in reports] == [(i, CONFIG.cycle[i], h) for i in (0, 1) for h in (0, 1)]
+    assert all(r.density == r.tile_density == 1 and r.recall == pytest.approx(1) for r in reports[:2])
+    expected = inspect([record(1)], config.rule)[0]
+    assert reports[2].density < 1 and reports[2].density != expected.density
+    assert all(r.best_recall >= r.recall - 1e-6 for r in reports)
+
+
+def test_records_survive_a_file(tmp_path):
+    partition = BlockPartition(GRID, (2, 3, 4), prefix=2, suffix=3)
+    query, key = torch.randn(2, 2, partition.num_tokens, 8).bfloat16()
+    facts = {"kind": "spatial", "layer": 7, "step": 9, "heads": (1, 5), "text_length": 4, "model": "transformer_2"}
+    first = Record(query, key, partition, **facts)
+    save([first, record(1)], tmp_path / "a.safetensors")
+    again, other = load(tmp_path / "a.safetensors")
+    assert torch.equal(again.query, query) and torch.equal(again.key, key)
+    assert {name: getattr(again, name) for name in facts} == facts and again.partition == partition
+    assert torch.equal(other.key, record(1).key)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "error", "message"),
+    [
+        ({"kind": "cubes"}, ValueError, "kind must be one of"),
+        ({"layer": -1}, ValueError, "layer must be at least 0, got -1"),
+        ({"heads": (0, 1, 2)}, ValueError, r"heads must name the 2 heads of query, got \(0, 1, 2\)"),
+        ({"text_length": 1}, ValueError, "text_length must lie in 0..prefix"),
+        ({"key": torch.zeros(1, 192, 16)}, ValueError, "key must have query's shape"),
+        ({"query": torch.zeros(2, 5, 16)}, ValueError, r"query must have grid \+ prefix"),
+        ({"query": None}, TypeError, "query and key must be tensors"),
+    ],
+)
+def test_bad_records(facts, error, message):
+    with pytest.raises(error, match=message):
+        dataclasses.replace(record(), **facts)
+
+
+def test_nothing_is_saved_of_nothing(tmp_path):
+    with pytest.raises(UserError, match="there are no records to write"):
+        save([], tmp_path / "a.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, list[Record]]:
+    """Of the demo's model under full attention: frames and noise to calibrate on, and others held out."""
+    pytest.importorskip("av")
+    from vmoba_flex.demo import checkpoint
+    from vmoba_flex.demo.clip import BUNNY, read_clip
+    from vmoba_flex.demo.denoise import add_noise
+    from vmoba_flex.demo.run import layer_inputs
+
+    model, config, _ = checkpoint.load()
+    for block in model.blocks:
+        block.attention.set_warmup(0.0)
+    frames, found = read_clip(BUNNY, 64, 96, 128), {}
+    parts = {"calibration": (frames[:32], (0.3, 0.7), 0), "held out": (frames[32:], (0.4, 0.6), 1)}
+    for name, (part, levels, seed) in parts.items():
+        found[name] = []
+        for level in levels:
+            noisy = add_noise(part, level, seed)
+            inputs = layer_inputs(model, noisy, torch.tensor([level]))
+            side = model.shape.patch
+            grid = tuple(size // p for size, p in zip(noisy.shape[2:], side, strict=True))
+            for layer, (query, key, _) in enumerate(inputs):
+                kind = config.cycle[layer % len(config.cycle)]
+                partition = BlockPartition.temporal(grid, 1)
+                found[name].append(Record(query[0], key[0], partition, kind=kind, layer=layer))
+    return found
+
+
+@pytest.mark.parametrize(
+    "rule", [CONFIG.rule, Threshold(0.25), Threshold(0.5, pool="query", normalize="softmax")], ids=repr
+)
+def test_calibrate_reaches_the_wanted_recall_on_held_out_frames(trained: dict[str, list[Record]], rule: Threshold):
+    config = VMoBAConfig(1, (3, 4), (2, 3, 4), rule)
+    config, found = calibrate(trained["calibration"], config, recall=0.85)
+    assert all(0 <= one.recall - 0.85 <= 0.003 for one in found)
+    reports = inspect(trained["held out"], config, seed=1)
+    for one in found:
+        recalls = [report.recall for report in reports if report.kind == one.kind]
+        assert sum(recalls) / len(recalls) == pytest.approx(0.85, abs=0.02)
+        assert 0 < one.density < 1
+
+
+def test_calibrate_reaches_a_wanted_density():
+    records = [record(layer, seed) for layer in range(3) for seed in range(2)]
+    config, found = calibrate(records, CONFIG, density=0.4)
+    assert [one.kind for one in found] == list(CONFIG.cycle) and all(one.records == 2 for one in found)
+    for one in found:
+        assert one.density == pytest.approx(0.4, abs=0.01)
+        assert config.rule[one.kind] == one.rule
+    assert VMoBAConfig.from_json(config.to_json()) == config
+
+
+def test_calibrate_moves_top_k_in_whole_blocks():
+    config = dataclasses.replace(CONFIG, rule=TopK(1), cycle=("spatial",))
+    config, (found,) = calibrate([record(1)], config, recall=0.7)
+    blocks = CONFIG.partition("spatial", GRID).num_blocks
+    k = found.rule.blocks_per_query(blocks)
+    one = dataclasses.replace(record(1), layer=0)
+    with_k = [inspect([one], TopK(count)) for count in (k, k - 1)]
+    enough, too_few = (sum(report.recall for report in reports) / 2 for reports in with_k)
+    assert enough == pytest.approx(found.recall) and too_few < 0.7 <= enough
+
+
+@pytest.mark.parametrize(
+    ("records", "options", "message"),
+    [
+        ([record()], {}, "exactly one of recall and density must be given, got None and None"),
+        ([record()], {"recall": 0.5, "density": 0.5}, "exactly one of recall and density"),
+        ([record()], {"recall": 1.5}, r"recall must lie in \(0, 1\], got 1.5"),
+        ([record()], {"density": 0.0}, r"density must lie in \(0, 1\], got 0.0"),
+        ([record()], {"recall": 0.5, "rows": 0}, "rows must be at least 1, got 0"),
+        ([record()], {"recall": 0.5}, "records must have a spatial layer that is not dense in the config, got none"),
+    ],
+)
+def test_calibrate_refuses(records, options, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(records, CONFIG, **options)
+
+
+def test_calibrate_says_what_is_out_of_reach():
+    rule = Threshold(0.5, max_density=0.2)
+    with pytest.raises(ValueError, match=r"recall 0.95 must be within reach of Threshold.* got at most 0\.\d+ for"):
+        calibrate([record()], dataclasses.replace(CONFIG, rule=rule, cycle=("temporal",)), recall=0.95)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "tokens"),
+    [((2.0, 0.5), 2000.0), ((2.0, 2.0, 0.5), 4000.0), ((0.9, 0.5), 1000.0), ((2.0, 1.5), None), ((0.5, 2.0), None)],
+)
+def test_break_even(ratios, tokens):
+    counts = [1000 * 4**i for i in range(len(ratios))]
+    timings = [Timing(count, False, 1.0, ratio, 0.2) for count, ratio in zip(counts, ratios, strict=True)]
+    if len(ratios) == 3:
+        tokens = 8000.0
+    assert break_even(timings[::-1]) == (None if tokens is None else pytest.approx(tokens))
+
+
+def test_crossover_times_both_directions():
+    timings = crossover([512], Threshold(0.25), heads=1, head_dim=8)
+    assert [(one.tokens, one.backward) for one in timings] == [(512, False), (512, True)]
+    assert all(one.dense > 0 and one.sparse > 0 and 0 < one.density < 1 for one in timings)
+    with pytest.raises(ValueError, match="tokens must be at least one number of 512 or more, got"):
+        crossover([100], Threshold(0.25))
