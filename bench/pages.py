@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from quality import tables
 from report import MODES, Row, number, table
 
 ROOT = Path(__file__).parent.parent
@@ -132,12 +133,14 @@ def _smooth(data: Row) -> list[str]:
 
 
 def _models(data: Row) -> list[str]:
-    rows = [row for row in data["rows"] if row["status"] == "ok" and row["mode"] == "inference forward"]
-    lines = []
-    for row in rows:
-        name = [row["model"], f"{row['tokens']:,}", row["attention"], number(row.get("density"), 3)]
-        lines.append([*name, f"{row['ms'] / 1000:.2f}", number(row["speed_up"], 2), number(row["peak_gb"], 1)])
-    return table(["model", "tokens", "attention", "density", "s", "speed-up", "peak GB"], lines)
+    rows = [row for row in data["rows"] if "speed_up" in row]
+    rows.sort(key=lambda row: (row["mode"], -row["tokens"], -row["ms"]))
+    lines = [
+        [row["mode"], f"{row['tokens']:,}", row["attention"], number(row.get("density"), 3), f"{row['ms'] / 1000:.2f}"]
+        + [number(row[name], digits) for name, digits in (("speed_up", 2), ("peak_gb", 1))]
+        for row in rows
+    ]
+    return table(["Wan 1.3B", "tokens", "attention", "density", "s", "speed-up", "peak GB"], lines)
 
 
 _PARTS: dict[str, Callable[[Row], str | list[str]]] = {
@@ -153,6 +156,13 @@ _PARTS: dict[str, Callable[[Row], str | list[str]]] = {
     "paper": _paper,
     "smooth": _smooth,
     "models": _models,
+    "training_where": tables.where,
+    "training": tables.summary,
+    "training_aims": tables.aims,
+    "training_runs": lambda data: table(*tables.runs(data)),
+    "training_swapped": lambda data: table(*tables.swapped(data)),
+    "training_tiles": lambda data: table(*tables.tiles(data)),
+    "training_times": lambda data: table(*tables.times(data)),
 }
 
 

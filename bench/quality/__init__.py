@@ -9,7 +9,7 @@ How to run it: docs/quality.md. In the order of the data:
     probe.py     a trained model's own query and key: density, recall, tiles, exactness, speed
     worker.py    one run as a process
     run.py       all runs, one process per GPU at a time -> results JSON
-    report.py    results JSON -> Markdown and picture
+    results.py, tables.py, plot.py, report.py    results JSON -> Markdown and picture
 
 The model itself is vmoba_flex/demo/model.py, of which a small one ships with the demo.
 """

@@ -27,6 +27,7 @@ def draw(data: dict[str, Any], target: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
     with plt.rc_context(style):
@@ -35,6 +36,7 @@ def draw(data: dict[str, Any], target: Path) -> None:
             panel(axes, data)
             if axes.get_yscale() == "log":  # numbers, not powers of ten
                 axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
                 axes.yaxis.set_minor_formatter("{x:g}")
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(frameon=False, fontsize=8)

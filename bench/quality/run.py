@@ -151,7 +151,12 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    return {"device": device, "gpus": args.gpus, "date": datetime.date.today().isoformat(), "versions": versions}
+    date = datetime.date.today().isoformat()
+    # The option --output and its folders are of no use to a reader.
+    command = (
+        f"python -m bench.quality.run --steps {args.steps} --seconds {args.seconds:g} --budget-s {args.budget_s:g}"
+    )
+    return {"device": device, "gpus": args.gpus, "date": date, "versions": versions, "command": command}
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vmoba_flex.demo.model import VideoTransformer, to_model_range, to_pixels
 
-LEVEL, STEPS = 0.7, 6
+LEVEL, STEPS = 0.7, 4
 """The noise level that the demo starts from, and the steps in which it goes down to zero."""
 
 
