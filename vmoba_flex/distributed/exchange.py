@@ -1,0 +1,147 @@
+"""Tokens of all heads for heads of all tokens, and back."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from vmoba_flex.distributed.collectives import Ranks, all_to_all
+from vmoba_flex.distributed.shards import Run, TokenShards, cut_evenly, in_order, lengths
+from vmoba_flex.partition import BlockPartition, Reorder
+
+
+class Layout(NamedTuple):
+    """Which tokens each rank of a call holds.
+
+    Attributes:
+        ranks: that share the call.
+        runs: of tokens, for each rank.
+        own: the runs that no other rank has, for each rank.
+    """
+
+    ranks: Ranks
+    runs: tuple[tuple[Run, ...], ...]
+    own: tuple[tuple[Run, ...], ...]
+
+    @classmethod
+    def of(cls, group: Any, shards: TokenShards | None, partition: BlockPartition) -> Self:
+        """The layout of a call; ``shards`` None for even shards of one sequence."""
+        ranks, shards = Ranks.of(group), shards or TokenShards()
+        runs = shards.runs(partition, ranks.size)
+        return cls(ranks, runs, shards.own_runs(partition, ranks.size))
+
+    @property
+    def here(self) -> tuple[Run, ...]:
+        """The runs of this rank."""
+        return self.runs[self.ranks.rank]
+
+    @property
+    def tokens(self) -> int:
+        """How many this rank holds."""
+        return sum(lengths(self.here))
+
+    @property
+    def even(self) -> int | None:
+        """The length of all runs where each rank has one of its own, and all are equally long."""
+        length = self.own[0][0][1] if self.own[0] else 0
+        return length if self.own == self.runs and all([lengths(runs) == [length] for runs in self.own]) else None
+
+
+class Heads(NamedTuple):
+    """Which heads each rank attends.
+
+    Attributes:
+        counts: heads of each rank.
+        order: int64, the heads of rank 0, of rank 1 and so on; None for 0, 1, 2, ...
+    """
+
+    counts: tuple[int, ...]
+    order: Tensor | None = None
+
+    @classmethod
+    def evenly(cls, heads: int, ranks: int, order: Tensor | None = None) -> Self:
+        """As even as can be, the first ranks one more."""
+        return cls(tuple([count for _, count in cut_evenly(0, heads, ranks)]), order)
+
+    def times(self, repeats: int) -> Self:
+        """Each head as ``repeats`` neighbouring ones: the query heads that go with these key heads."""
+        order = self.order
+        if order is not None:
+            order = (order[:, None] * repeats + torch.arange(repeats, device=order.device)).flatten()
+        return type(self)(tuple([count * repeats for count in self.counts]), order)
+
+    def of_rank(self, rank: int, device: torch.device) -> Tensor:
+        """The heads of a rank, int64."""
+        first = sum(self.counts[:rank])
+        if self.order is not None:
+            return self.order[first : first + self.counts[rank]]
+        return torch.arange(first, first + self.counts[rank], device=device)
+
+
+def to_heads(x: Tensor, layout: Layout, heads: Heads) -> Callable[[], Tensor]:
+    """Gives each rank all tokens of its heads; differentiable.
+
+    Args:
+        x: ``(B, H, tokens of this rank, D)``.
+        layout: which tokens each rank holds.
+        heads: which heads each rank attends. They may sum to a multiple of H where x is repeated: each rank can attend
+            all heads.
+
+    Returns:
+        What waits for the heads to arrive and returns ``(B, heads of this rank, S, D)``: other work may come before.
+    """
+    batch, _, _, dim = x.shape
+    rank, count = layout.ranks.rank, heads.counts[layout.ranks.rank]
+    mine = x.transpose(0, 1)
+    if heads.order is not None:
+        mine = Reorder.apply(mine, heads.order, heads.order.argsort(), 0)
+    # Replicated tokens stay: of this rank's heads they are here.
+    tokens = [sum(lengths(runs)) for runs in layout.own]
+    before = sum([length for start, length in layout.here if start < layout.own[rank][0][0]])
+    first = sum(heads.counts[:rank])
+    text = mine[first : first + count].transpose(0, 1)
+    mine = mine[:, :, before : before + tokens[rank]]
+    sent = [each * batch * tokens[rank] * dim for each in heads.counts]
+    received = [count * batch * each * dim for each in tokens]
+    arriving = all_to_all(mine.reshape(-1), received, sent, layout.ranks)
+
+    def wait() -> Tensor:
+        if layout.even is not None:
+            pieces = arriving.view(len(tokens), count, batch, layout.even, dim)
+            return pieces.permute(2, 1, 0, 3, 4).reshape(batch, count, -1, dim)
+        pieces = [
+            piece.view(count, batch, each, dim).transpose(0, 1)
+            for piece, each in zip(arriving.split(received), tokens, strict=True)
+        ]
+        parts = [pieces[source][:, :, start : start + each] for source, start, each in in_order(layout.own)]
+        return torch.cat([text[:, :, :before], *parts, text[:, :, before + tokens[rank] :]], 2)
+
+    return wait
+
+
+def to_tokens(x: Tensor, layout: Layout, heads: Heads) -> Tensor:
+    """The way back: gives each rank all heads of its tokens; differentiable.
+
+    Args:
+        x: ``(B, heads of this rank, S, D)``.
+        layout: which tokens each rank holds. Replicated ones go to every rank.
+        heads: which heads each rank attends.
+
+    Returns:
+        ``(B, H, tokens of this rank, D)``.
+    """
+    batch, count, _, dim = x.shape
+    ranks, x = layout.ranks, x.transpose(0, 1)
+    if layout.even is not None:
+        leaving = x.unflatten(2, (ranks.size, layout.even)).movedim(2, 0).reshape(-1)
+    else:
+        of_rank = [[x[:, :, start : start + length] for start, length in runs] for runs in layout.runs]
+        leaving = torch.cat([(torch.cat(runs, 2) if len(runs) > 1 else runs[0]).reshape(-1) for runs in of_rank])
+    here = layout.tokens
+    sent = [count * batch * sum(lengths(runs)) * dim for runs in layout.runs]
+    received = [each * batch * here * dim for each in heads.counts]
+    arrived = all_to_all(leaving, received, sent, ranks).view(-1, batch, here, dim)
+    if heads.order is not None:
+        arrived = Reorder.apply(arrived, heads.order.argsort(), heads.order, 0)
+    return arrived.transpose(0, 1)
