@@ -12,7 +12,7 @@ test: .venv/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/basedpyright
-	HYPOTHESIS_PROFILE=ci $(BIN)/pytest -n auto
+	HYPOTHESIS_PROFILE=ci $(BIN)/pytest -n auto --dist loadgroup
 
 format: .venv/dev
 	$(BIN)/ruff check --fix

@@ -3,9 +3,6 @@
 import dataclasses
 import functools
 import math
-import inspect
-import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,9 +16,8 @@ from tests.paths import attend
 from tests.ranks import RankPool
 from tests.strategies import Problem
 from vmoba_flex import BlockPartition, Threshold, TopK, vmoba_attention
-from vmoba_flex.attention import attend as attended
-from vmoba_flex.distributed import HeadBalance, TokenShards, collectives
-from vmoba_flex.distributed.balance import share_out
+from vmoba_flex.distributed import TokenShards, collectives
+from vmoba_flex.distributed.collectives import Ranks
 from vmoba_flex.distributed.exchange import Layout
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one pool of processes
@@ -55,11 +51,16 @@ def group_of(size: int) -> DeviceMesh:
 
 
 def problem(
-    rule: Any, heads: int, key_heads: int | None = None, partition: BlockPartition = PARTITION, **options: Any
+    rule: Any,
+    heads: int,
+    key_heads: int | None = None,
+    partition: BlockPartition = PARTITION,
+    head_dim: int = 8,
+    **options: Any,
 ) -> Problem:
     """A problem of integers, block means included: scores are exact however they are added up, and many tie."""
     generator = torch.Generator().manual_seed(0)
-    shape = (2, key_heads or heads, partition.num_tokens, 8)
+    shape = (2, key_heads or heads, partition.num_tokens, head_dim)
     common = math.lcm(*partition.block_sizes().tolist())
     query = torch.randint(-2, 3, (2, heads, *shape[2:]), generator=generator).float()
     key = torch.randint(-1, 2, shape, generator=generator).float() * common
@@ -69,7 +70,7 @@ def problem(
 
 def here(x: Tensor, shards: TokenShards | None, partition: BlockPartition, group: Any) -> Tensor:
     """This rank's tokens."""
-    runs = Layout.of(group, shards, partition).here
+    runs = Layout.of(Ranks.of(group), shards, partition).here
     return torch.cat([x[:, :, start : start + length] for start, length in runs], 2)
 
 
@@ -134,7 +135,7 @@ def assert_equals_one_process(
             if exact:
                 assert torch.equal(actual, expected[i]), (name, (actual - expected[i]).abs().max())
             else:
-                torch.testing.assert_close(actual, expected[i], rtol=1e-5, atol=1e-5, msg=lambda m: f"{name}: {m}")
+                torch.testing.assert_close(actual, expected[i], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)

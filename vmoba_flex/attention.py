@@ -1,6 +1,6 @@
 """The public attention call: checks, chooses blocks, dispatches."""
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # loaded where a call is shared out
     from torch.distributed.device_mesh import DeviceMesh
 
     from vmoba_flex.distributed import HeadBalance, TokenShards
+    from vmoba_flex.distributed.exchange import Layout
 
 
 @overload
@@ -157,9 +158,18 @@ def vmoba_attention(
         >>> out.shape, stats.density.shape
         (torch.Size([1, 2, 256, 16]), torch.Size([1, 2]))
     """
+    layout = None
+    if group is not None:
+        from vmoba_flex.distributed.agreement import agreed_layout
+
+        settings = {"rule": rule, "scale": scale, "dispatch": dispatch, "backend": backend}
+        layout = agreed_layout(query, key, value, partition, settings, group, shards, check_ranks)
+    elif shards is not None or balance is not None or check_ranks:
+        given = "shards" if shards is not None else "balance" if balance is not None else "check_ranks"
+        raise ValueError(f"group must be given with {given}, got None")
     attended = attend(
-        query, key, value, partition, rule, scale, enable_gqa, dispatch, backend, max_row_bytes, text_lengths,
-        group, shards, balance, check_ranks,
+        query, key, value, partition, rule, scale, enable_gqa, dispatch, backend, max_row_bytes, text_lengths, layout,
+        balance,
     )  # fmt: skip
     return (attended.output, attended.stats()) if return_stats else attended.output
 
@@ -176,21 +186,10 @@ def attend(
     backend: str = "auto",
     max_row_bytes: int = MAX_ROW_BYTES,
     text_lengths: Tensor | None = None,
-    group: "ProcessGroup | DeviceMesh | None" = None,
-    shards: "TokenShards | None" = None,
+    layout: "Layout | None" = None,
     balance: "HeadBalance | None" = None,
-    check_ranks: bool = False,
 ) -> Attended:
-    """``vmoba_attention``, with what there is to be said about the call."""
-    layout = None
-    if group is not None:
-        from vmoba_flex.distributed.agreement import agreed_layout
-
-        settings = {"rule": rule, "scale": scale, "dispatch": dispatch, "backend": backend}
-        layout = agreed_layout(query, key, value, partition, settings, group, shards, check_ranks)
-    elif shards is not None or balance is not None or check_ranks:
-        given = "shards" if shards is not None else "balance" if balance is not None else "check_ranks"
-        raise ValueError(f"group must be given with {given}, got None")
+    """``vmoba_attention``, with what there is to be said about the call; ``layout``: what each rank holds of it."""
     check_choice("dispatch", dispatch, DISPATCHES)
     check_choice("backend", backend, BACKENDS)
     query, key, value = under_autocast(query, key, value)

@@ -99,9 +99,7 @@ def _ordered_groups(selection: Tensor, partition: BlockPartition, token_order: s
     return selection, groups
 
 
-def key_groups(
-    selection: Tensor, partition: BlockPartition, queries: Queries | None = None
-) -> tuple[Tensor, Tensor]:
+def key_groups(selection: Tensor, partition: BlockPartition, queries: Queries | None = None) -> tuple[Tensor, Tensor]:
     """Extends a selection by prefix and suffix, which attend all and which all attend, as one more group of keys.
 
     Args:

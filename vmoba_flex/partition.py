@@ -122,12 +122,12 @@ class BlockPartition:
             ValueError: if ``dim`` is no dim of ``x``, or ``x.shape[dim]`` is not ``num_tokens``.
         """
         self.check_tokens("x", x, dim)
-        return Reorder.apply(x, self._raster_index(x.device), self._block_position(x.device), dim)
+        return reorder(x, self._raster_index(x.device), self._block_position(x.device), dim)
 
     def to_raster_order(self, x: Tensor, dim: int = -2) -> Tensor:
         """The exact inverse of ``to_block_order``."""
         self.check_tokens("x", x, dim)
-        return Reorder.apply(x, self._block_position(x.device), self._raster_index(x.device), dim)
+        return reorder(x, self._block_position(x.device), self._raster_index(x.device), dim)
 
     def check_tokens(self, name: str, x: Tensor, dim: int) -> None:
         """Raises ``ValueError`` unless ``x.shape[dim]`` is ``num_tokens``."""
@@ -173,7 +173,12 @@ class BlockPartition:
         return realize(torch.where(is_video, moved, token) + self.prefix)
 
 
-class Reorder(torch.autograd.Function):
+def reorder(x: Tensor, index: Tensor, inverse: Tensor, dim: int) -> Tensor:
+    """``x.index_select(dim, index)`` of a permutation, whose gradient gathers by its ``inverse``."""
+    return _Reorder.apply(x, index, inverse, dim)
+
+
+class _Reorder(torch.autograd.Function):
     """A permutation whose gradient is the inverse gather, where ``index_select`` would scatter-add."""
 
     generate_vmap_rule = True
@@ -190,7 +195,7 @@ class Reorder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         index, inverse = ctx.saved_tensors
-        return Reorder.apply(*grads, inverse, index, ctx.dim), None, None, None
+        return _Reorder.apply(*grads, inverse, index, ctx.dim), None, None, None
 
 
 def _ceil_div(sizes: tuple[int, int, int], parts: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -71,11 +71,11 @@ def select(scores: Tensor, own: Tensor, rule: Rule, part: Part | None = None) ->
         bool ``(B, H, S, N)``, the transpose of a contiguous ``(B, H, N, S)``.
     """
     apart, competing = _POOL_DIMS[rule.pool]
-    split = part is not None and part.dim in competing
-    sizes = [part.size if split and dim == part.dim else scores.shape[dim] for dim in competing]
+    part = part if part is not None and part.dim in competing else None
+    sizes = [scores.shape[dim] if part is None or dim != part.dim else part.size for dim in competing]
     max_pairs = rule.max_pairs(math.prod(sizes), scores.shape[-1])
     tau = rule.tau if isinstance(rule, Threshold) else None
-    if not split:
+    if part is None:
         return _select(scores, own, apart, competing, max_pairs, tau)
     return _select_across(scores, own, part.places, part.dim, sizes, apart, competing, max_pairs, tau, part.group)
 

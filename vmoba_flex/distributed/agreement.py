@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmoba_flex.distributed.collectives import Ranks, all_gather
+from vmoba_flex.distributed.collectives import Ranks, all_reduce
 from vmoba_flex.distributed.exchange import Layout
 from vmoba_flex.distributed.shards import TokenShards
 from vmoba_flex.partition import BlockPartition
@@ -25,11 +25,12 @@ def agreed_layout(
     """
     if shards is not None and not isinstance(shards, TokenShards):
         raise TypeError(f"shards must be a TokenShards or None, got {type(shards).__name__}")
+    ranks = Ranks.of(group)
     if check:
-        check_ranks_agree(query, key, value, settings, shards or TokenShards(), partition, Ranks.of(group))
+        check_ranks_agree(query, key, value, settings, shards or TokenShards(), partition, ranks)
     if not isinstance(partition, BlockPartition):
         raise TypeError(f"partition must be a BlockPartition, got {type(partition).__name__}")
-    return Layout.of(group, shards, partition)
+    return Layout.of(ranks, shards, partition)
 
 
 def check_ranks_agree(
@@ -59,12 +60,15 @@ def check_ranks_agree(
     if len(told) > _BYTES:
         raise ValueError(f"check_ranks must be False for calls described by more than {_BYTES} bytes, got {len(told)}")
     device = query.device if isinstance(query, Tensor) else torch.device("cpu")
-    message = torch.tensor(list(told.ljust(_BYTES)), dtype=torch.uint8, device=device)
-    answers = [json.loads(bytes(answer.tolist())) for answer in all_gather(message, ranks).cpu()]
+    said = torch.zeros(ranks.size, _BYTES, dtype=torch.uint8, device=device)
+    said[ranks.rank] = torch.tensor(list(told.ljust(_BYTES)), device=device)
+    answers = [json.loads(bytes(answer)) for answer in all_reduce(said, "sum", ranks.group).tolist()]
     for rank, (answer, _) in enumerate(answers):
         for name, first, other in zip(facts, answers[0][0], answer, strict=True):
             if first != other:
-                raise ValueError(f"{name} must be the same on all ranks, got {first} on rank 0 and {other} on rank {rank}")
+                raise ValueError(
+                    f"{name} must be the same on all ranks, got {first} on rank 0 and {other} on rank {rank}"
+                )
     runs = shards.runs(partition, ranks.size)
     for rank, (_, counts) in enumerate(answers):
         expected = sum(count for _, count in runs[rank])

@@ -1,5 +1,7 @@
 """One attention call over several ranks, from inputs that have been checked."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -90,6 +92,32 @@ def attend_across(
         units = of_keys.of_rank(ranks.rank, query.device)
         balance.record(attended.head_density().unflatten(0, (len(units), -1)).mean(1), units)
     return attended._replace(output=to_tokens(attended.output, layout, heads))
+
+
+def by_heads(
+    attention: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_lengths: Tensor | None,
+    layout: Layout,
+) -> Tensor:
+    """Any attention whose heads do not know of one another, of tokens that are shared out over ranks.
+
+    Args:
+        attention: of ``(query, key, value, text_lengths)``.
+        query: ``(B, H, tokens of this rank, D)``.
+        key: likewise.
+        value: likewise.
+        text_lengths: as in ``vmoba_attention``.
+        layout: which tokens each rank holds.
+
+    Returns:
+        ``(B, H, tokens of this rank, D)``.
+    """
+    heads = Heads.evenly(query.shape[1], layout.ranks.size)
+    arriving = [to_heads(x, layout, heads) for x in (query, key, value)]
+    return to_tokens(attention(*(wait() for wait in arriving), text_lengths), layout, heads)
 
 
 def _check_by_queries(query: Tensor, dispatch: str, balance: HeadBalance | None, ranks: int) -> None:

@@ -64,9 +64,3 @@ def all_to_all(x: Tensor, received: list[int], sent: list[int], ranks: Ranks) ->
 def all_reduce(x: Tensor, operation: str, group: str) -> Tensor:
     """The sum (``"sum"``) or the largest (``"max"``) over a group's ranks of each entry; without gradients."""
     return functional.wait_tensor(functional.all_reduce(x, operation, group))  # pyright: ignore[reportArgumentType]
-
-
-def all_gather(x: Tensor, ranks: Ranks) -> Tensor:
-    """``(size, *x.shape)``: each rank's ``x``, which have one shape; without gradients."""
-    gathered = functional.all_gather_tensor(x[None].contiguous(), 0, ranks.group)  # pyright: ignore[reportArgumentType]
-    return functional.wait_tensor(gathered)

@@ -1,14 +1,14 @@
 """Tokens of all heads for heads of all tokens, and back."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from vmoba_flex.distributed.collectives import Ranks, all_to_all
 from vmoba_flex.distributed.shards import Run, TokenShards, cut_evenly, in_order, lengths
-from vmoba_flex.partition import BlockPartition, Reorder
+from vmoba_flex.partition import BlockPartition, reorder
 
 
 class Layout(NamedTuple):
@@ -25,9 +25,9 @@ class Layout(NamedTuple):
     own: tuple[tuple[Run, ...], ...]
 
     @classmethod
-    def of(cls, group: Any, shards: TokenShards | None, partition: BlockPartition) -> Self:
+    def of(cls, ranks: Ranks, shards: TokenShards | None, partition: BlockPartition) -> Self:
         """The layout of a call; ``shards`` None for even shards of one sequence."""
-        ranks, shards = Ranks.of(group), shards or TokenShards()
+        shards = shards or TokenShards()
         runs = shards.runs(partition, ranks.size)
         return cls(ranks, runs, shards.own_runs(partition, ranks.size))
 
@@ -45,7 +45,8 @@ class Layout(NamedTuple):
     def even(self) -> int | None:
         """The length of all runs where each rank has one of its own, and all are equally long."""
         length = self.own[0][0][1] if self.own[0] else 0
-        return length if self.own == self.runs and all([lengths(runs) == [length] for runs in self.own]) else None
+        even = self.own == self.runs and {tuple(lengths(runs)) for runs in self.own} == {(length,)}
+        return length if even else None
 
 
 class Heads(NamedTuple):
@@ -95,7 +96,7 @@ def to_heads(x: Tensor, layout: Layout, heads: Heads) -> Callable[[], Tensor]:
     rank, count = layout.ranks.rank, heads.counts[layout.ranks.rank]
     mine = x.transpose(0, 1)
     if heads.order is not None:
-        mine = Reorder.apply(mine, heads.order, heads.order.argsort(), 0)
+        mine = reorder(mine, heads.order, heads.order.argsort(), 0)
     # Replicated tokens stay: of this rank's heads they are here.
     tokens = [sum(lengths(runs)) for runs in layout.own]
     before = sum([length for start, length in layout.here if start < layout.own[rank][0][0]])
@@ -143,5 +144,5 @@ def to_tokens(x: Tensor, layout: Layout, heads: Heads) -> Tensor:
     received = [each * batch * here * dim for each in heads.counts]
     arrived = all_to_all(leaving, received, sent, ranks).view(-1, batch, here, dim)
     if heads.order is not None:
-        arrived = Reorder.apply(arrived, heads.order.argsort(), heads.order, 0)
+        arrived = reorder(arrived, heads.order.argsort(), heads.order, 0)
     return arrived.transpose(0, 1)
