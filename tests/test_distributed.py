@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,12 +34,6 @@ RULES = [
 ]
 DISPATCHES = ["tiles", "packed", "shared", "dense"]
 PARTITION = BlockPartition((5, 6, 7), (2, 3, 4), prefix=3, suffix=5)
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(4) as pool:
-        yield pool
 
 
 @functools.cache
@@ -120,10 +113,10 @@ def put_together(parts: list[Tensor], shards: TokenShards | None, partition: Blo
 
 
 def assert_equals_one_process(
-    pool: RankPool, problem: Problem, size: int, shards: TokenShards | None = None, exact: bool = True, **options: Any
+    rank_pool: RankPool, problem: Problem, size: int, shards: TokenShards | None = None, exact: bool = True, **options: Any
 ) -> None:
     expected, expected_stats = whole(problem, **options)
-    results = pool.run(shared_out, problem, size, "cpu", shards, options)
+    results = rank_pool.run(shared_out, problem, size, "cpu", shards, options)
     for _, stats in results:
         for x, y in zip(stats, expected_stats, strict=True):
             assert torch.equal(x, y)
@@ -140,10 +133,10 @@ def assert_equals_one_process(
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 @pytest.mark.parametrize("dispatch", DISPATCHES)
-def test_each_rule_and_dispatch_equals_one_process(pool, rule, dispatch):
+def test_each_rule_and_dispatch_equals_one_process(rank_pool, rule, dispatch):
     # 5 heads on 4 and on 2 ranks, and tokens that do not divide.
-    assert_equals_one_process(pool, problem(rule, 5), 4, dispatch=dispatch)
-    assert_equals_one_process(pool, problem(rule, 5), 2, dispatch=dispatch)
+    assert_equals_one_process(rank_pool, problem(rule, 5), 4, dispatch=dispatch)
+    assert_equals_one_process(rank_pool, problem(rule, 5), 2, dispatch=dispatch)
 
 
 SHARDS = [
@@ -157,50 +150,50 @@ SHARDS = [
 
 @pytest.mark.parametrize("shards", SHARDS, ids=repr)
 @pytest.mark.parametrize("rule", [RULES[4], RULES[6], RULES[7]], ids=lambda rule: rule.pool)
-def test_shards_of_any_size_and_text_anywhere(pool, rule, shards):
+def test_shards_of_any_size_and_text_anywhere(rank_pool, rule, shards):
     for dispatch in ("packed", "shared"):
-        assert_equals_one_process(pool, problem(rule, 4), 4, shards, dispatch=dispatch)
-    assert_equals_one_process(pool, problem(rule, 3), 4, shards, exact=False, dispatch="tiles")
+        assert_equals_one_process(rank_pool, problem(rule, 4), 4, shards, dispatch=dispatch)
+    assert_equals_one_process(rank_pool, problem(rule, 3), 4, shards, exact=False, dispatch="tiles")
 
 
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize(
     ("heads", "key_heads", "size"), [(8, 4, 4), (12, 6, 4), (9, 3, 2), (8, 2, 4), (6, 1, 4), (5, 5, 4)], ids=repr
 )
-def test_key_heads_go_with_their_query_heads(pool, heads, key_heads, size, dispatch):
+def test_key_heads_go_with_their_query_heads(rank_pool, heads, key_heads, size, dispatch):
     lengths = torch.tensor([8, 2])
     for rule in (RULES[4], RULES[6], RULES[8]):
         # Where a key head goes to several ranks, its gradients are added up in another order.
         case = problem(rule, heads, key_heads, text_lengths=lengths)
-        assert_equals_one_process(pool, case, size, exact=key_heads >= size, dispatch=dispatch)
+        assert_equals_one_process(rank_pool, case, size, exact=key_heads >= size, dispatch=dispatch)
 
 
 @pytest.mark.parametrize("dispatch", ["tiles", "packed", "dense"])
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-def test_more_ranks_than_heads(pool, rule, dispatch):
+def test_more_ranks_than_heads(rank_pool, rule, dispatch):
     lengths = torch.tensor([3, 8])
     for heads, key_heads in ((1, 1), (2, 1), (3, 3)):
         case = problem(rule, heads, key_heads, text_lengths=lengths)
-        assert_equals_one_process(pool, case, 4, exact=False, dispatch=dispatch)
+        assert_equals_one_process(rank_pool, case, 4, exact=False, dispatch=dispatch)
 
 
-def test_ranks_of_text_alone(pool):
+def test_ranks_of_text_alone(rank_pool):
     partition = BlockPartition((2, 2, 3), (1, 2, 3), prefix=50, suffix=40)
     for heads in (4, 2):
-        assert_equals_one_process(pool, problem(RULES[6], heads, partition=partition), 4, exact=False, dispatch="tiles")
+        assert_equals_one_process(rank_pool, problem(RULES[6], heads, partition=partition), 4, exact=False, dispatch="tiles")
         assert_equals_one_process(
-            pool, problem(RULES[8], heads, partition=partition), 4, exact=False, dispatch="packed"
+            rank_pool, problem(RULES[8], heads, partition=partition), 4, exact=False, dispatch="packed"
         )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("heads", [4, 2])
-def test_dtypes_and_value_dims(pool, dtype, heads):
+def test_dtypes_and_value_dims(rank_pool, dtype, heads):
     for rule in (RULES[5], RULES[8]):
         case = problem(rule, heads)
         case = dataclasses.replace(case, value=torch.cat([case.value, case.value], 3)).to(dtype)
         expected, _ = whole(case, dispatch="packed")
-        parts = [tensors for tensors, _ in pool.run(shared_out, case, 4, "cpu", None, {"dispatch": "packed"})]
+        parts = [tensors for tensors, _ in rank_pool.run(shared_out, case, 4, "cpu", None, {"dispatch": "packed"})]
         tolerance = {} if heads == 4 else {"rtol": 0.05, "atol": 0.05}
         for one, *of_ranks in zip(expected, *parts, strict=True):
             torch.testing.assert_close(torch.cat(of_ranks, 2), one, **(tolerance or {"rtol": 0, "atol": 0}))
@@ -208,12 +201,12 @@ def test_dtypes_and_value_dims(pool, dtype, heads):
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
 @pytest.mark.parametrize("heads", [4, 2])
-def test_scores_that_are_not_finite(pool, heads, bad):
+def test_scores_that_are_not_finite(rank_pool, heads, bad):
     for rule in (RULES[1], RULES[2], RULES[4], RULES[6], RULES[7]):
         case = problem(rule, heads)
         case.query[0, 0, 40, 0] = bad
         _, expected = whole(case, dispatch="tiles")
-        for _, stats in pool.run(shared_out, case, 4, "cpu", None, {"dispatch": "tiles"}):
+        for _, stats in rank_pool.run(shared_out, case, 4, "cpu", None, {"dispatch": "tiles"}):
             assert all(map(torch.equal, stats, expected)), rule
 
 
@@ -235,14 +228,14 @@ def largest_reduction(problem: Problem) -> int:
     return max(reduced, default=0)
 
 
-def test_no_scores_travel(pool):
+def test_no_scores_travel(rank_pool):
     partition = BlockPartition((8, 16, 16), (4, 8, 8))
     scores = 2 * partition.num_video_tokens * partition.num_blocks
     for rule, pools in ((RULES[4], 2 * partition.num_blocks), (RULES[8], 2)):
         # A bin for each of 256 digits and each of two criteria.
-        assert pool.run(largest_reduction, problem(rule, 4, partition=partition)) == [pools * 256 * 2] * 4
+        assert rank_pool.run(largest_reduction, problem(rule, 4, partition=partition)) == [pools * 256 * 2] * 4
         assert pools * 256 * 2 < 4 * scores
-    assert pool.run(largest_reduction, problem(RULES[6], 4)) == [0] * 4
+    assert rank_pool.run(largest_reduction, problem(RULES[6], 4)) == [0] * 4
 
 
 def alone(problem: Problem) -> bool:
@@ -252,5 +245,5 @@ def alone(problem: Problem) -> bool:
     return torch.equal(vmoba_attention(*tensors, group=groups[dist.get_rank()]), vmoba_attention(*tensors))
 
 
-def test_a_group_of_one(pool):
-    assert all(pool.run(alone, problem(RULES[5], 2)))
+def test_a_group_of_one(rank_pool):
+    assert all(rank_pool.run(alone, problem(RULES[5], 2)))
