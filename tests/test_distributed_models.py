@@ -48,6 +48,22 @@ def inputs_of(name: str) -> dict[str, Any]:
     return inputs
 
 
+def build(name: str) -> Any:
+    """A model; LTX without text in its layers, whose gradients diffusers fails to exchange (see below)."""
+    model: Any = FAMILIES[name].build()
+    if name == "ltx":
+        for block in model.transformer_blocks:
+            block.attn2.processor = NoText()
+    return model
+
+
+class NoText:
+    """Stands where text would be attended."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+
 def enable(model: Any, **degrees: int) -> None:
     """Context parallelism over pairs of ranks, or over all."""
     size = next(iter(degrees.values()))
@@ -60,7 +76,7 @@ def enable(model: Any, **degrees: int) -> None:
 
 def applied(name: str, config: VMoBAConfig, apply_first: bool, degree: int = 2) -> tuple[nn.Module, Any]:
     """A model with both, on a rank."""
-    model = FAMILIES[name].build()
+    model = build(name)
     if not apply_first:
         enable(model, ulysses_degree=degree)
     handle = apply_vmoba(model, config)
@@ -69,10 +85,12 @@ def applied(name: str, config: VMoBAConfig, apply_first: bool, degree: int = 2) 
     return model, handle
 
 
-def compiled(model: Any, backend: str) -> CompileCounterWithBackend:
-    """Compiles a model's blocks."""
+def compiled(model: Any, name: str) -> CompileCounterWithBackend:
+    """Compiles a model's blocks, behind a forward in which diffusers' hooks learn what torch.compile cannot trace."""
+    with torch.no_grad():
+        run(model, inputs_of(name))
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend("aot_eager")
     model.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=counter)
     return counter
 
@@ -81,7 +99,7 @@ def sharing(name: str, config: VMoBAConfig, apply_first: bool, compile_blocks: b
     """Output without gradients, and gradients of all ranks together, on a rank."""
     model, _ = applied(name, config, apply_first)
     if compile_blocks:
-        compiled(model, "aot_eager")
+        compiled(model, name)
     with torch.no_grad():
         output = run(model, inputs_of(name))
     of_rank = gradients(run(model, inputs_of(name)), model)
@@ -92,7 +110,7 @@ def sharing(name: str, config: VMoBAConfig, apply_first: bool, compile_blocks: b
 
 def alone(name: str, config: VMoBAConfig | None) -> tuple[Tensor, list[Tensor]]:
     """The same on one process."""
-    model = FAMILIES[name].build()
+    model = build(name)
     if config is not None:
         apply_vmoba(model, config)
     with torch.no_grad():
@@ -124,11 +142,38 @@ def test_compiled(rank_pool: RankPool, name: str):
     assert_equals_alone(rank_pool.run(sharing, name, SPARSE, True, True), name, SPARSE)
 
 
+def with_text() -> tuple[Tensor, str]:
+    """LTX's output with text, and why it has no gradients, on a rank."""
+    model: Any = FAMILIES["ltx"].build()
+    enable(model, ulysses_degree=2)
+    with contextlib.ExitStack() as stack:
+        stock_error = None
+        try:
+            gradients(run(model, inputs_of("ltx")), model)
+        except RuntimeError as error:
+            stock_error = str(error)
+        apply_vmoba(model, SPARSE)
+        stack.enter_context(torch.no_grad())
+        return run(model, inputs_of("ltx")), str(stock_error)
+
+
+def test_ltx_with_text(rank_pool: RankPool):
+    model = FAMILIES["ltx"].build()
+    apply_vmoba(model, SPARSE)
+    with torch.no_grad():
+        expected = run(model, inputs_of("ltx"))
+    for output, stock_error in rank_pool.run(with_text):
+        assert_close(output, expected)
+        # diffusers 0.42.1 takes the text for as long as the video when it exchanges gradients: stock LTX cannot be
+        # trained under context parallelism. When this fails, `build` and the docs need no exception for LTX.
+        assert "is invalid for input of size" in stock_error
+
+
 def switching(compile_blocks: bool) -> list[Tensor]:
     """Outputs with VMoBA, switched off, and removed, on a rank."""
     model, handle = applied("wan2.1", SPARSE, apply_first=True)
     if compile_blocks:
-        compiled(model, "aot_eager")
+        compiled(model, "wan2.1")
     outputs = []
     with torch.no_grad():
         outputs.append(run(model, inputs_of("wan2.1")))
