@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
+import inspect
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tests.paths import attend
@@ -21,6 +25,7 @@ from vmoba_flex.distributed.exchange import Layout
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one pool of processes
 
+ROOT = Path(__file__).parent.parent
 RULES = [
     TopK(2),
     TopK(2, pool="head"),
@@ -113,10 +118,15 @@ def put_together(parts: list[Tensor], shards: TokenShards | None, partition: Blo
 
 
 def assert_equals_one_process(
-    rank_pool: RankPool, problem: Problem, size: int, shards: TokenShards | None = None, exact: bool = True, **options: Any
+    pool: RankPool,
+    problem: Problem,
+    size: int,
+    shards: TokenShards | None = None,
+    exact: bool = True,
+    **options: Any,
 ) -> None:
     expected, expected_stats = whole(problem, **options)
-    results = rank_pool.run(shared_out, problem, size, "cpu", shards, options)
+    results = pool.run(shared_out, problem, size, "cpu", shards, options)
     for _, stats in results:
         for x, y in zip(stats, expected_stats, strict=True):
             assert torch.equal(x, y)
@@ -180,10 +190,9 @@ def test_more_ranks_than_heads(rank_pool, rule, dispatch):
 def test_ranks_of_text_alone(rank_pool):
     partition = BlockPartition((2, 2, 3), (1, 2, 3), prefix=50, suffix=40)
     for heads in (4, 2):
-        assert_equals_one_process(rank_pool, problem(RULES[6], heads, partition=partition), 4, exact=False, dispatch="tiles")
-        assert_equals_one_process(
-            rank_pool, problem(RULES[8], heads, partition=partition), 4, exact=False, dispatch="packed"
-        )
+        for rule, dispatch in ((RULES[6], "tiles"), (RULES[8], "packed")):
+            case = problem(rule, heads, partition=partition)
+            assert_equals_one_process(rank_pool, case, 4, exact=False, dispatch=dispatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -247,3 +256,55 @@ def alone(problem: Problem) -> bool:
 
 def test_a_group_of_one(rank_pool):
     assert all(rank_pool.run(alone, problem(RULES[5], 2)))
+
+
+def compiled(problem: Problem, size: int, backend: str, options: dict[str, Any]) -> tuple[int, bool] | None:
+    """How many graphs two calls with gradients took, and whether they equal eager ones, on a rank."""
+    group, shards = group_of(size), options.get("shards")
+    if dist.get_rank() >= size:
+        return None
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        fixed: dict[str, Any] = {"scale": problem.scale, "group": group, **options}
+        return vmoba_attention(query, key, value, problem.partition, problem.rule, **fixed)
+
+    graph = torch.compile(call, backend=counter, fullgraph=True, dynamic=False)
+    tensors = (problem.query, problem.key, problem.value)
+    local = [here(x, shards, problem.partition, group).requires_grad_() for x in tensors]
+    results = []
+    for one in (call, graph, graph):
+        output = one(*local)
+        results.append([output, *torch.autograd.grad(output.square().sum(), local)])
+    return counter.frame_count, all(map(torch.equal, results[0], results[2]))
+
+
+@pytest.mark.parametrize("dispatch", ["packed", "tiles"])
+@pytest.mark.parametrize("rule", [RULES[6], RULES[8]], ids=lambda rule: rule.pool)
+@pytest.mark.parametrize(("heads", "shards"), [(5, None), (5, TokenShards(text="replicated")), (2, None)])
+def test_one_graph_equals_eager(rank_pool, heads, shards, rule, dispatch):
+    results = rank_pool.run(compiled, problem(rule, heads), 4, "aot_eager", {"dispatch": dispatch, "shards": shards})
+    assert results == [(1, True)] * 4
+
+
+def test_inductor(rank_pool):
+    options = {"dispatch": "packed"}
+    assert rank_pool.run(compiled, problem(RULES[8], 3), 2, "inductor", options, limit_s=300)[:2] == [(1, True)] * 2
+
+
+def test_torchs_collectives_are_what_they_were():
+    """``collectives.py`` alone uses this private module of torch."""
+    functional = collectives.functional
+    assert list(inspect.signature(functional.all_to_all_single_autograd).parameters) == [
+        "self", "output_split_sizes", "input_split_sizes", "group", "tag",
+    ]  # fmt: skip
+    assert list(inspect.signature(functional.all_reduce).parameters) == ["self", "reduceOp", "group", "tag"]
+    assert list(inspect.signature(functional.wait_tensor).parameters) == ["tensor"]
+    users = [
+        path.name
+        for folder in ("vmoba_flex", "block_masks")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"import .*_functional_collectives|distributed_c10d", path.read_text())
+    ]
+    assert users == ["collectives.py"]

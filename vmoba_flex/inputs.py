@@ -125,6 +125,8 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def _check_tensor(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if hasattr(x, "to_local"):
+        raise TypeError(f"{name} must be a plain tensor, got a {type(x).__name__}: pass its to_local()")
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name} must be a float16, bfloat16, float32 or float64 tensor, got {x.dtype}")
     if x.dim() != 4:
