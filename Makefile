@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: clean demo format test
+.PHONY: clean demo docs format test
 
 demo: .venv/demo
 	$(BIN)/vmoba-flex demo
@@ -14,12 +14,15 @@ test: .venv/dev
 	$(BIN)/basedpyright
 	HYPOTHESIS_PROFILE=ci $(BIN)/pytest -n auto --dist loadgroup
 
+docs: .venv/dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 format: .venv/dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean:
-	rm -rf .venv
+	rm -rf .venv site
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -269,8 +269,7 @@ class Attention:
 
     def _exchange(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         heads = Heads.evenly(self.sizes.heads, self.size)
-        arriving = [to_heads(x, self.layout, heads) for x in (query, key, value)]
-        query, key, value = (one() for one in arriving)
+        query, key, value = to_heads((query, key, value), self.layout, (heads,) * 3)
         return _Join.apply(to_tokens(value, self.layout, heads), query, key)
 
     def _density(self) -> float:

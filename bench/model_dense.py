@@ -73,11 +73,11 @@ def _flash_4() -> Callable[..., tuple[Tensor, Tensor]]:
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
-    def keep(context: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        context.save_for_backward(*inputs, *output)
+    def keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, *output)
 
-    def gradients(context: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return backward(*context.saved_tensors, grad)
+    def gradients(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return backward(*ctx.saved_tensors, grad)
 
     forward.register_autograd(gradients, setup_context=keep)
     return forward

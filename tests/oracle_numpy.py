@@ -40,6 +40,24 @@ def gate(query: ArrayLike, key: ArrayLike, ids: ArrayLike, num_blocks: int) -> N
     return result
 
 
+def mass(gate: ArrayLike, ids: ArrayLike, head_dim: int) -> NDArray[np.float64]:
+    """Estimated attention mass of every block, (B, H, S, N): that of its tokens, had they all its mean key.
+
+    Args:
+        gate: (B, H, S, N) scores.
+        ids: block id of each token that is a key.
+        head_dim: D.
+    """
+    gate = np.asarray(gate, np.float64)
+    result = np.full(gate.shape, np.nan)  # all of a query's, where one score is not finite
+    _, sizes = np.unique(np.asarray(ids), return_counts=True)
+    for b, h, s in np.ndindex(gate.shape[:3]):
+        if np.isfinite(gate[b, h, s]).all():
+            term = sizes * np.exp((gate[b, h, s] - gate[b, h, s].max()) / np.sqrt(head_dim))
+            result[b, h, s] = term / term.sum()
+    return result
+
+
 def select(
     gate: ArrayLike,
     ids: ArrayLike,
@@ -48,18 +66,20 @@ def select(
     k: int | None = None,
     tau: float | None = None,
     max_density: float | None = None,
+    normalize: str = "minmax",
 ) -> NDArray[np.bool_]:
     """Selected pairs, (B, H, S, N): in each pool the own ones, then the best of the others as far as the rule goes.
 
     Best means: higher score (NaN above all numbers), then lower block id, then lower query index, then lower head.
 
     Args:
-        gate: (B, H, S, N) scores.
+        gate: (B, H, S, N) scores, or masses where normalize is "softmax".
         ids: (S,) block id of each token.
         pool: what competes: "query", "block", "head" or "global"; never across samples.
         k: blocks per row, own included, summed over the rows of the pool; not with pool "block".
         tau: share of the pool's normalised score to reach. A pool with a non-finite score takes everything.
         max_density: with tau, the largest share of the pool's pairs to select; own ones are in even beyond it.
+        normalize: "minmax" scales a pool's scores to [0, 1] before they are added up; "softmax" adds them as they are.
 
     Raises:
         ValueError: the pool is unknown, or the rule is not one of those above.
@@ -84,7 +104,7 @@ def select(
             if k is not None:
                 count = k * (score.size // gate.shape[3]) - mine.sum()  # such a pool holds whole rows of N pairs
             else:
-                count = _threshold_count(score, mine, others, tau)
+                count = _threshold_count(score, mine, others, tau, normalize)
             if max_density is not None:
                 count = min(count, int(np.floor(max_density * score.size + 0.5)) - mine.sum())
             chosen = mine.copy()
@@ -107,12 +127,14 @@ def _pools(pool: str, heads: int, tokens: int, blocks: int) -> list[tuple[slice,
     raise ValueError(f"pool must be 'query', 'block', 'head' or 'global', got {pool!r}")
 
 
-def _threshold_count(score: NDArray, own: NDArray, others: NDArray, tau: float) -> int:
+def _threshold_count(score: NDArray, own: NDArray, others: NDArray, tau: float, normalize: str) -> int:
     """How many of ``others`` (indices into ``score``, best first) it takes, beside the own pairs, to reach tau."""
     if not np.isfinite(score).all():
         return others.size
-    span = score.max() - score.min()
-    share = (score - score.min()) / (span if span > EPS else 1.0)
+    share = score
+    if normalize == "minmax":
+        span = score.max() - score.min()
+        share = (score - score.min()) / (span if span > EPS else 1.0)
     total = share.sum()
     rest = max(0.0, tau - share[own].sum() / (total + EPS))
     if rest == 0:

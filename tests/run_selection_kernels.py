@@ -24,13 +24,21 @@ KINDS = {
     "one infinite": [INF],
     "all bad": [INF, -INF, NAN, -NAN],
     "outlier": [1e9],
+    "masses": [],
+    "flat masses": [],
+    "sharp masses": [],
+    "masses, one NaN": [NAN],
 }
+
 # Cap as a share of the pool, and tau.
 TARGETS = [(None, 0.25), (0.25, None), (0.25, 0.3), (0.1, 0.5), (None, 1.0), (0.5, 1e-3)]
 
 
 def pools(kind: str, count: int, length: int, generator: torch.Generator) -> torch.Tensor:
     scores = torch.randn(count, length, generator=generator)
+    if "masses" in kind:
+        sharpness = {"flat masses": 0, "sharp masses": 60}.get(kind, 3)
+        scores = (scores * sharpness).softmax(-1)
     if kind == "tiny":
         scores *= 1e-9
     elif kind == "ties":
@@ -59,12 +67,13 @@ def check_selection() -> None:
         own = torch.rand(own_rows, length, generator=generator) < 0.15
         share, tau = next(targets)
         cap = None if share is None else int(share * length)
-        expected = _take(scores, own, cap, tau)
+        stretch = "masses" not in kind
+        expected = _take(scores, own, cap, tau, stretch)
         case = (kind, count, length, cap, tau)
-        assert torch.equal(cut_kernels.take_long(scores, own, cap, tau, fraction_bits(length)), expected), case
+        assert torch.equal(cut_kernels.take_long(scores, own, cap, tau, stretch, fraction_bits(length)), expected), case
         by_entry = scores.T.contiguous().T[None]
         each_own = own.repeat(count // own_rows, 1)
-        taken = select_kernels.take_short(by_entry, each_own, cap, tau, fraction_bits(length))
+        taken = select_kernels.take_short(by_entry, each_own, cap, tau, stretch, fraction_bits(length))
         assert torch.equal(taken[0].T, expected), case
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from vmoba_flex import BlockPartition, Threshold, TopK
 from vmoba_flex.config import KINDS, AboutBlocks, VMoBAConfig
 from vmoba_flex.dispatch import BACKENDS, DISPATCHES
-from vmoba_flex.rules import POOLS, Rule
+from vmoba_flex.mass import block_mass
+from vmoba_flex.rules import NORMALIZE, POOLS, Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +60,11 @@ def partitions(draw: st.DrawFn, text: bool = True) -> BlockPartition:
 
 
 @st.composite
-def rules(draw: st.DrawFn, num_blocks: int, pool: str | None = None) -> Rule:
-    """Both rules over all of their pools, or one, with the extremes k = 1, k = N and tau = 1 common."""
+def rules(draw: st.DrawFn, num_blocks: int, pool: str | None = None, exact: bool = False) -> Rule:
+    """Both rules over all of their pools, or one, with the extremes k = 1, k = N and tau = 1 common.
+
+    With ``exact``, none that takes exponentials, which no two devices or precisions round alike.
+    """
     if pool is None:
         pool = draw(st.sampled_from(POOLS))
     if pool != "block" and draw(st.booleans()):
@@ -68,7 +72,8 @@ def rules(draw: st.DrawFn, num_blocks: int, pool: str | None = None) -> Rule:
             return TopK(draw(st.integers(1, num_blocks)), pool=pool)
         return TopK(density=draw(shares()), pool=pool)
     max_density = draw(st.none() | shares())
-    return Threshold(draw(shares()), pool=pool, max_density=max_density)
+    normalize = "minmax" if exact else draw(st.sampled_from(NORMALIZE))
+    return Threshold(draw(shares()), pool=pool, max_density=max_density, normalize=normalize)
 
 
 def shares() -> st.SearchStrategy[float]:
@@ -101,15 +106,20 @@ def generators() -> st.SearchStrategy[torch.Generator]:
 
 
 @st.composite
-def gates(draw: st.DrawFn, partition: BlockPartition) -> Tensor:
-    """float32 gate scores ``(B, H, video tokens, N)``: small integers with many ties, constants, or reals."""
+def gates(draw: st.DrawFn, partition: BlockPartition, masses: bool = False) -> Tensor:
+    """float32 gate scores ``(B, H, video tokens, N)``: small integers with many ties, constants, or reals.
+
+    With ``masses``, the estimated attention masses of these.
+    """
     batch, heads = draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 3)]))
     shape = (batch, heads, partition.num_video_tokens, partition.num_blocks)
     generator = draw(generators())
     levels = draw(st.sampled_from([1, 2, 4, None]))
     if levels is None:
-        return torch.randn(shape, generator=generator) * draw(st.sampled_from([1e-9, 1.0, 1e4]))
-    return torch.randint(levels, shape, generator=generator).float() - levels // 2
+        scores = torch.randn(shape, generator=generator) * draw(st.sampled_from([1e-9, 1.0, 1e4]))
+    else:
+        scores = torch.randint(levels, shape, generator=generator).float() - levels // 2
+    return block_mass(scores, partition, head_dim=1) if masses else scores
 
 
 @st.composite
@@ -119,10 +129,10 @@ def problems(
     """Inputs of one call.
 
     With ``exact``, queries and keys are integers, and so are the block means: float32 computes the gate exactly, ties
-    included. ``heads`` fixes the query and key heads.
+    included; rules take no exponentials of it. ``heads`` fixes the query and key heads.
     """
     partition = draw(partitions())
-    rule = draw(rules(partition.num_blocks))
+    rule = draw(rules(partition.num_blocks, exact=exact))
     batch = draw(st.integers(1, 2))
     key_heads, groups = draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2)])) if heads is None else (heads, 1)
     generator = draw(generators())

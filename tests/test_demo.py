@@ -1,5 +1,6 @@
 """The demo: clip, model, measures, command line."""
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -12,13 +13,24 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_mask, vmoba_selection
+from vmoba_flex import (
+    BlockPartition,
+    Threshold,
+    TopK,
+    VMoBAAttention,
+    VMoBAConfig,
+    reference,
+    vmoba_mask,
+    vmoba_selection,
+)
 from vmoba_flex.cli import main
-from vmoba_flex.demo import DemoError, run
+from vmoba_flex.demo import checkpoint, denoise, run
 from vmoba_flex.demo.clip import BUNNY, read_clip
-from vmoba_flex.demo.model import VideoProjection, rotary_angles, rotate
+from vmoba_flex.demo.model import Shape, VideoTransformer, from_patches, rotary_angles, rotate, to_patches
+from vmoba_flex.user_error import UserError
 
 GRID = (4, 6, 8)
+CONFIG = VMoBAConfig(1, (2, 4), (2, 3, 4), Threshold(0.25), dispatch="tiles")
 
 
 def write_video(path: Path, images: np.ndarray) -> Path:
@@ -35,9 +47,11 @@ def write_video(path: Path, images: np.ndarray) -> Path:
 
 
 @pytest.fixture(scope="module")
-def projected() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    with torch.no_grad():
-        return VideoProjection()(read_clip(BUNNY, 16, 96, 128))
+def inputs() -> list[run.Inputs]:
+    """The shipped model's query, key and value in each layer, on a piece of the clip."""
+    model, _, _ = checkpoint.load()
+    noisy = denoise.add_noise(read_clip(BUNNY, 16, 48, 64), denoise.LEVEL)
+    return run.layer_inputs(model, noisy, torch.tensor([denoise.LEVEL]))
 
 
 @pytest.fixture
@@ -52,7 +66,7 @@ def test_command_line_loads_no_extras():
     code = "import sys, torch; before = set(sys.modules); import vmoba_flex.cli; print(*set(sys.modules) - before)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "vmoba_flex.cli" in loaded
-    assert not {"av", "matplotlib", "tqdm"} & set(loaded)
+    assert not {"av", "matplotlib", "safetensors", "tqdm"} & set(loaded)
 
 
 def test_clip_ships_and_decodes():
@@ -66,12 +80,12 @@ def test_clip_ships_and_decodes():
     assert (frames.diff(dim=0).abs().amax((1, 2, 3)) > 0).all()
 
 
-def test_clip_is_sampled_evenly(tmp_path: Path):
+def test_clip_is_read_from_its_start(tmp_path: Path):
     path = write_video(
         tmp_path / "steps.mp4", np.arange(0, 120, 10, dtype=np.uint8)[:, None, None].repeat(32, 1).repeat(32, 2)
     )
     levels = read_clip(path, 4, 16, 16).mean((1, 2, 3)) * 255
-    torch.testing.assert_close(levels, torch.tensor([0.0, 40, 70, 110]), atol=3, rtol=0)
+    torch.testing.assert_close(levels, torch.tensor([0.0, 10, 20, 30]), atol=3, rtol=0)
 
 
 def test_clip_is_cropped_at_the_centre(tmp_path: Path):
@@ -92,7 +106,7 @@ def test_unusable_clip_is_refused(tmp_path: Path, name: str):
         sound.rate = 8000
         writer.mux(stream.encode(sound))
         writer.mux(stream.encode())
-    with pytest.raises(DemoError, match=name) as caught:
+    with pytest.raises(UserError, match=name) as caught:
         read_clip(tmp_path / name, 4, 16, 16)
     assert "\n" not in str(caught.value)
 
@@ -117,47 +131,132 @@ def test_rotation_keeps_lengths():
     torch.testing.assert_close(rotate(x, rotary_angles((3, 4, 5), 32)).norm(dim=-1), x.norm(dim=-1))
 
 
-def test_projection_is_reproducible_and_loadable(projected: tuple[torch.Tensor, ...]):
-    state = torch.random.get_rng_state()
-    projection = VideoProjection(seed=1)
-    assert (torch.random.get_rng_state() == state).all()
-    frames = read_clip(BUNNY, 16, 96, 128)
-    with torch.no_grad():
-        assert not torch.equal(projection(frames)[0], projected[0])
-        projection.load_state_dict(VideoProjection(seed=0).state_dict())
-        for ours, theirs in zip(projection(frames), projected, strict=True):
-            assert ours.shape == (1, 4, 192, 64)
-            torch.testing.assert_close(ours, theirs)
+def test_patches_are_tokens_in_raster_order_and_back():
+    video = torch.arange(2 * 3 * 4 * 6 * 10).view(2, 3, 4, 6, 10)
+    tokens = to_patches(video, (2, 3, 5))
+    assert tokens.shape == (2, 2 * 2 * 2, 3 * 2 * 3 * 5)
+    assert torch.equal(tokens[1, 5], video[1, :, 2:, :3, 5:].flatten())
+    assert torch.equal(from_patches(tokens, (2, 3, 5), (2, 2, 2)), video)
+
+
+def test_a_fresh_model_depends_on_nothing_and_a_stirred_one_on_all():
+    torch.manual_seed(0)
+    model = VideoTransformer(Shape((2, 4, 4), dim=64, depth=3, heads=2), CONFIG)
+    noisy, level = torch.randn(1, 3, 8, 24, 32), torch.tensor([0.5])
+    assert model(noisy, level).shape == noisy.shape
+    assert not model(noisy, level).any()  # all gates are closed
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    sparse = model(noisy, level)
+    assert not torch.allclose(sparse, model(noisy, torch.tensor([0.6])))
+    sparse.sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    model.set_attention(dataclasses.replace(CONFIG, dispatch="dense"))
+    assert not torch.allclose(sparse, model(noisy, level))
+    # A threshold of everything is full attention.
+    dense = model(noisy, level)
+    model.set_attention(dataclasses.replace(CONFIG, rule=Threshold(1.0)))
+    torch.testing.assert_close(model(noisy, level), dense, atol=1e-4, rtol=1e-4)
+
+
+def test_checkpoint_keeps_weights_and_what_they_belong_to(tmp_path: Path):
+    model = VideoTransformer(Shape((2, 4, 4), dim=64, depth=2, heads=2), CONFIG)
+    checkpoint.save(model, CONFIG, {"steps": 3}, tmp_path / "model.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    loaded, config, training = checkpoint.load(tmp_path / "model.safetensors")
+    assert (loaded.shape, config, training) == (model.shape, CONFIG, {"steps": 3})
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight.half().float()), name
+
+
+def test_unusable_checkpoint_is_refused(tmp_path: Path):
+    from safetensors.torch import save_file
+
+    (tmp_path / "text.safetensors").write_text("no weights")
+    save_file({"x": torch.zeros(2)}, tmp_path / "foreign.safetensors")
+    model = VideoTransformer(Shape((2, 4, 4), dim=64, depth=2, heads=2), CONFIG)
+    model.shape = Shape((2, 4, 4), dim=64, depth=3, heads=2)
+    checkpoint.save(model, CONFIG, {}, tmp_path / "unlike.safetensors")
+    for name in ("missing", "text", "foreign", "unlike"):
+        with pytest.raises(UserError, match=name) as caught:
+            checkpoint.load(tmp_path / f"{name}.safetensors")
+        assert "\n" not in str(caught.value)
+
+
+def test_flow_of_a_perfect_model_ends_at_the_video(monkeypatch: pytest.MonkeyPatch):
+    frames = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    noisy = denoise.add_noise(frames, denoise.LEVEL)
+    video = denoise.add_noise(frames, 0.0)
+    levels = []
+
+    def perfect(given: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        # What is given lies on the straight way from noise to video.
+        torch.testing.assert_close(given, video + level * (noisy - video) / denoise.LEVEL)
+        levels.append(level.item())
+        return video
+
+    torch.testing.assert_close(denoise.denoise(perfect, noisy, lambda _: None), frames)
+    assert levels == pytest.approx(np.linspace(denoise.LEVEL, 0, denoise.STEPS, endpoint=False))
+
+
+def test_psnr():
+    frames = torch.full((2, 3, 4, 4), 0.5)
+    assert denoise.psnr(frames, frames + 0.1) == pytest.approx(20, abs=1e-4)
+    assert denoise.psnr(frames, frames + 0.01) == pytest.approx(40, abs=1e-3)
+
+
+def test_shipped_model_denoises_frames_that_it_was_not_trained_on():
+    assert checkpoint.TRAINED.stat().st_size <= 8_000_000
+    model, config, training = checkpoint.load()
+    assert training["steps"] > 0
+    frames = read_clip(BUNNY, 16, 72, 128)
+    noisy = denoise.add_noise(frames, denoise.LEVEL)
+    before = denoise.psnr(denoise.frames_of(noisy), frames)
+    outputs = []
+    for dispatch in ("dense", "tiles"):
+        model.set_attention(dataclasses.replace(config, dispatch=dispatch, backend="auto"))
+        outputs.append(denoise.denoise(model, noisy, lambda _: None))
+        assert denoise.psnr(outputs[-1], frames) > before + 6
+    assert denoise.psnr(*outputs) > 25
+
+
+@pytest.mark.usefixtures("eager")
+def test_plain_attention_is_vmoba_attention(inputs: list[run.Inputs]):
+    for layer in range(3):
+        ours = run.PlainAttention(CONFIG, layer, 3)(*inputs[layer], GRID)
+        torch.testing.assert_close(ours, VMoBAAttention(CONFIG, layer, 3)(*inputs[layer], GRID), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("rule", [Threshold(0.25), TopK(density=0.25)], ids=str)
-def test_measures(projected: tuple[torch.Tensor, ...], rule: Threshold | TopK):
+def test_measures(inputs: list[run.Inputs], rule: Threshold | TopK):
     steps = []
-    kinds = run.layer_kinds(GRID)
-    results = run.run_layers(*projected, kinds, rule, steps.append)
-    assert len(steps) == 3 * len(kinds)
-    assert [result.kind for result in results] == ["full", "1D", "2D", "3D"]
+    config = dataclasses.replace(CONFIG, rule=rule)
+    results = run.run_layers(inputs, config, GRID, steps.append)
+    assert len(steps) == 3 * len(results)
+    assert [result.kind for result in results] == ["full", *("1D", "2D", "3D") * (len(inputs) // 3)]
+    assert [result.layer for result in results] == [0, *range(len(inputs))]
     assert (results[0].density, results[0].tile_density) == (1, 1)
     assert results[0].recall == pytest.approx(1)
-    probabilities = torch.softmax(projected[0].double() @ projected[1].double().mT / 8, dim=-1)
     for result in results:
+        query, key, _ = inputs[result.layer]
+        probabilities = torch.softmax(query.double() @ key.double().mT / query.shape[-1] ** 0.5, dim=-1)
         assert result.error < 1e-5
-        selection = vmoba_selection(projected[0], projected[1], result.partition, rule)
+        selection = vmoba_selection(query, key, result.partition, rule)
         assert torch.equal(result.selection, selection[0])
         assert result.density == pytest.approx(selection.float().mean().item())
         kept = probabilities * reference.attention_mask(selection, result.partition)
         assert result.recall == pytest.approx(kept.sum(-1).mean().item())
 
 
-def test_attention_of_one_query(projected: tuple[torch.Tensor, ...]):
-    query, key, _ = projected
-    expected = torch.softmax(query.double() @ key.double().mT / 8, dim=-1)[0, 2, 17]
+def test_attention_of_one_query(inputs: list[run.Inputs]):
+    query, key, _ = inputs[0]
+    expected = torch.softmax(query.double() @ key.double().mT / query.shape[-1] ** 0.5, dim=-1)[0, 2, 17]
     torch.testing.assert_close(run.attention_of(query, key, 17, head=2).double(), expected, atol=1e-6, rtol=1e-4)
 
 
-def test_tile_map(projected: tuple[torch.Tensor, ...]):
-    query, key, _ = projected
+def test_tile_map(inputs: list[run.Inputs]):
+    query, key, _ = inputs[0]
     partition = BlockPartition.spatiotemporal(GRID, (2, 4, 4))
     selection = vmoba_selection(query, key, partition, TopK(2))
     query, key = partition.to_block_order(query), partition.to_block_order(key)
@@ -175,15 +274,16 @@ def test_demo_from_command_to_picture(tmp_path: Path, capsys: pytest.CaptureFixt
     assert list(tmp_path.iterdir()) == [output]
     height, width, _ = matplotlib.image.imread(output).shape
     assert width == 1760
-    assert 1000 < height < 2000
-    table = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in table[:5]] == ["layer", "full", "1D", "2D", "3D"]
+    assert 1500 < height < 2500
+    report = capsys.readouterr().out.splitlines()
+    assert [line.count(" dB to ") for line in report[2:5]] == [1, 2, 1]
+    assert [line.split()[1] for line in report[6:14]] == ["kind", "full", *("1D", "2D", "3D") * 2]
 
 
 @pytest.mark.usefixtures("eager")
 def test_demo_of_a_portrait_video(tmp_path: Path):
     """Another video, another rule, a chosen query, more frames than the picture shows."""
-    video = write_video(tmp_path / "noise.mkv", np.random.default_rng(0).integers(0, 256, (40, 96, 64), dtype=np.uint8))
+    video = write_video(tmp_path / "noise.mkv", np.random.default_rng(0).integers(0, 256, (40, 48, 32), dtype=np.uint8))
     output = tmp_path / "demo.png"
     options = ["--video", str(video), "--grid", "10x6x4", "--density", "0.3", "--query", "9,5,3"]
     assert main(["demo", "--output", str(output), *options]) == 0
@@ -227,7 +327,7 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "av" else find(name))
     assert main(["demo"]) == 2
-    assert capsys.readouterr().err == 'vmoba-flex: error: the demo needs av: pip install "vmoba-flex[demo]"\n'
+    assert capsys.readouterr().err == 'vmoba-flex: error: this needs av: pip install "vmoba-flex[demo]"\n'
 
 
 def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

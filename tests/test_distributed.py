@@ -22,6 +22,7 @@ from vmoba_flex import BlockPartition, Threshold, TopK, vmoba_attention
 from vmoba_flex.distributed import TokenShards, collectives
 from vmoba_flex.distributed.collectives import Ranks
 from vmoba_flex.distributed.exchange import Layout
+from vmoba_flex.warmup import WarmedThreshold
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one pool of processes
 
@@ -36,6 +37,8 @@ RULES = [
     Threshold(0.25, pool="head", max_density=0.3),
     Threshold(0.3, pool="global"),
     Threshold(0.9, pool="global", max_density=0.4),
+    Threshold(0.6, pool="global", normalize="softmax"),
+    WarmedThreshold(0.1, pool="block", now=torch.tensor([0.5], dtype=torch.float64)),
 ]
 DISPATCHES = ["tiles", "packed", "shared", "dense"]
 PARTITION = BlockPartition((5, 6, 7), (2, 3, 4), prefix=3, suffix=5)

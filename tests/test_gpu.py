@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gc
+import importlib.util
 
 import pytest
 import torch
@@ -24,12 +25,15 @@ from tests.paths import (
 )
 from tests.strategies import Problem, gates, partitions, problems, rules
 from tests.test_block_masks import INDEX_TENSORS
+from tests.test_reference import is_softmax
 from tests.test_rows import RowProblem, row_problems
 from tests.test_selection import own_blocks
 from tests.test_shared import exact_means
 from tests.test_slots import SLOT_TENSORS, slot_problems
 from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_attention, vmoba_mask, vmoba_selection
+from vmoba_flex.dispatch import choose_backend
 from vmoba_flex.gate import block_means, gate
+from vmoba_flex.mass import block_mass
 from vmoba_flex.rules import POOLS, Rule
 from vmoba_flex.selection import select
 
@@ -182,7 +186,7 @@ def test_selections_equal_the_cpu_ones_where_arithmetic_is_exact(case: Problem):
 def test_selection_kernels_equal_their_eager_forms(data: st.DataObject):
     partition = data.draw(partitions(text=False))
     rule = data.draw(rules(partition.num_blocks))
-    scores, own = data.draw(gates(partition)), own_blocks(partition)
+    scores, own = data.draw(gates(partition, masses=is_softmax(rule))), own_blocks(partition)
     if data.draw(st.booleans()):
         scores[0, 0, 0, 0] = data.draw(st.sampled_from([torch.nan, -torch.nan, torch.inf, -torch.inf, -0.0]))
     assert torch.equal(select(scores.cuda(), own.cuda(), rule).cpu(), select(scores, own, rule))
@@ -201,6 +205,21 @@ def test_selection_kernels_equal_their_eager_forms_in_long_pools(rule: Rule, lev
     )
     own = own_blocks(partition)
     assert torch.equal(select(scores.cuda(), own.cuda(), rule).cpu(), select(scores, own, rule))
+
+
+@pytest.mark.parametrize("tau", [0.25, 0.9])
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("sharpness", [0, 1, 30])
+def test_selection_kernels_equal_their_eager_forms_in_long_pools_of_masses(sharpness: float, pool: str, tau: float):
+    partition = BlockPartition.spatial((6, 35, 62), (6, 8))
+    shape = (2, 2, partition.num_tokens, partition.num_blocks)
+    gates_here = sharpness * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    scores, own = block_mass(gates_here, partition, head_dim=1), own_blocks(partition)
+    on_gpu = block_mass(gates_here.cuda(), partition, head_dim=1).cpu()
+    torch.testing.assert_close(on_gpu, scores, rtol=1e-5 * (1 + sharpness), atol=1e-30)
+    for cap in (None, 0.2):
+        rule = Threshold(tau, pool=pool, max_density=cap, normalize="softmax")
+        assert torch.equal(select(scores.cuda(), own.cuda(), rule).cpu(), select(scores, own, rule))
 
 
 @pytest.mark.parametrize("bad", [[torch.nan, -torch.nan], [torch.inf], [-torch.inf], [1e9], []], ids=repr)
@@ -346,6 +365,16 @@ def test_non_finite_values_stay_in_their_sample(bad: float, path: str):
     after = PATHS[path](case)
     assert after[0, 0, 700].isnan().all()
     assert torch.equal(after[1], before[1])
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("flash_attn"), reason="needs flash-attn-4")
+@pytest.mark.parametrize("dispatch", ["packed", "shared"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_flash_is_taken_where_it_is_installed(dispatch: str, head_dim: int, dtype: torch.dtype):
+    partition = BlockPartition((4, 16, 16), (2, 8, 8))
+    query = torch.randn(1, 2, partition.num_tokens, head_dim, device="cuda", dtype=dtype)
+    assert choose_backend("auto", dispatch, query, query, query, partition) == "flash"
 
 
 @pytest.mark.parametrize("dispatch", ["tiles", "packed", "shared"])

@@ -77,9 +77,9 @@ def test_compiled_forwards_equal_uncompiled_ones(dispatch: str):
     model, stock = build(torch.float32), build(torch.float32)
     handle = apply_vmoba(model, dataclasses.replace(CONFIG, dispatch=dispatch))
     full, sparse = (x(**inputs(torch.float32)).sample for x in (stock, model))
-    assert (sparse - full).norm() > 1e-2 * full.norm()
+    assert (sparse - full).norm() > 2e-3 * full.norm()
     model.compile_repeated_blocks(fullgraph=True, dynamic=False)
     for enabled, expected in ((True, sparse), (False, full), (True, sparse)):
         handle.set_enabled(enabled)
         # Pairs at the cut may flip where the compiled gate rounds otherwise.
-        assert (model(**inputs(torch.float32)).sample - expected).norm() <= 5e-3 * full.norm()
+        assert (model(**inputs(torch.float32)).sample - expected).norm() <= 5e-4 * full.norm()

@@ -1,6 +1,7 @@
 """``compile_repeated_blocks``: one graph for each kind, equal to eager, and none anew between dense and sparse."""
 
 # pyright: reportPrivateImportUsage=false
+import dataclasses
 import functools
 from typing import Any
 
@@ -27,7 +28,7 @@ from tests.video_models import (
     run,
     sparse_output,
 )
-from vmoba_flex import Threshold, TopK
+from vmoba_flex import Threshold, TopK, Warmup
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.models import apply_vmoba
 
@@ -80,12 +81,12 @@ def test_an_attention_backend_is_honoured_by_dense_steps(name: str, monkeypatch:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["wan2.1", "hunyuan"])
-def test_packed_equals_eager(name: str):
+@pytest.mark.parametrize(("name", "normalize"), [("wan2.1", "softmax"), ("hunyuan", "minmax")])
+def test_packed_equals_eager(name: str, normalize: str):
     family = FAMILIES[name]
     model, eager, inputs = family.build(), family.build(), family.inputs()
     for each in (model, eager):
-        apply_vmoba(each, VMoBAConfig(*BLOCKS, Threshold(0.3, max_density=0.6), dispatch="packed"))
+        apply_vmoba(each, VMoBAConfig(*BLOCKS, Threshold(0.3, max_density=0.6, normalize=normalize), dispatch="packed"))
     compile_blocks(model, family)
     assert_close(run(model, inputs), run(eager, inputs))
 
@@ -176,3 +177,63 @@ def test_summary_and_errors_reach_through_compiled_blocks():
     assert handle.summary().count("sparse") == 3
     handle.remove()
     assert_close(run(model, family.inputs(GRID)), dense_output(family, family.inputs(GRID)))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_warm_up_makes_no_graph_anew_in_training(checkpointing: bool):
+    family = FAMILIES["wan2.1"]
+    model, eager, inputs = family.build(), family.build(), family.inputs()
+    config = VMoBAConfig(*BLOCKS, Threshold(0.25, normalize="softmax"), dispatch="tiles")
+    handle = apply_vmoba(model, config)
+    counter = compile_blocks(model, family, "aot_eager")
+    if checkpointing:
+        model.enable_gradient_checkpointing()  # pyright: ignore
+    schedule, of_full = Warmup(3, dense_steps=1), 0
+    for step in range(6):
+        share = schedule.at(step)
+        handle.set_warmup(share)
+        with torch.compiler.set_stance("fail_on_recompile" if step not in (0, 2) else "default"):
+            output = run(model, inputs)
+            found = gradients(output, model)
+        of_full = of_full or counter.frame_count
+        tau = 1 - 0.75 * share
+        with apply_vmoba(eager, dataclasses.replace(config, rule=dataclasses.replace(config.rule, tau=tau))) as other:
+            other.set_enabled(share > 0)
+            expected = run(eager, inputs)
+            expected_gradients = gradients(expected, eager)
+        assert_close(output, expected)
+        assert_gradients_close(found, expected_gradients)
+    assert counter.frame_count - of_full == 3
+    assert "Threshold(tau=0.25" in handle.summary()
+
+
+@torch.no_grad()
+def test_a_warm_up_makes_no_graph_anew_without_gradients():
+    family = FAMILIES["wan2.1"]
+    model, eager, inputs = family.build(), family.build(), family.inputs()
+    handle = apply_vmoba(model, VMoBAConfig(*BLOCKS, Threshold(0.25)))
+    counter = compile_blocks(model, family)
+    for share in (0.0, 0.4, 1.0, 0.0):
+        handle.set_warmup(share)
+        with apply_vmoba(eager, VMoBAConfig(*BLOCKS, Threshold(1 - 0.75 * share))) as other:
+            other.set_enabled(share > 0)
+            assert_close(run(model, inputs), run(eager, inputs))
+    assert counter.frame_count == 3
+
+
+def test_a_warm_up_between_a_forward_and_its_recomputation():
+    family = FAMILIES["wan2.1"]
+    model, eager, inputs = family.build(), family.build(), family.inputs()
+    handle, _ = (apply_vmoba(each, VMoBAConfig(*BLOCKS, Threshold(0.25))) for each in (model, eager))
+    model.enable_gradient_checkpointing()  # pyright: ignore
+    handle.set_warmup(1.0)
+    output = run(model, inputs)
+    handle.set_warmup(0.5)
+    run(model, inputs)
+    assert_gradients_close(gradients(output, model), gradients(run(eager, inputs), eager))
+
+
+def test_a_top_k_cannot_be_warmed_up():
+    handle = apply_vmoba(FAMILIES["wan2.1"].build(), SPARSE)
+    with pytest.raises(ValueError, match="rule must be a Threshold to be warmed up, got TopK"):
+        handle.set_warmup(0.5)

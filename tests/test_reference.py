@@ -6,21 +6,26 @@ from hypothesis import strategies as st
 
 from tests import oracle_numpy
 from tests.strategies import Problem, gates, partitions, problems, rules
-from vmoba_flex import TopK, reference
+from vmoba_flex import Threshold, TopK, reference
 
 
 def numpy_selection(scores, ids, rule):
     """The NumPy oracle's selection for a rule object."""
     if isinstance(rule, TopK):
         return oracle_numpy.select(scores, ids, pool=rule.pool, k=rule.blocks_per_query(scores.shape[-1]))
-    return oracle_numpy.select(scores, ids, pool=rule.pool, tau=rule.tau, max_density=rule.max_density)
+    options = {"tau": rule.tau, "max_density": rule.max_density, "normalize": rule.normalize}
+    return oracle_numpy.select(scores, ids, pool=rule.pool, **options)
+
+
+def is_softmax(rule) -> bool:
+    return isinstance(rule, Threshold) and rule.normalize == "softmax"
 
 
 @given(st.data())
 def test_oracles_select_the_same(data: st.DataObject):
     partition = data.draw(partitions(text=False))
     rule = data.draw(rules(partition.num_blocks))
-    scores = data.draw(gates(partition))
+    scores = data.draw(gates(partition, masses=is_softmax(rule)))
     ids = reference.block_ids(partition.grid, partition.block)
     expected = numpy_selection(scores.numpy(), ids.numpy(), rule)
     assert np.array_equal(reference.select(scores, ids, rule), expected)
@@ -39,6 +44,8 @@ def test_oracles_share_the_same(problem: Problem, tile_size: int):
     sizes = np.diff(np.append(starts, len(ids)))
     means = np.add.reduceat(query[:, :, order], starts, axis=2) / sizes[:, None]
     scores = oracle_numpy.gate(means, key, ids, p.num_blocks)
+    if is_softmax(problem.rule):
+        scores = oracle_numpy.mass(scores, ids, query.shape[-1])
     chosen = numpy_selection(scores, ids[order][starts], problem.rule)
     assert np.array_equal(selection.numpy()[:, :, order], chosen.repeat(sizes, axis=2))
 

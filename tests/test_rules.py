@@ -44,6 +44,11 @@ def test_rules_are_values():
         (lambda: Threshold(None), TypeError, "tau must be a number, got None"),
         (lambda: Threshold(0.5, max_density=0), ValueError, r"max_density must lie in \(0, 1\], got 0"),
         (lambda: Threshold(0.5, pool=["head"]), ValueError, "pool must be one of"),
+        (
+            lambda: Threshold(0.5, normalize="sum"),
+            ValueError,
+            r"normalize must be one of .* got 'sum'",
+        ),
     ],
 )
 def test_bad_values(make, error, message):

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.strategies import Problem, gates, partitions, problems, rules, shares
-from tests.test_reference import numpy_selection
+from tests.test_reference import is_softmax, numpy_selection
 from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_selection
 from vmoba_flex.rules import POOLS
 from vmoba_flex.selection import select
@@ -30,7 +30,7 @@ def choose(problem: Problem, **changes) -> torch.Tensor:
 def test_select_equals_both_oracles(pool: str, data: st.DataObject):
     partition = data.draw(partitions(text=False))
     rule = data.draw(rules(partition.num_blocks, pool))
-    scores = data.draw(gates(partition))
+    scores = data.draw(gates(partition, masses=is_softmax(rule)))
     ids = reference.block_ids(partition.grid, partition.block)
     selection = select(scores, own_blocks(partition), rule)
     assert torch.equal(selection, reference.select(scores, ids, rule))

@@ -40,6 +40,7 @@ def test_partitions_reach(edge):
         lambda p: isinstance(p.rule, TopK) and p.rule.k == p.partition.num_blocks > 1,
         lambda p: isinstance(p.rule, TopK) and p.rule.density is not None and p.rule.pool == "head",
         lambda p: isinstance(p.rule, Threshold) and p.rule.tau == 1,
+        lambda p: isinstance(p.rule, Threshold) and p.rule.tau < 0.3 and p.rule.normalize == "softmax",
         lambda p: isinstance(p.rule, Threshold) and p.rule.max_density is not None and p.rule.pool == "block",
         lambda p: isinstance(p.rule, Threshold) and p.rule.tau < 0.3 and p.rule.pool == "global",
     ],

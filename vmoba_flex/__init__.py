@@ -18,6 +18,7 @@ from vmoba_flex.rules import Threshold, TopK
 from vmoba_flex.selection import vmoba_selection
 from vmoba_flex.stats import AttentionStats
 from vmoba_flex.version import __version__
+from vmoba_flex.warmup import Warmup
 
 __all__ = [
     "AboutBlocks",
@@ -29,6 +30,7 @@ __all__ = [
     "VMoBAAttention",
     "VMoBAConfig",
     "VMoBAHandle",
+    "Warmup",
     "__version__",
     "apply_vmoba",
     "register_adapter",

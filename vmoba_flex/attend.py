@@ -29,7 +29,6 @@ def attend_here(
     max_row_bytes: int = MAX_ROW_BYTES,
     text_lengths: Tensor | None = None,
     part: Part | None = None,
-    selection: Tensor | None = None,
 ) -> Attended:
     """Attention by one dispatch.
 
@@ -46,7 +45,6 @@ def attend_here(
         max_row_bytes: as in ``vmoba_attention``.
         text_lengths: as in ``vmoba_attention``.
         part: the heads, or the queries, of the call that lie here; None for all.
-        selection: what ``choose_blocks`` has chosen, where it has been called already.
     """
     attended = functools.partial(
         Attended, query=query, key=key, partition=partition, rule=rule, text_lengths=text_lengths, part=part
@@ -58,8 +56,7 @@ def attend_here(
             query, key, value, partition, rule, scale, enable_gqa, kernels, text_lengths=text_lengths, part=part
         )
         return attended(output, tiles=(selected, slots))
-    if selection is None:
-        selection = choose_blocks(query, key, partition, rule, part)
+    selection = choose_blocks(query, key, partition, rule, part)
     if dispatch == "packed":
         output = packed_attention(
             query, key, value, selection, partition, rule, scale, kernels, max_row_bytes, text_lengths, part

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal, overload
 
+import torch
 from torch import Tensor
 
 from vmoba_flex.attend import attend_here
@@ -116,8 +117,8 @@ def vmoba_attention(
             ``"dense"`` is ``scaled_dot_product_attention`` over everything, by cuDNN where it can and the call is large
             enough to ask for it; it ignores ``rule``. ``"auto"`` takes
             ``"packed"`` on a GPU where measured times say that it beats the fastest dense kernels, and ``"dense"``
-            elsewhere: with ``Threshold(0.25, max_density=0.25)``, head dim 128 and 12 heads, below about 34,000 tokens,
-            or 23,000 with gradients. It takes ``"tiles"`` instead of ``"packed"`` inside ``torch.compile`` for a
+            elsewhere: with ``Threshold(0.25, max_density=0.25)``, head dim 128 and 12 heads, below about 24,000 tokens,
+            or 19,000 with gradients. It takes ``"tiles"`` instead of ``"packed"`` inside ``torch.compile`` for a
             ``Threshold`` without ``max_density``, and for float64 and head dims above 256; on a CPU always; and
             ``"shared"`` never. The stats tell full attention by its density of 1.
         backend: kernels on a GPU, but for ``"dense"``, which takes what torch takes. ``"triton"``: the same inputs give
@@ -127,7 +128,7 @@ def vmoba_attention(
             package was tried with, and come out right on a small problem, which the first call for each dispatch, dtype
             and head dim runs and reads back: call once before capturing a graph. ``"auto"`` is ``"flash"`` where that
             can run, and else ``"triton"``.
-        return_stats: also return ``AttentionStats``.
+        return_stats: also return ``AttentionStats``; with a group, not inside ``torch.compile``.
         max_row_bytes: for ``"packed"``, what the rows of the heads worked on together may take; at least one head is,
             and all are for pools that span heads.
         text_lengths: int64 ``(B,)``: of each sample's prefix and suffix tokens, prefix first, the first so many exist,
@@ -167,6 +168,11 @@ def vmoba_attention(
     elif shards is not None or balance is not None or check_ranks:
         given = "shards" if shards is not None else "balance" if balance is not None else "check_ranks"
         raise ValueError(f"group must be given with {given}, got None")
+    if layout is not None and return_stats and torch.compiler.is_compiling():
+        raise ValueError(
+            "return_stats must be False inside torch.compile with a group, whose ranks may be compiled to put their "
+            "stats together in different orders, got True"
+        )
     attended = attend(
         query, key, value, partition, rule, scale, enable_gqa, dispatch, backend, max_row_bytes, text_lengths, layout,
         balance,

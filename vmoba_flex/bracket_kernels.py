@@ -18,6 +18,9 @@ PAIRS, REST, OUTCOME, DIGITS = (tl.constexpr(i) for i in range(10, 14))
 # One record per digit from DIGITS on: the lowest rank that the cut can have, the bits of rank still open, and what is
 # left of the two targets.
 RECORD = tl.constexpr(4)
+# Bins of masses: by exponent and two bits of mantissa, as many as there are bins up to that of 1.
+_BIN_SHIFT = tl.constexpr(21)
+_ONE_BIN = tl.constexpr(0x3F800000 >> 21)
 OPEN, EVERYTHING, NOTHING = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 KEYS = tl.constexpr(2**32 - 1)
 
@@ -42,23 +45,29 @@ def range_kernel(scores, state, fields, length, chunk, parts, BLOCK: tl.constexp
 
 
 @triton.jit
-def pool_scale(here, one_bits):
+def pool_scale(here, one_bits, STRETCH: tl.constexpr):
     """``scale_of`` a pool."""
     most = score_of((tl.load(here + KEY_MAX) - 2**31).to(tl.int32))
     least = score_of((2**31 - 1 - tl.load(here + KEY_LACK)).to(tl.int32))
-    return scale_of(least, most, one_bits)
+    return scale_of(least, most, one_bits, STRETCH)
+
+
+@triton.jit
+def _bin_key(slot, BIN_BITS: tl.constexpr):
+    """The smallest key in a bin of masses; the first bin has smaller ones, too."""
+    return (slot + (_ONE_BIN + 1 - (1 << BIN_BITS))) << _BIN_SHIFT
 
 
 @triton.jit
 def bin_kernel(
     scores, own, state, counts, fields, length, own_pools, chunk, parts, one_bits,
-    HAS_TAU: tl.constexpr, BIN_BITS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_TAU: tl.constexpr, STRETCH: tl.constexpr, BIN_BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Counts the non-own pairs of each bin, and adds up weights and own pairs."""
     pool, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     first = part.to(tl.int64) * chunk
     here = state + pool.to(tl.int64) * fields
-    low, unit, _ = pool_scale(here, one_bits)
+    low, unit, _ = pool_scale(here, one_bits, STRETCH)
     total = tl.zeros((BLOCK,), tl.int64)
     own_weight = tl.zeros((BLOCK,), tl.int64)
     own_count = tl.zeros((BLOCK,), tl.int32)
@@ -70,7 +79,11 @@ def bin_kernel(
         own_at = own + ((pool % own_pools).to(tl.int64) * length + first + start)
         mine = (tl.load(own_at + tl.arange(0, BLOCK), mask=inside, other=0) != 0) & inside
         weight = weight_of(score, low, unit)
-        slot = tl.minimum(weight >> (one_bits - BIN_BITS), (1 << BIN_BITS) - 1).to(tl.int32)
+        if STRETCH:
+            slot = weight >> (one_bits - BIN_BITS)
+        else:
+            slot = tl.maximum((key_of(score) >> _BIN_SHIFT) - (_ONE_BIN + 1 - (1 << BIN_BITS)), 0)
+        slot = tl.minimum(slot, (1 << BIN_BITS) - 1).to(tl.int32)
         count += tl.histogram(tl.where(inside, slot, 0), 1 << BIN_BITS, mask=inside & (mine == 0))
         own_count += mine.to(tl.int32)
         if HAS_TAU:
@@ -87,11 +100,11 @@ def bin_kernel(
 @triton.jit(do_not_specialize=["max_pairs", "tau_bits"])
 def bracket_kernel(
     state, counts, fields, max_pairs, tau_bits, one_bits,
-    HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr, BIN_BITS: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr, STRETCH: tl.constexpr, BIN_BITS: tl.constexpr,
 ):  # fmt: skip
     """The targets of a pool's non-own pairs, what is known of the cut, and the keys among which it lies."""
     here = state + tl.program_id(0).to(tl.int64) * fields
-    low, unit, finite = pool_scale(here, one_bits)
+    low, unit, finite = pool_scale(here, one_bits, STRETCH)
     slot = tl.arange(0, 1 << BIN_BITS)
     count = tl.load(counts + tl.program_id(0).to(tl.int64) * (1 << BIN_BITS) + slot).to(tl.int64)
     pairs = tl.full((), 0, tl.int64)
@@ -107,28 +120,35 @@ def bracket_kernel(
     if HAS_TAU:
         own_weight = tl.load(here + OWN_WEIGHT)
         rest = rest_of(tl.load(here + TOTAL), own_weight, tau_bits, one_bits, finite)
-        lowest = slot.to(tl.int64) << (one_bits - BIN_BITS)
-        # The largest weight may be one, rounded up.
-        top = (tl.full((), 1, tl.int64) << one_bits) + (tl.full((), 1, tl.int64) << (one_bits // 2))
-        width = tl.full((), 1, tl.int64) << (one_bits - BIN_BITS)
-        highest = tl.where(slot == (1 << BIN_BITS) - 1, top, lowest + width)
+        if STRETCH:
+            lowest = slot.to(tl.int64) << (one_bits - BIN_BITS)
+            # The largest weight may be one, rounded up.
+            top = (tl.full((), 1, tl.int64) << one_bits) + (tl.full((), 1, tl.int64) << (one_bits // 2))
+            width = tl.full((), 1, tl.int64) << (one_bits - BIN_BITS)
+            highest = tl.where(slot == (1 << BIN_BITS) - 1, top, lowest + width)
+        else:
+            lowest = tl.where(slot == 0, 0, weight_of(score_of(_bin_key(slot, BIN_BITS)), low, unit))
+            highest = weight_of(score_of(_bin_key(slot + 1, BIN_BITS)), low, unit)
         sure = sure | (tl.cumsum(count * lowest, 0, reverse=True) >= rest)
         possible = possible | (tl.cumsum(count * highest, 0, reverse=True) >= rest)
         nothing = nothing | (rest <= 0)
     last, first = tl.max(tl.where(possible, slot, -1), 0), tl.max(tl.where(sure, slot, 0), 0)
-    from_weight = first.to(tl.int64) << (one_bits - BIN_BITS)
-    to_weight = tl.where(last == (1 << BIN_BITS) - 1, LARGEST, (last + 1).to(tl.int64) << (one_bits - BIN_BITS))
-
-    # The smallest keys with these weights, by bisection of the pool's keys, both at once.
-    goal = tl.where(tl.arange(0, 2) == 0, from_weight, to_weight)
+    # From the first bin's smallest key on, up to that of the bin behind the last.
+    bounds = tl.where(tl.arange(0, 2) == 0, first, last + 1)
     start = tl.zeros((2,), tl.int64) + (KEYS - tl.load(here + KEY_LACK))
     end = tl.zeros((2,), tl.int64) + (tl.load(here + KEY_MAX) + 1)
-    for _ in range(33):
-        middle = (start + end) // 2
-        enough = weight_of(score_of((middle - 2**31).to(tl.int32)), low, unit) >= goal
-        open_yet = start < end
-        start = tl.where(open_yet & (enough == 0), middle + 1, start)
-        end = tl.where(open_yet & enough, middle, end)
+    if STRETCH:
+        # The smallest keys with the bins' weights, by bisection of the pool's keys, both at once.
+        goal = tl.where(bounds >> BIN_BITS, LARGEST, bounds.to(tl.int64) << (one_bits - BIN_BITS))
+        for _ in range(33):
+            middle = (start + end) // 2
+            enough = weight_of(score_of((middle - 2**31).to(tl.int32)), low, unit) >= goal
+            open_yet = start < end
+            start = tl.where(open_yet & (enough == 0), middle + 1, start)
+            end = tl.where(open_yet & enough, middle, end)
+    else:
+        inner = _bin_key(bounds, BIN_BITS).to(tl.int64) + 2**31
+        start = tl.where(bounds == 0, start, tl.where(bounds >> BIN_BITS, end, inner))
     tl.store(here + FROM + tl.arange(0, 2), start)
     tl.store(here + PAIRS, pairs)
     tl.store(here + REST, rest)
@@ -139,13 +159,13 @@ def bracket_kernel(
 @triton.jit
 def list_kernel(
     scores, own, state, listed, fields, length, own_pools, chunk, parts, one_bits,
-    HAS_TAU: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_TAU: tl.constexpr, STRETCH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Lists the places of the pairs among which the cut lies, and adds up the pairs above these."""
     pool, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     first = part.to(tl.int64) * chunk
     here = state + pool.to(tl.int64) * fields
-    low, unit, _ = pool_scale(here, one_bits)
+    low, unit, _ = pool_scale(here, one_bits, STRETCH)
     # A pool's keys end well below 2**31, that of NaN being the largest.
     from_key = (tl.load(here + FROM) - 2**31).to(tl.int32)
     to_key = (tl.load(here + TO) - 2**31).to(tl.int32)

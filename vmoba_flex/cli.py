@@ -5,16 +5,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vmoba_flex.demo import DemoError
+from vmoba_flex.insight.commands import add_commands
 from vmoba_flex.rules import Threshold, TopK
+from vmoba_flex.user_error import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, 2 where the user has to mend something."""
     arguments = _parser().parse_args(argv)
     try:
-        report = _demo(arguments)
-    except DemoError as error:
+        report = arguments.run(arguments)
+    except UserError as error:
         sys.stderr.write(f"vmoba-flex: error: {error}\n")
         return 2
     sys.stdout.write(report + "\n")
@@ -25,10 +26,11 @@ def _demo(arguments: argparse.Namespace) -> str:
     from vmoba_flex.demo.show import show
 
     try:
-        density = arguments.density
-        rule = Threshold(arguments.tau) if density is None else TopK(density=density)
+        rule = None if arguments.tau is None else Threshold(arguments.tau)
+        if arguments.density is not None:
+            rule = TopK(density=arguments.density)
     except ValueError as error:
-        raise DemoError(str(error)) from error
+        raise UserError(str(error)) from error
     return show(arguments.output, video=arguments.video, grid=arguments.grid, rule=rule, token=arguments.query)
 
 
@@ -37,8 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     demo = commands.add_parser(
         "demo",
-        help="run the attention on a clip and draw what it does",
-        description="Run full attention and the 1D, 2D and 3D layers on a clip; print a table and draw a picture.",
+        help="denoise a clip by a trained model under full attention and VMoBA, and draw what its layers do",
+        description="Denoise a clip by a small trained model under full attention and VMoBA; print how near they are "
+        "and what each layer did, and draw a picture.",
     )
     demo.add_argument("--video", type=Path, metavar="FILE", help="a video file (default: a clip of Big Buck Bunny)")
     demo.add_argument("--output", type=Path, metavar="PNG", default=Path("vmoba_demo.png"), help="default: %(default)s")
@@ -47,12 +50,16 @@ def _parser() -> argparse.ArgumentParser:
         type=_grid,
         metavar="TxHxW",
         default=(8, 18, 32),
-        help="tokens in time, height and width, each of 4 frames x 16 x 16 pixels (default: 8x18x32)",
+        help="tokens in time, height and width, each of 4 frames x 8 x 8 pixels (default: 8x18x32)",
     )
     rule = demo.add_mutually_exclusive_group()
-    rule.add_argument("--tau", type=float, default=0.25, help="similarity that a head covers (default: %(default)s)")
+    rule.add_argument(
+        "--tau", type=float, help="similarity that a head covers (default: 0.25, as the model was trained)"
+    )
     rule.add_argument("--density", type=float, help="instead, the share of the blocks that each query attends")
     demo.add_argument("--query", type=_token, metavar="T,Y,X", help="the token whose choice is drawn")
+    demo.set_defaults(run=_demo)
+    add_commands(commands, _token)
     return parser
 
 

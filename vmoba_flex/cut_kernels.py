@@ -1,8 +1,9 @@
 """Finds the cut of long pools exactly and without a sort; loaded on first use on a CUDA device.
 
-A pool's pairs are binned by the top bits of their weights. Counts per bin, and the bins' bounds, bracket the bins in
-which the cut must lie, mostly one of 128. The pairs of these are listed, and the cut is found among them digit by
-digit in a pair's *rank*: its key, above its place counted from the end, so that ranks are distinct. A pool of which
+A pool's pairs are binned by the top bits of their weights: of the fixed-point form where scores are stretched to 0..1,
+of the float32 form where they are masses, most of which are small. Counts per bin, and the bins' bounds, bracket the
+bins in which the cut must lie, mostly one of 128. The pairs of these are listed, and the cut is found among them digit
+by digit in a pair's *rank*: its key, above its place counted from the end, so that ranks are distinct. A pool of which
 all pairs fall into one bin is listed whole, which costs more time and changes no result.
 
 All sums are of integers, so atomics do not make them depend on an order. Nothing is read by the host.
@@ -22,7 +23,9 @@ _BLOCK = 1024
 _BINS = 128
 
 
-def take_long(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None, one_bits: int) -> Tensor:
+def take_long(
+    scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None, stretch: bool, one_bits: int
+) -> Tensor:
     """Takes pairs in pools of any length.
 
     Args:
@@ -30,6 +33,7 @@ def take_long(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | N
         own: bool ``(own pools, entries)``, contiguous; pool p has row ``p % own pools``.
         max_pairs: pairs that a pool keeps, own ones included; None for no cap.
         tau: share of the pool's weight to reach; None for no target.
+        stretch: whether weights are scores scaled by the pool's minimum and maximum, or as they are, in 0..1.
         one_bits: fraction bits of the fixed-point weights.
 
     Returns:
@@ -58,17 +62,17 @@ def take_long(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | N
     range_kernel[grid](scores, state, fields, length, chunk, parts, BLOCK=_BLOCK)
     bin_kernel[grid](
         scores, own, state, counts, fields, length, own_pools, chunk, parts, one_bits,
-        HAS_TAU=tau is not None, BIN_BITS=bin_bits, BLOCK=_BLOCK,
+        HAS_TAU=tau is not None, STRETCH=stretch, BIN_BITS=bin_bits, BLOCK=_BLOCK,
     )  # fmt: skip
-    bracket_kernel[pools,](state, counts, fields, *targets, BIN_BITS=bin_bits, **flags)
+    bracket_kernel[pools,](state, counts, fields, *targets, STRETCH=stretch, BIN_BITS=bin_bits, **flags)
     list_kernel[grid](
         scores, own, state, listed, fields, length, own_pools, chunk, parts, one_bits,
-        HAS_TAU=tau is not None, BLOCK=_BLOCK,
+        HAS_TAU=tau is not None, STRETCH=stretch, BLOCK=_BLOCK,
     )  # fmt: skip
     for step in range(steps + 1):
         digit_kernel[pools * list_parts,](
             scores, state, listed, digit_counts, weights, fields, length, list_parts, place_bits, one_bits, step, pools,
-            FIRST=step == 0, BITS=bits, BLOCK=1024, **flags,
+            STRETCH=stretch, FIRST=step == 0, BITS=bits, BLOCK=1024, **flags,
         )  # fmt: skip
     blocks = triton.cdiv(length, _BLOCK)
     take_kernel[pools * blocks,](

@@ -80,7 +80,8 @@ def _after_digit(
 @triton.jit(do_not_specialize=["step"])
 def digit_kernel(
     scores, state, listed, counts, weights, fields, length, parts, place_bits, one_bits, step, pools,
-    HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr, FIRST: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr, STRETCH: tl.constexpr,
+    FIRST: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Finds a digit of the cut's rank from its sums, and adds up the listed pairs that share it by their next digit.
 
@@ -108,7 +109,7 @@ def digit_kernel(
         tl.store(record + 2, pairs)
         tl.store(record + 3, rest)
     if bits > 0:
-        low, unit, _ = pool_scale(here, one_bits)
+        low, unit, _ = pool_scale(here, one_bits, STRETCH)
         number = tl.load(here + LISTED)
         shift = tl.maximum(bits - BITS, 0)
         last_place = (tl.full((), 1, tl.int64) << place_bits) - 1

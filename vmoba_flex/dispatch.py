@@ -14,11 +14,11 @@ BACKENDS = ("auto", "triton", "flash")
 
 # Times on one H200 that "auto" goes by (bench/NOTES.md). The fastest dense peer runs at _DENSE_RATE, and its forward +
 # backward takes _BACKWARD times as long. "packed" takes the share of that which _SHARE gives (a constant, and a factor
-# on the density), and before it the seconds of _OVERHEAD for launches alone: forward, and forward + backward.
+# on the density), but at least the seconds of _LAUNCHES, in which the host launches it: forward, forward + backward.
 _DENSE_RATE = 6.5e14
 _BACKWARD = 3.5
 _SHARE = (0.12, 1.3)
-_OVERHEAD = (6e-3, 10e-3)
+_LAUNCHES = (5.5e-3, 12e-3)
 
 
 def choose_dispatch(
@@ -44,7 +44,8 @@ def choose_dispatch(
     operations = 4 * batch * heads * partition.num_tokens**2 * head_dim / ranks
     dense = operations / _DENSE_RATE * (_BACKWARD if backward else 1)
     constant, factor = _SHARE
-    if _OVERHEAD[int(backward)] + (constant + factor * _largest_density(rule, partition.num_blocks)) * dense >= dense:
+    share = constant + factor * _largest_density(rule, partition.num_blocks)
+    if max(_LAUNCHES[int(backward)], share * dense) >= dense:
         return "dense"
     unbounded = isinstance(rule, Threshold) and rule.max_density is None
     return "tiles" if unbounded and torch.compiler.is_compiling() else "packed"

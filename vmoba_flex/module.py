@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from vmoba_flex.attention import vmoba_attention
 from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.warmup import check_warmup, warmed
 
 
 class VMoBAAttention(nn.Module):
@@ -24,6 +25,7 @@ class VMoBAAttention(nn.Module):
     Example:
         >>> import torch
         >>> from vmoba_flex.config import VMoBAConfig
+    from vmoba_flex.warmup import check_warmup, warmed
         >>> attention = VMoBAAttention(VMoBAConfig.paper("training"), layer=1, num_layers=30)
         >>> q, k, v = torch.randn(3, 1, 2, 4 * 8 * 8 + 5, 16)
         >>> attention(q, k, v, (4, 8, 8), suffix=5).shape
@@ -39,6 +41,28 @@ class VMoBAAttention(nn.Module):
         self.index = layer
         self.num_layers = num_layers
         self.plan = dataclasses.replace(config, dense_steps=0).layer(layer, num_layers)
+        self.full = False
+
+    def set_warmup(self, share: float) -> None:
+        """Sets how far the layer's threshold is on its way from full attention; see ``Warmup``.
+
+        Call it before the first forward: until it was called once, tau is a constant of compiled graphs. After that no
+        graph is made anew, but one for full attention and one for sparse. Not between a forward and its recomputation
+        in backward, nor inside a CUDA graph.
+
+        Args:
+            share: 0 for full attention, up to 1 for the config's threshold.
+
+        Raises:
+            TypeError: if ``share`` is no number.
+            ValueError: if it is not in [0, 1], or the rule is a ``TopK``.
+        """
+        check_warmup(share)
+        rule = warmed(self.plan.rule)
+        if rule is not self.plan.rule:
+            self.plan = dataclasses.replace(self.plan, rule=rule)
+        rule.warm(share)
+        self.full = not share
 
     def forward(
         self,
@@ -75,7 +99,7 @@ class VMoBAAttention(nn.Module):
         if not isinstance(dense, bool):
             raise TypeError(f"dense must be a bool, got {dense!r}")
         partition = self.config.partition(self.plan.kind, grid, prefix, suffix)
-        dense = dense or self.plan.dense
+        dense = dense or self.plan.dense or self.full
         return vmoba_attention(
             query,
             key,

@@ -105,8 +105,9 @@ class BlockPartition:
 
     def block_sizes(self, device: torch.device | str | None = None) -> Tensor:
         """Video tokens in each block, int64 ``(N,)``."""
+        # Of a bare arange Inductor makes a minimum of index expressions, which torch 2.11 may fail to compile.
         t, y, x = (
-            torch.clamp(g - torch.arange(c, device=device) * b, max=b)
+            torch.clamp(g - realize(torch.arange(c, device=device)) * b, max=b)
             for g, b, c in zip(self.grid, self.block, self.cells, strict=True)
         )
         return (t[:, None, None] * y[:, None] * x).flatten()

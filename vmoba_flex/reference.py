@@ -33,13 +33,25 @@ def gate(query: Tensor, key: Tensor, ids: Tensor) -> Tensor:
     return torch.einsum("bhsd,bhnd->bhsn", query, torch.stack(means, dim=2))
 
 
+def mass(scores: Tensor, ids: Tensor, head_dim: int) -> Tensor:
+    """The attention mass of each block if all of its keys were their mean, float64 like ``scores``.
+
+    Args:
+        scores: the gate ``(B, H, queries, N)``.
+        ids: block of each token that is a key.
+        head_dim: of query and key.
+    """
+    terms = ids.bincount() * ((scores - scores.amax(-1, keepdim=True)).double() / math.sqrt(head_dim)).exp()
+    return torch.where(scores.isfinite().all(-1, keepdim=True), terms / terms.sum(-1, keepdim=True), math.nan)
+
+
 def select(scores: Tensor, ids: Tensor, rule: Any) -> Tensor:
     """The selection that ``rule`` makes from ``scores``, bool like ``scores``.
 
     Args:
-        scores: ``(B, H, video tokens, N)``.
+        scores: ``(B, H, video tokens, N)``; masses where ``rule.normalize`` is ``"softmax"``.
         ids: block of each token.
-        rule: has ``pool``, and ``tau`` and ``max_density``, or ``k`` and ``density``.
+        rule: has ``pool``, and ``tau``, ``max_density`` and ``normalize``, or ``k`` and ``density``.
     """
     own = (ids[:, None].to(scores.device) == torch.arange(scores.shape[-1], device=scores.device)).expand_as(scores)
     selected = own.clone()
@@ -70,7 +82,7 @@ def _select_pool(scores: Tensor, own: Tensor, rule: Any, rows: int | None, num_b
     ranked = sorted(range(len(scores)), key=lambda i: (not math.isnan(scores[i]), -scores[i].nan_to_num().item()))
     others = [i for i in ranked if not own[i]]
     if hasattr(rule, "tau"):
-        others = others[: _threshold_length(scores, own, others, rule.tau)]
+        others = others[: _threshold_length(scores, own, others, rule)]
         if rule.max_density is not None:
             cap = math.floor(rule.max_density * len(scores) + 0.5)
             others = others[: max(0, cap - int(own.sum()))]
@@ -83,17 +95,23 @@ def _select_pool(scores: Tensor, own: Tensor, rule: Any, rows: int | None, num_b
     return selected
 
 
-def _threshold_length(scores: Tensor, own: Tensor, others: list[int], tau: float) -> int:
+def _threshold_length(scores: Tensor, own: Tensor, others: list[int], rule: Any) -> int:
     if not scores.isfinite().all():
         return len(others)
-    spread = scores.max() - scores.min()
-    shares = (scores - scores.min()) / (spread if spread > 1e-6 else 1.0)
+    shares = scores
+    if rule.normalize == "minmax":
+        spread = scores.max() - scores.min()
+        shares = (scores - scores.min()) / (spread if spread > 1e-6 else 1.0)
     total = shares.sum() + 1e-6
-    rest = max(0.0, float(tau - shares[own].sum() / total))
+    rest = max(0.0, float(rule.tau - shares[own].sum() / total))
     if rest == 0:
         return 0
     reached = shares[others].cumsum(0) / total >= rest
     return int(reached.int().argmax()) + 1 if reached.any() else len(others)
+
+
+def _ranked(scores: Tensor, ids: Tensor, rule: Any, head_dim: int) -> Tensor:
+    return mass(scores, ids, head_dim) if getattr(rule, "normalize", None) == "softmax" else scores
 
 
 def shared_tiles(ids: Tensor, tile_size: int) -> Tensor:
@@ -174,13 +192,14 @@ def vmoba(
     with torch.no_grad():
         queries, keys = query[:, :, video].double(), key[:, :, video]
         if tile_size is None:
-            selection = select(gate(queries, keys, ids), ids, rule)
+            selection = select(_ranked(gate(queries, keys, ids), ids, rule, query.shape[-1]), ids, rule)
         else:
             tiles = shared_tiles(ids, tile_size)
             members = [tiles == tile for tile in range(int(tiles.max()) + 1)]
             means = torch.stack([queries[:, :, member].mean(2) for member in members], dim=2)
             tile_block = torch.stack([ids[member][0] for member in members])
-            selection = select(gate(means, keys, ids), tile_block, rule)[:, :, tiles]
+            scores = _ranked(gate(means, keys, ids), ids, rule, query.shape[-1])
+            selection = select(scores, tile_block, rule)[:, :, tiles]
     output, _ = attention(query, key, value, attention_mask(selection, partition), scale)
     return output, selection
 

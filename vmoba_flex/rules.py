@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 POOLS = ("query", "block", "head", "global")
+NORMALIZE = ("minmax", "softmax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,19 +71,31 @@ class TopK:
 
 @dataclasses.dataclass(frozen=True)
 class Threshold:
-    """Keeps the best pairs of a pool until they hold a share of its similarity (arXiv 2506.23858, Sec. 3).
+    """Keeps the best pairs of a pool until they hold a share of its weight (arXiv 2506.23858, Sec. 3).
 
-    Scores are scaled to [0, 1] by the pool's minimum and maximum. Own blocks are in; of the others, best first, the
-    fewest that bring the share of the summed scores to ``tau``. Ties as in ``TopK``. A pool with a NaN or infinite
-    score keeps everything.
+    Each pair has a weight, of which ``normalize`` says what it is. Own blocks are in; of the others, best first, the
+    fewest that bring the share of the pool's summed weights (and 1e-6) to ``tau``. Ties as in ``TopK``. A pool with a
+    NaN or infinite score keeps everything.
+
+    With ``"minmax"``, the paper's, weights are the gate's scores, scaled to [0, 1] by the pool's minimum and maximum.
+    Most pairs then weigh about a half, and tau is nearly a fixed quantile, whatever attention looks like: random scores
+    give a density of 0.19 at 0.25.
+
+    With ``"softmax"`` they are estimated attention masses: block n of ``size_n`` tokens has, of a query's,
+    ``size_n exp(g_n / sqrt(D)) / sum_m size_m exp(g_m / sqrt(D))``, where ``g`` is the gate, the query times the mean
+    key. Taken in float32 (float64 for float64 inputs), they are ranked and added up as they are. A query's sum to 1,
+    and so tau is a share of the pool's attention: peaked heads keep few pairs, flat ones many. Pairs are ranked by
+    mass, hence in pools of many queries those of sure queries come first. Prefix, suffix and the ``scale`` of a call
+    play no part.
 
     Attributes:
-        tau: share of the pool's summed scores to reach, in (0, 1].
+        tau: share of the pool's summed weights to reach, in (0, 1].
         pool: what competes: ``"query"`` (the blocks of one query), ``"block"`` (all queries of one block), ``"head"``
             (all pairs of one head: the paper's training setting, with tau 0.25) or ``"global"`` (all pairs of one
             sample).
         max_density: caps the pairs per pool at this share of them, in (0, 1], rounded half up, best first. Own blocks
             count, and stay in even where they alone exceed the cap.
+        normalize: ``"minmax"`` or ``"softmax"``.
 
     Raises:
         TypeError: if ``tau`` or ``max_density`` has a wrong type.
@@ -92,12 +105,15 @@ class Threshold:
     tau: float
     pool: str = dataclasses.field(default="head", kw_only=True)
     max_density: float | None = dataclasses.field(default=None, kw_only=True)
+    normalize: str = dataclasses.field(default="minmax", kw_only=True)
 
     def __post_init__(self) -> None:
         _check_share("tau", self.tau)
         if self.max_density is not None:
             _check_share("max_density", self.max_density)
         _check_pool(self.pool)
+        if self.normalize not in NORMALIZE:
+            raise ValueError(f"normalize must be one of {NORMALIZE}, got {self.normalize!r}")
 
     def max_pairs(self, pool_pairs: int, num_blocks: int) -> int | None:
         """Pairs that a pool of ``pool_pairs`` may keep, own pairs included; None for no cap."""

@@ -34,13 +34,15 @@ def score_of(key):
 
 
 @triton.jit
-def scale_of(least, most, one_bits):
-    """A pool's smallest score, its weight per unit of score (both 0 where it is not finite), and if it is finite."""
+def scale_of(least, most, one_bits, STRETCH: tl.constexpr):
+    """A pool's score of weight 0, its weight per unit of score (both 0 where not finite), and if it is finite."""
     # Literals would be float32.
     finite = (tl.abs(least) < float("inf")) & (tl.abs(most) < float("inf"))
     low = tl.where(finite, least, 0.0).to(tl.float64)
     spread = tl.where(finite, most, 0.0).to(tl.float64) - low
     one = (tl.full((), 1, tl.int64) << one_bits).to(tl.float64)
+    if not STRETCH:
+        low, spread = low * 0, spread * 0  # a spread this small counts as 1
     unit = one / tl.where(spread <= tl.full((), 1e-6, tl.float64), tl.full((), 1, tl.float64), spread)
     return low, tl.where(finite, unit, tl.full((), 0, tl.float64)), finite
 
@@ -69,7 +71,7 @@ def bits_of(tau: float | None) -> int:
 def _short_kernel(
     scores, own, taken, inner, length, stride_outer, stride_inner, stride_entry, own_inner, own_entry,
     max_pairs, tau_bits, one_bits,
-    HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr, LENGTH: tl.constexpr, POOLS: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr, STRETCH: tl.constexpr, LENGTH: tl.constexpr, POOLS: tl.constexpr,
 ):  # fmt: skip
     """One pool a column: finds the bits of each cut's key from the top, by adding up what lies above."""
     blocks = tl.cdiv(inner, POOLS)
@@ -94,7 +96,7 @@ def _short_kernel(
     if HAS_TAU:
         least = tl.min(tl.where(inside, key, 0x7FFFFFFF), 0)
         most = tl.max(tl.where(inside, key, -(2**31)), 0)
-        low, unit, finite = scale_of(score_of(least), score_of(most), one_bits)
+        low, unit, finite = scale_of(score_of(least), score_of(most), one_bits, STRETCH)
         value = tl.where(finite[None, :], score, 0.0)
         weight = tl.where(inside, weight_of(value, low[None, :], unit[None, :]), 0)
         rest = rest_of(tl.sum(weight, 0), tl.sum(tl.where(mine, weight, 0), 0), tau_bits, one_bits, finite)
@@ -138,7 +140,9 @@ def _short_kernel(
     tl.store(tl.max_contiguous(taken + (place * inner + column[None, :]), [1, 1]), chosen, mask=inside)
 
 
-def take_short(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None, one_bits: int) -> Tensor:
+def take_short(
+    scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None, stretch: bool, one_bits: int
+) -> Tensor:
     """Takes pairs in pools of at most ``SHORT`` entries.
 
     Args:
@@ -146,6 +150,7 @@ def take_short(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | 
         own: bool ``(inner, entries)``, dense likewise.
         max_pairs: pairs that a pool keeps, or None.
         tau: share of the pool's weight to reach, or None.
+        stretch: whether weights are scores scaled by the pool's minimum and maximum, or as they are, in 0..1.
         one_bits: fraction bits of the fixed-point weights.
 
     Returns:
@@ -160,6 +165,7 @@ def take_short(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | 
     taken = torch.empty(outer, length, inner, dtype=torch.bool, device=scores.device)
     _short_kernel[outer * triton.cdiv(inner, pools),](
         scores, own, taken, inner, length, *scores.stride(), *own.stride(), max_pairs or 0, bits_of(tau),
-        one_bits, HAS_CAP=max_pairs is not None, HAS_TAU=tau is not None, LENGTH=padded, POOLS=pools, num_warps=warps,
+        one_bits, HAS_CAP=max_pairs is not None, HAS_TAU=tau is not None, STRETCH=stretch, LENGTH=padded, POOLS=pools,
+        num_warps=warps,
     )  # fmt: skip
     return taken

@@ -8,14 +8,16 @@ from torch import Tensor
 from block_masks.device import on_device
 from vmoba_flex.gate import gate
 from vmoba_flex.inputs import check_query_key
+from vmoba_flex.mass import block_mass
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold
+from vmoba_flex.warmup import WarmedThreshold
 from vmoba_flex.weights import fraction_bits, rest_to_reach, scaled_weights
 
 # For each pool, the dims of a (B, H, S, N) gate that stay apart and those that compete. The competing dims stand in
 # the order that breaks ties: block id, then query index, then head.
-_POOL_DIMS = {
+POOL_DIMS = {
     "query": ([0, 1, 2], [3]),
     "block": ([0, 3], [2, 1]),
     "head": ([0, 1], [3, 2]),
@@ -54,14 +56,21 @@ def choose_blocks(
         queries = part.queries
         ids = ids[queries.first : queries.first + queries.video]
     blocks = torch.arange(partition.num_blocks, device=query.device)
-    return select(gate(query, key, partition, queries), (blocks[:, None] == ids).mT, rule, part)
+    scores = ranked(gate(query, key, partition, queries), partition, rule, query.shape[-1])
+    return select(scores, (blocks[:, None] == ids).mT, rule, part)
+
+
+def ranked(scores: Tensor, partition: BlockPartition, rule: Rule, head_dim: int) -> Tensor:
+    """What a rule ranks: the gate's scores, or the masses that they estimate."""
+    softmax = isinstance(rule, Threshold) and rule.normalize == "softmax"
+    return block_mass(scores, partition, head_dim) if softmax else scores
 
 
 def select(scores: Tensor, own: Tensor, rule: Rule, part: Part | None = None) -> Tensor:
-    """Applies a rule to gate scores.
+    """Applies a rule to what it ranks.
 
     Args:
-        scores: floating ``(B, H, S, N)``.
+        scores: floating ``(B, H, S, N)``; masses in 0..1, or NaN, for a ``Threshold`` with ``normalize="softmax"``.
         own: bool ``(S, N)``, True at each query's own block.
         rule: ``TopK`` or ``Threshold``.
         part: what of a call these scores are; None for all. All ranks of its group call this where its heads or queries
@@ -70,14 +79,16 @@ def select(scores: Tensor, own: Tensor, rule: Rule, part: Part | None = None) ->
     Returns:
         bool ``(B, H, S, N)``, the transpose of a contiguous ``(B, H, N, S)``.
     """
-    apart, competing = _POOL_DIMS[rule.pool]
+    apart, competing = POOL_DIMS[rule.pool]
     part = part if part is not None and part.dim in competing else None
     sizes = [scores.shape[dim] if part is None or dim != part.dim else part.size for dim in competing]
     max_pairs = rule.max_pairs(math.prod(sizes), scores.shape[-1])
-    tau = rule.tau if isinstance(rule, Threshold) else None
+    tau, stretch = (rule.tau, rule.normalize == "minmax") if isinstance(rule, Threshold) else (None, True)
+    now = rule.now if isinstance(rule, WarmedThreshold) else None
+    targets = max_pairs, tau, stretch, now
     if part is None:
-        return _select(scores, own, apart, competing, max_pairs, tau)
-    return _select_across(scores, own, part.places, part.dim, sizes, apart, competing, max_pairs, tau, part.group)
+        return _select(scores, own, apart, competing, *targets)
+    return _select_across(scores, own, part.places, part.dim, sizes, apart, competing, *targets, part.group)
 
 
 # Opaque to Inductor, which on torch 2.11 fails to fuse scans as long as a pool with what surrounds them, and which
@@ -85,8 +96,10 @@ def select(scores: Tensor, own: Tensor, rule: Rule, part: Part | None = None) ->
 @torch.library.custom_op("vmoba_flex::select", mutates_args=())
 @on_device
 def _select(
-    scores: Tensor, own: Tensor, apart: list[int], competing: list[int], max_pairs: int | None, tau: float | None
-) -> Tensor:
+    scores: Tensor, own: Tensor, apart: list[int], competing: list[int],
+    max_pairs: int | None, tau: float | None, stretch: bool, now: Tensor | None,
+) -> Tensor:  # fmt: skip
+    tau = tau if now is None else _now(scores, now)
     batch, heads, tokens, blocks = scores.shape
     on_gpu = scores.is_cuda and scores.dtype == torch.float32
     if on_gpu and len(apart) == 3:
@@ -95,7 +108,7 @@ def _select(
         if blocks <= select_kernels.SHORT:
             one_bits = fraction_bits(blocks)
             return (
-                select_kernels.take_short(scores.flatten(0, 1), own, max_pairs, tau, one_bits)
+                select_kernels.take_short(scores.flatten(0, 1), own, max_pairs, tau, stretch, one_bits)
                 .view(batch, heads, blocks, tokens)
                 .mT
             )
@@ -103,9 +116,11 @@ def _select(
     if on_gpu and len(apart) < 3:
         from vmoba_flex import cut_kernels
 
-        selected = cut_kernels.take_long(pools.contiguous(), own, max_pairs, tau, fraction_bits(pools.shape[1]))
+        selected = cut_kernels.take_long(
+            pools.contiguous(), own, max_pairs, tau, stretch, fraction_bits(pools.shape[1])
+        )
     else:
-        selected = _take(pools, own, max_pairs, tau)
+        selected = _take(pools, own, max_pairs, tau, stretch)
     return _unpooled(selected, scores, apart, competing)
 
 
@@ -114,16 +129,25 @@ def _select(
 @on_device
 def _select_across(
     scores: Tensor, own: Tensor, places: Tensor, dim: int, sizes: list[int], apart: list[int], competing: list[int],
-    max_pairs: int | None, tau: float | None, group: str,
+    max_pairs: int | None, tau: float | None, stretch: bool, now: Tensor | None, group: str,
 ) -> Tensor:  # fmt: skip
     from vmoba_flex.distributed.cut import take_across
 
+    tau = tau if now is None else _now(scores, now)
     pools, own = _pools(scores, own, apart, competing)
     place = torch.zeros((), dtype=torch.int64, device=scores.device)
     for one, size in zip(competing, sizes, strict=True):
         along = places if one == dim else torch.arange(size, device=scores.device)
         place = (place[..., None] * size + along).flatten()
-    return _unpooled(take_across(pools, own, place, math.prod(sizes), max_pairs, tau, group), scores, apart, competing)
+    selected = take_across(pools, own, place, math.prod(sizes), max_pairs, tau, stretch, group)
+    return _unpooled(selected, scores, apart, competing)
+
+
+def _now(scores: Tensor, now: Tensor) -> float:
+    """The tau in force of a rule that is warmed up."""
+    if scores.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError("a rule must not be warmed up inside a CUDA graph, which would keep its tau")
+    return now.item()
 
 
 def _pools(scores: Tensor, own: Tensor, apart: list[int], competing: list[int]) -> tuple[Tensor, Tensor]:
@@ -151,7 +175,7 @@ def _(scores: Tensor, *_: object) -> Tensor:
     return scores.new_empty(scores.mT.shape, dtype=torch.bool).mT
 
 
-def _take(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None) -> Tensor:
+def _take(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None, stretch: bool) -> Tensor:
     """Own pairs and the best others, per pool: the shortest prefix that reaches every target.
 
     A pair belongs to that prefix exactly if what ranks before it falls short of the target, for each criterion.
@@ -160,7 +184,8 @@ def _take(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None)
         scores: floating ``(pools, entries)``, entries in the order that breaks ties.
         own: bool ``(own pools, entries)``; pool p has row ``p % own pools``.
         max_pairs: pairs that a pool keeps, own ones included; None for no cap.
-        tau: share of the pool's scaled scores to reach; None for no target.
+        tau: share of the pool's weights to reach; None for no target.
+        stretch: whether weights are the scores scaled by the pool's minimum and maximum, or as they are, in 0..1.
 
     Returns:
         bool ``(pools, entries)``.
@@ -175,7 +200,7 @@ def _take(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None)
         taken = taken & (_before(others.long()) < max_pairs - own.sum(-1, keepdim=True))
     if tau is not None:
         least, most = scores.aminmax(dim=-1, keepdim=True)
-        weights, finite = scaled_weights(scores, least, most, scores.shape[-1])
+        weights, finite = scaled_weights(scores, least, most, scores.shape[-1], stretch)
         total, of_own = weights.sum(-1, keepdim=True), (own * weights).sum(-1, keepdim=True)
         rest = rest_to_reach(total, of_own, finite, tau, scores.shape[-1])
         taken = taken & (_before(others * weights.gather(-1, rank)) < rest)

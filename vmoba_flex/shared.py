@@ -26,7 +26,7 @@ from vmoba_flex.mask import group_of_key, group_sizes, keys_there
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
-from vmoba_flex.selection import select
+from vmoba_flex.selection import ranked, select
 
 
 def shared_attention(
@@ -115,5 +115,5 @@ def choose_tiles(
     with torch.autocast(key.device.type, enabled=False):
         scores = (means[:, :, None] @ queries.unflatten(1, (key.shape[1], -1)).mT).flatten(1, 2).mT
     own = slots.tile_group[:video_tiles, None] == torch.arange(partition.num_blocks, device=key.device)
-    chosen = select(scores, own, rule, part)
+    chosen = select(ranked(scores, partition, rule, key.shape[-1]), own, rule, part)
     return F.pad(chosen, (0, int(text_tiles > 0), 0, text_tiles), value=True)

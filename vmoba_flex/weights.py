@@ -13,22 +13,25 @@ def fraction_bits(length: int) -> int:
     return 62 - length.bit_length()
 
 
-def scaled_weights(scores: Tensor, least: Tensor, most: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Min-max scaled scores.
+def scaled_weights(scores: Tensor, least: Tensor, most: Tensor, length: int, stretch: bool) -> tuple[Tensor, Tensor]:
+    """Weights of pairs.
 
     Args:
         scores: floating ``(pools, entries)``.
         least: ``(pools, 1)``, the smallest score of each pool.
         most: the largest one. Either is NaN or infinite where the pool holds such a score.
         length: entries of a pool, which may be more than lie here.
+        stretch: whether weights are the scores scaled by the pool's minimum and maximum, or as they are, in 0..1.
 
     Returns:
         int64 like ``scores``, 0 in pools that are not finite; and bool ``(pools, 1)``, which pools are.
     """
     spread = most.double() - least.double()
     finite = spread.isfinite()
-    unit = 2.0 ** fraction_bits(length) / torch.where(spread <= 1e-6, 1.0, spread)
-    return torch.where(finite, (scores.double() - least.double()) * unit, 0.0).long(), finite
+    low, unit = 0.0, 2.0 ** fraction_bits(length)
+    if stretch:
+        low, unit = least.double(), unit / torch.where(spread <= 1e-6, 1.0, spread)
+    return torch.where(finite, (scores.double() - low) * unit, 0.0).long(), finite
 
 
 def rest_to_reach(total: Tensor, of_own: Tensor, finite: Tensor, tau: float, length: int) -> Tensor:

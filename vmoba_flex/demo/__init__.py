@@ -1,14 +1,11 @@
 """The demo: VMoBA on a real clip, from video file to table and picture.
 
-    show.py     the whole demo, in order
-    clip.py     video file -> frames (F, 3, H, W)
-    model.py    frames -> query, key, value (1, heads, tokens, head_dim) of a video transformer block
-    run.py      query, key, value -> one `LayerResult` per layer kind: full attention, 1D, 2D, 3D
-    picture.py  frames and results -> one PNG, drawn with canvas.py
+    show.py        the whole demo, in order
+    clip.py        video file -> frames (F, 3, H, W)
+    model.py       a video diffusion transformer; bench/quality trained the one that checkpoint.py reads
+    denoise.py     frames -> noisy video -> frames again, under any attention
+    run.py         the model's own query, key, value -> one `LayerResult` per layer
+    picture.py     frames and results -> one PNG, drawn with canvas.py
 
-It needs the extra `demo` (av, matplotlib, tqdm), which is imported where it is used and not before.
+It needs the extra `demo` (av, matplotlib, safetensors, tqdm), which is imported where it is used and not before.
 """
-
-
-class DemoError(Exception):
-    """The demo cannot go on for a reason that its user can mend; the message says how, in one line."""

@@ -59,7 +59,7 @@ def palette(blocks: int) -> np.ndarray:
     return colormaps["viridis"](np.linspace(0.05, 0.95, blocks))[:, :3]
 
 
-def plain(frame: Tensor, _: Tensor) -> np.ndarray:
+def plain(frame: Tensor) -> np.ndarray:
     """The frame (3, H, W) itself, as (H, W, 3)."""
     return frame.permute(1, 2, 0).numpy()
 

@@ -1,5 +1,6 @@
 """Read a video file into frames."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vmoba_flex.demo import DemoError
+from vmoba_flex.user_error import UserError
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -18,7 +19,7 @@ BUNNY = Path(__file__).with_name("bunny.mp4")
 
 
 def read_clip(path: str | Path, frames: int, height: int, width: int) -> Tensor:
-    """Frames sampled evenly over the video, scaled to cover `height` x `width` and cropped at the centre.
+    """The video's first frames, scaled to cover `height` x `width` and cropped at the centre.
 
     Args:
         path: a video file that FFmpeg can read.
@@ -30,22 +31,19 @@ def read_clip(path: str | Path, frames: int, height: int, width: int) -> Tensor:
         float32 (frames, 3, height, width) in [0, 1].
 
     Raises:
-        DemoError: the file is missing, is not a video, or is too short.
+        UserError: the file is missing, is not a video, or is too short.
     """
     from av.error import FFmpegError
 
     path = Path(path)
     if not path.is_file():
-        raise DemoError(f"no video file at {path}: check the path")
+        raise UserError(f"no video file at {path}: check the path")
     try:
-        # Two passes, because only a decoded count can be trusted and all the frames of a long video would not fit.
-        count = sum(1 for _ in _decode(path))
-        if count < frames:
-            raise DemoError(f"{path} has {count} frames, but this grid needs {frames}: give a longer video")
-        wanted = set(np.linspace(0, count - 1, frames).round().astype(int).tolist())
-        images = [_cover(frame, height, width) for index, frame in enumerate(_decode(path)) if index in wanted]
+        images = [_cover(frame, height, width) for frame in itertools.islice(_decode(path), frames)]
     except (FFmpegError, OSError) as error:
-        raise DemoError(f"cannot read {path} as a video ({error.strerror}): give another file") from error
+        raise UserError(f"cannot read {path} as a video ({error.strerror}): give another file") from error
+    if len(images) < frames:
+        raise UserError(f"{path} has {len(images)} frames, but this grid needs {frames}: give a longer video")
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
@@ -54,7 +52,7 @@ def _decode(path: Path) -> Iterator["VideoFrame"]:
 
     with av.open(str(path)) as reader:
         if not reader.streams.video:
-            raise DemoError(f"{path} holds no video: give another file")
+            raise UserError(f"{path} holds no video: give another file")
         reader.streams.video[0].thread_type = "AUTO"
         yield from reader.decode(video=0)
 

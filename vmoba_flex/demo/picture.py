@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vmoba_flex import BlockPartition
 from vmoba_flex.demo import canvas
+from vmoba_flex.demo.denoise import LEVEL
 from vmoba_flex.demo.run import TILE, LayerResult
 
 if TYPE_CHECKING:
@@ -32,22 +34,37 @@ class Story:
     """What the picture tells.
 
     Attributes:
-        frames: float (T, 3, H, W) in [0, 1], one frame for each latent frame.
+        videos: float (T, 3, H, W) in [0, 1], one frame for each latent frame: "clip", "noisy", and denoised under
+            attention that is "full" and "sparse".
+        nearness: PSNR of two of them in dB, by their names in the order of the alphabet.
+        held_out: whether the model was not trained on the clip.
         token: the query that is followed, (t, y, x) in the grid.
-        attention: float (tokens,), its probabilities under full attention.
+        attention: float (tokens,), its probabilities under full attention, in each layer of `results`.
         head: the head that is shown.
-        results: one per layer kind that is drawn.
+        results: one per layer that is drawn.
         rule: how many blocks are chosen, in words.
         credit: whose clip it is.
     """
 
-    frames: Tensor
+    videos: dict[str, Tensor]
+    nearness: dict[tuple[str, str], float]
+    held_out: bool
     token: tuple[int, int, int]
-    attention: Tensor
+    attention: list[Tensor]
     head: int
     results: list[LayerResult]
     rule: str
     credit: str = ""
+
+    def psnr(self, one: str, other: str) -> float:
+        """PSNR of two of the videos, in dB."""
+        first, second = sorted((one, other))
+        return self.nearness[first, second]
+
+    @property
+    def frames(self) -> Tensor:
+        """The clip's frames."""
+        return self.videos["clip"]
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -73,10 +90,10 @@ def draw(story: Story, path: str | Path) -> None:
     """Write the picture to `path` as a PNG, 1760 pixels wide."""
     from matplotlib.figure import Figure
 
-    frames, height, width = story.grid
     strip_step, kind_step = SMALL * RATIO + 0.42, 2 * LARGE * RATIO + GAP + 0.72
-    top = 1.72
-    figure = Figure(figsize=(WIDTH, top + 2 * strip_step + 3 * kind_step + 0.75), dpi=110, facecolor="white")
+    strips, top = _strips(story), 1.72
+    tall = top + len(strips) * strip_step + 3 * kind_step + 0.75
+    figure = Figure(figsize=(WIDTH, tall), dpi=110, facecolor="white")
 
     title = "VMoBA: every query chooses the blocks of the video that it attends"
     canvas.text(figure, MARGIN, 0.5, title, size=20, weight="bold")
@@ -86,32 +103,48 @@ def draw(story: Story, path: str | Path) -> None:
         "(3D), so that what is out of a query's reach in one layer is within it in the next."
     )
     canvas.text(figure, MARGIN, 0.7, caption, size=11.5, va="top", linespacing=1.5)
-    tokens = f"{frames} x {height} x {width} = {frames * height * width:,}"
-    heat = (story.attention / story.attention.max()).view(story.grid)
-    strips = {
-        f"The clip, as {tokens} tokens. The square marks one of them: the query that we follow.": canvas.plain,
-        "Where that query looks under full attention, which scores every key (brighter: more)": canvas.glowing,
-    }
-    for title, paint in strips.items():
+    for title, images in strips.items():
         canvas.text(figure, MARGIN, top - 0.08, title, weight="bold")
         for column, t in enumerate(story.latent_frames(8)):
             axes = _frame_axes(figure, story, t, MARGIN + column * (SMALL + GAP), top, SMALL)
-            canvas.show(axes, paint(story.frames[t], heat[t]), story.grid)
+            canvas.show(axes, images[t], story.grid)
         top += strip_step
     top += 0.12
-    for result in story.results:
-        _draw_kind(figure, story, result, top)
+    for index in range(len(story.results)):
+        _draw_kind(figure, story, index, top)
         top += kind_step
     _draw_legend(figure, story, top - 0.25)
     figure.savefig(path, format="png")
 
 
-def _draw_kind(figure: "Figure", story: Story, result: LayerResult, top: float) -> None:
+def _strips(story: Story) -> dict[str, list[np.ndarray]]:
+    """The rows of frames, by title: an image for each latent frame."""
+    frames, height, width = story.grid
+    tokens = f"{frames} x {height} x {width} = {frames * height * width:,}"
+    clip = "Frames that the model was not trained on" if story.held_out else "The clip"
+    full, sparse, noisy = (f"{story.psnr(x, 'clip'):.1f} dB to the clip" for x in ("full", "sparse", "noisy"))
+    plain = {
+        f"{clip}, as {tokens} tokens. The square marks one of them: the query that we follow.": "clip",
+        f"With noise of level {LEVEL:g}: {noisy} (dB of peak signal-to-noise ratio: more is nearer)": "noisy",
+        f"Denoised by the model under full attention: {full}": "full",
+        f"Denoised by the model under VMoBA: {sparse}, {story.psnr('sparse', 'full'):.1f} dB to full attention's": (
+            "sparse"
+        ),
+    }
+    strips = {title: [canvas.plain(frame) for frame in story.videos[name]] for title, name in plain.items()}
+    heat = torch.stack([each / each.max() for each in story.attention]).mean(0).view(story.grid)
+    title = "Where that query looks under full attention, in the three layers below together (brighter: more)"
+    strips[title] = [canvas.glowing(*pair) for pair in zip(story.frames, heat, strict=True)]
+    return strips
+
+
+def _draw_kind(figure: "Figure", story: Story, index: int, top: float) -> None:
     """One row: the partition, the blocks that the query chose, the tile map."""
+    result, attention = story.results[index], story.attention[index]
     partition = result.partition
     ids = partition.block_ids().view(story.grid)
     selected = result.selection[story.head, story.row]
-    kept = story.attention[selected[ids.flatten()]].sum().item()
+    kept = attention[selected[ids.flatten()]].sum().item()
     step_down = LARGE * RATIO + GAP
 
     canvas.text(figure, COLUMNS[0], top - 0.12, f"{result.kind} layer", size=14, weight="bold")
@@ -193,11 +226,12 @@ def _draw_legend(figure: "Figure", story: Story, top: float) -> None:
     axes = canvas.axes(figure, MARGIN, top, WIDTH - 2 * MARGIN, 0.25)
     axes.set_axis_off()
     axes.legend(handles=handles, loc="center left", ncols=5, frameon=False, fontsize=10.5, borderaxespad=0, borderpad=0)
+    layers = ", ".join(str(result.layer) for result in story.results)
     notes = (
         "Density: share of (query, block) pairs attended. Tiles run: share of the 128 x 128 tiles that FlexAttention "
         "computes; a tile runs as soon as one of its 128 queries wants it. Recall: share of full attention kept.\n"
         f"They are means over {len(story.results[0].tiles)} heads; all else shows head {story.head}. Query and key are "
-        f"random projections of the pixels, not a trained model's. {story.credit}"
+        f"the trained model's in its layers {layers}, on the noisy video. {story.credit}"
     )
     canvas.text(figure, MARGIN, top + 0.33, notes, size=9.5, color="#444444", va="top", linespacing=1.4)
 

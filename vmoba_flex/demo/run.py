@@ -1,4 +1,4 @@
-"""Run full attention and the three VMoBA layer kinds on one query, key and value, and measure what each does."""
+"""Run a model's layers on their own query, key and value, the plain way, and measure what each does."""
 
 import functools
 import math
@@ -10,30 +10,38 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_mask, vmoba_selection
+from vmoba_flex import BlockPartition, Threshold, TopK, VMoBAConfig, reference, vmoba_mask, vmoba_selection
 from vmoba_flex.compiled import compiled_flex_attention
-from vmoba_flex.demo import DemoError
+from vmoba_flex.demo.model import Grid, VideoTransformer
+from vmoba_flex.user_error import UserError
 
 TILE = 128
 """Queries and keys of a FlexAttention tile."""
 
-REPEATS = 5
+REPEATS = 3
 ROWS_PER_CHECK = 512
+
+NAMES = {"temporal": "1D", "spatial": "2D", "spatiotemporal": "3D"}
+
+Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What one layer kind did; shares are means over heads.
+    """What one layer did; shares are means over heads.
 
     Attributes:
+        layer: which layer of the model.
         kind: "full", "1D", "2D" or "3D".
         partition: the blocks.
+        rule: how they were chosen.
         density: share of the (query, block) pairs attended.
         tile_density: share of the 128 x 128 tiles that had to run.
         recall: share of the full attention's probability mass that falls on attended keys.
@@ -43,8 +51,10 @@ class LayerResult:
         tiles: int64 (heads, query tiles, key tiles), block order: 0 skipped, 1 partial, 2 full.
     """
 
+    layer: int
     kind: str
     partition: BlockPartition
+    rule: Threshold | TopK
     density: float
     tile_density: float
     recall: float
@@ -55,67 +65,90 @@ class LayerResult:
 
 
 def check_toolchain() -> None:
-    """Raise `DemoError` where torch.compile would fail for want of a C++ compiler or of Python's headers."""
+    """Raise `UserError` where torch.compile would fail for want of a C++ compiler or of Python's headers."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++", "cl")):
-        raise DemoError("torch.compile needs a C++ compiler: install g++, or name one in the variable CXX")
+        raise UserError("torch.compile needs a C++ compiler: install g++, or name one in the variable CXX")
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        raise DemoError("torch.compile needs Python's headers: install them (the package python3-dev or alike)")
+        raise UserError("torch.compile needs Python's headers: install them (the package python3-dev or alike)")
 
 
-def layer_kinds(grid: tuple[int, int, int]) -> dict[str, BlockPartition]:
-    """Full attention as one block, and the three kinds: up to 8 slabs, 3 x 4 windows, 2 x 3 x 4 cubes."""
-    frames, height, width = grid
-    window = (math.ceil(height / 3), math.ceil(width / 4))
-    return {
-        "full": BlockPartition(grid, grid),
-        "1D": BlockPartition.temporal(grid, math.ceil(frames / 8)),
-        "2D": BlockPartition.spatial(grid, window),
-        "3D": BlockPartition.spatiotemporal(grid, (math.ceil(frames / 2), *window)),
-    }
+class PlainAttention(nn.Module):
+    """A layer's attention the plain way, `flex_attention` with a mask: the same as the `VMoBAAttention` it stands for.
+
+    Only `flex_attention` is compiled, and all layers share its kernel; a compiled `vmoba_attention` fuses the choice of
+    blocks as well, but takes half a minute to compile for each kind.
+    """
+
+    def __init__(self, config: VMoBAConfig, layer: int, num_layers: int) -> None:
+        super().__init__()
+        self.config, self.plan = config, config.layer(layer, num_layers)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid) -> Tensor:
+        """Like `VMoBAAttention.forward`."""
+        return plain(query, key, value, self.config.partition(self.plan.kind, grid), self.plan.rule)[0]
+
+
+def plain(
+    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Threshold | TopK
+) -> tuple[Tensor, BlockMask]:
+    """One layer's output in raster order, and its mask in block order."""
+    query, key, value = (partition.to_block_order(x) for x in (query, key, value))
+    mask = vmoba_mask(query, key, partition, rule, token_order="block", tile_size=TILE)
+    return partition.to_raster_order(compiled_flex_attention(query, key, value, block_mask=mask)), mask
 
 
 @torch.no_grad()
-def run_layers(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kinds: dict[str, BlockPartition],
-    rule: Threshold | TopK,
-    step: Callable[[str], None],
-) -> list[LayerResult]:
-    """Run each layer kind on the same inputs, check it against dense masked attention, and time it.
+def layer_inputs(model: VideoTransformer, noisy: Tensor, level: Tensor) -> list[Inputs]:
+    """Query, key and value of each layer, (B, heads, tokens, head_dim), as the model runs on a noisy video."""
+    taken: list[Inputs] = []
+    blocks: Any = model.blocks
+    hooks = [block.attention.register_forward_pre_hook(lambda _, given: taken.append(given[:3])) for block in blocks]
+    try:
+        model(noisy, level)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return taken
+
+
+@torch.no_grad()
+def run_layers(inputs: list[Inputs], config: VMoBAConfig, grid: Grid, step: Callable[[str], None]) -> list[LayerResult]:
+    """Run full attention on the first layer's inputs, and VMoBA on each layer's; check and time them.
 
     Args:
-        query: float32 (1, heads, tokens, head_dim), raster order.
-        key: like query.
-        value: like query.
-        kinds: the partition of each layer kind, by name.
-        rule: how blocks are chosen.
-        step: called three times per kind, with a word on what is done next.
+        inputs: float32 query, key and value (1, heads, tokens, head_dim) of each layer, raster order.
+        config: what the layers attend.
+        grid: latent video size (frames, height, width).
+        step: called three times per result, with a word on what is done next.
 
     Returns:
-        One result per kind.
+        One result for full attention, then one per layer.
     """
+    kinds = [config.layer(index, len(inputs)) for index in range(len(inputs))]
+    layers = [(0, "full", BlockPartition(grid, grid), kinds[0].rule)]
+    layers += [(index, NAMES[x.kind], config.partition(x.kind, grid), x.rule) for index, x in enumerate(kinds)]
     results = []
-    _, full_lse = _dense(query, key, value)
-    for kind, partition in kinds.items():
-        step(f"{kind}: compile")
-        layer = functools.partial(_layer, query, key, value, partition, rule)
+    for index, kind, partition, rule in layers:
+        query, key, value = inputs[index]
+        name = f"layer {index}, {kind}"
+        step(f"{name}: run")
+        layer = functools.partial(plain, query, key, value, partition, rule)
         output, mask = layer()
-        step(f"{kind}: time")
+        step(f"{name}: time")
         seconds = median_seconds(layer)
-        step(f"{kind}: check")
+        step(f"{name}: check")
         selection = vmoba_selection(query, key, partition, rule)
-        exact, lse = _dense(query, key, value, selection[..., partition.block_ids()])
         tiles = tile_map(mask)
         results.append(
             LayerResult(
+                layer=index,
                 kind=kind,
                 partition=partition,
+                rule=rule,
                 density=selection.float().mean().item(),
                 tile_density=(tiles > 0).float().mean().item(),
-                recall=(lse - full_lse).exp().mean().item(),
-                error=(output - exact).abs().max().item(),
+                recall=recall(query, key, selection, partition),
+                error=(output - _exact(query, key, value, selection[..., partition.block_ids()])).abs().max().item(),
                 seconds=seconds,
                 selection=selection[0],
                 tiles=tiles[0],
@@ -124,17 +157,24 @@ def run_layers(
     return results
 
 
-def _layer(
-    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Threshold | TopK
-) -> tuple[Tensor, BlockMask]:
-    """One VMoBA layer the plain way: the output in raster order, and the mask in block order.
+def recall(query: Tensor, key: Tensor, selection: Tensor, partition: BlockPartition) -> float:
+    """The share of full attention's probability that falls on chosen blocks, mean over queries and heads.
 
-    Only `flex_attention` is compiled, and all layer kinds share its kernel; a compiled `vmoba_attention` fuses the
-    choice of blocks as well, but takes half a minute to compile for each kind.
+    Args:
+        query: (1, heads, tokens, head_dim), raster order.
+        key: like query.
+        selection: bool (1, heads, tokens, blocks).
+        partition: the blocks.
     """
-    query, key, value = (partition.to_block_order(x) for x in (query, key, value))
-    mask = vmoba_mask(query, key, partition, rule, token_order="block", tile_size=TILE)
-    return partition.to_raster_order(compiled_flex_attention(query, key, value, block_mask=mask)), mask
+    ids = partition.block_ids(query.device)
+    kept = []
+    for head in range(query.shape[1]):
+        keys = key[0, head].float()
+        # Some rows at a time: a head's scores over 55,296 tokens take 12 GB.
+        for rows in torch.arange(query.shape[2], device=query.device).split(4 * ROWS_PER_CHECK):
+            scores = query[0, head, rows].float() @ keys.T / math.sqrt(query.shape[-1])
+            kept.append((scores.softmax(-1) * selection[0, head, rows][:, ids]).sum(-1))
+    return torch.cat(kept).mean().item()
 
 
 def tile_map(mask: BlockMask) -> Tensor:
@@ -171,12 +211,11 @@ def median_seconds(call: Callable[[], object]) -> float:
     return median(times[1:])
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Dense masked attention in float64 and the log-sum-exp of its scores."""
+def _exact(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Dense masked attention in float64."""
     # Some rows at a time: all the scores of a few heads in float64 would take gigabytes.
     parts = [
-        reference.attention(query[:, :, rows], key, value, None if mask is None else mask[:, :, rows])
+        reference.attention(query[:, :, rows], key, value, mask[:, :, rows])[0]
         for rows in torch.arange(query.shape[2]).split(ROWS_PER_CHECK)
     ]
-    output, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-    return output, lse
+    return torch.cat(parts, dim=2)

@@ -1,19 +1,26 @@
 """The whole demo, from video file to table and picture."""
 
-import importlib.util
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import dataclasses
 from pathlib import Path
 
 import torch
 
-from vmoba_flex import Threshold, TopK
-from vmoba_flex.demo import DemoError
+from vmoba_flex import Threshold, TopK, VMoBAConfig
+from vmoba_flex.demo import checkpoint
 from vmoba_flex.demo.clip import BUNNY, read_clip
-from vmoba_flex.demo.model import PATCH, VideoProjection
+from vmoba_flex.demo.denoise import LEVEL, STEPS, add_noise, denoise, frames_of, psnr
+from vmoba_flex.demo.model import Grid, VideoTransformer
 from vmoba_flex.demo.picture import Story, draw
-from vmoba_flex.demo.run import LayerResult, attention_of, check_toolchain, layer_kinds, run_layers, sdpa_seconds
+from vmoba_flex.demo.run import (
+    LayerResult,
+    PlainAttention,
+    attention_of,
+    check_toolchain,
+    layer_inputs,
+    run_layers,
+    sdpa_seconds,
+)
+from vmoba_flex.user_error import UserError, check_extra, new_file
 
 HEAD = 1
 """The head that the picture shows."""
@@ -28,7 +35,7 @@ def show(
     output: Path,
     *,
     video: Path | None = None,
-    grid: tuple[int, int, int] = (8, 18, 32),
+    grid: Grid = (8, 18, 32),
     rule: Threshold | TopK | None = None,
     token: tuple[int, int, int] | None = None,
 ) -> str:
@@ -36,34 +43,42 @@ def show(
 
     Args:
         output: the PNG to write; it appears whole or not at all.
-        video: any video file; the clip that ships if None.
-        grid: latent video size (frames, height, width) in tokens of 4 frames x 16 x 16 pixels.
-        rule: how blocks are chosen; the paper's training rule if None.
+        video: any video file; the clip that ships if None, whose first frames the model was not trained on.
+        grid: latent video size (frames, height, width) in tokens of 4 frames x 8 x 8 pixels.
+        rule: how blocks are chosen; the rule that the model was trained with if None.
         token: the query that the picture follows, (t, y, x); the bunny's face, or the middle of other videos, if None.
 
     Returns:
-        Text: a table with a line per layer kind, and how to read it.
+        Text: how near the denoised videos are, a table with a line per layer, and how to read it.
 
     Raises:
-        DemoError: something is missing, or cannot be read or written.
+        UserError: something is missing, or cannot be read or written.
     """
-    missing = [name for name in ("av", "matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise DemoError(f'the demo needs {", ".join(missing)}: pip install "vmoba-flex[demo]"')
+    check_extra("demo", "av", "matplotlib", "safetensors", "tqdm")
     check_toolchain()
     if token is None:
         shares = (0.5, 0.5, 0.5) if video else BUNNY_FACE
         t, y, x = (int(share * size) for share, size in zip(shares, grid, strict=True))
         token = (t, y, x)
     if any(not 0 <= place < size for place, size in zip(token, grid, strict=True)):
-        raise DemoError(f"the query {token} lies outside the grid {grid}: each number must be below the grid's")
-    with _new_file(output) as path:
-        results, sdpa = _run(path, video, grid, rule or Threshold(0.25), token)
+        raise UserError(f"the query {token} lies outside the grid {grid}: each number must be below the grid's")
+    model, config, training = checkpoint.load()
+    if rule is not None:
+        config = dataclasses.replace(config, rule=rule)
+    with new_file(output, ".png", "the picture is a PNG") as path:
+        story, results, sdpa = _run(path, model, config, video, grid, token)
+    what = "the video" if video else "frames that it was not trained on"
+    trained_on = "x".join(map(str, training["grid"]))
     return "\n".join(
         (
+            f"A model trained with {training['attention']} attention ({training['steps']:,} steps on videos of "
+            f"{trained_on} tokens, {training['device']}) denoises",
+            f"{what}, from noise level {LEVEL:g} in {STEPS} steps:",
+            *(f"  {line}" for line in _nearness(story)),
+            "",
             table(results),
             f"full: the same compiled FlexAttention, every tile run; scaled_dot_product_attention takes {sdpa:.3f} s.",
-            "recall: of full attention with random projections of the pixels; a trained model's will differ.",
+            "recall: the share of full attention that falls on the chosen blocks, on the model's own query and key.",
             "Times are of this CPU, the choice of blocks included; they say little about speed on a GPU.",
             f"Picture: {output}",
         )
@@ -71,43 +86,62 @@ def show(
 
 
 def _run(
-    path: Path, video: Path | None, grid: tuple[int, int, int], rule: Threshold | TopK, token: tuple[int, int, int]
-) -> tuple[list[LayerResult], float]:
+    path: Path, model: VideoTransformer, config: VMoBAConfig, video: Path | None, grid: Grid, token: Grid
+) -> tuple[Story, list[LayerResult], float]:
     from tqdm import tqdm
 
-    kinds = layer_kinds(grid)
-    # One step each to read, project, time torch's attention and draw, and three per layer kind.
-    total, form = 4 + 3 * len(kinds), "{desc:<32}|{bar}| {n_fmt}/{total_fmt}, {elapsed}"
-    with tqdm(total=total, bar_format=form, leave=False) as bar:
+    # One step each to read, take the layers' inputs, time torch's attention and draw; three per result.
+    total = 4 + 2 * STEPS + 3 * (1 + model.shape.depth)
+    with tqdm(total=total, bar_format="{desc:<32}|{bar}| {n_fmt}/{total_fmt}, {elapsed}", leave=False) as bar:
         # A step is counted when the next begins, so that the words always name what is going on.
         def step(words: str) -> None:
             bar.update(bar.desc != "")
             bar.set_description_str(words)
 
         step("read the clip")
-        pixels = [patch * size for patch, size in zip(PATCH, grid, strict=True)]
+        pixels = [patch * size for patch, size in zip(model.shape.patch, grid, strict=True)]
         frames = read_clip(video or BUNNY, *pixels)
-        step("project query, key, value")
-        with torch.no_grad():
-            query, key, value = VideoProjection()(frames)
-        results = run_layers(query, key, value, kinds, rule, step)
+        noisy = add_noise(frames, LEVEL)
+        model.set_attention(dataclasses.replace(config, dispatch="dense", backend="auto"))
+        full = denoise(model, noisy, lambda words: step(f"full attention: {words}"))
+        for index, block in enumerate(model.blocks):
+            block.attention = PlainAttention(config, index, model.shape.depth)
+        sparse = denoise(model, noisy, lambda words: step(f"VMoBA: {words}"))
+        step("take query, key and value")
+        inputs = layer_inputs(model, noisy, torch.tensor([LEVEL]))
+        results = run_layers(inputs, config, grid, step)
         step("time torch's own attention")
-        sdpa = sdpa_seconds(query, key, value)
+        sdpa = sdpa_seconds(*inputs[0])
         step("draw the picture")
+        shown = results[-3:]
         _, height, width = grid
+        place = (token[0] * height + token[1]) * width + token[2]
+        middle = slice(model.shape.patch[0] // 2, None, model.shape.patch[0])
+        videos = {"clip": frames, "noisy": frames_of(noisy), "full": full, "sparse": sparse}
         story = Story(
-            frames=frames[PATCH[0] // 2 :: PATCH[0]],
+            videos={name: each[middle] for name, each in videos.items()},
+            nearness={(a, b): psnr(videos[a], videos[b]) for a in videos for b in videos if a < b},
+            held_out=video is None,
             token=token,
-            attention=attention_of(query, key, (token[0] * height + token[1]) * width + token[2], HEAD),
+            attention=[attention_of(*inputs[result.layer][:2], place, HEAD) for result in shown],
             head=HEAD,
-            results=results[1:],
-            rule=_in_words(rule),
+            results=shown,
+            rule=_in_words(shown[0].rule),
             credit="" if video else BUNNY_CREDIT,
         )
         draw(story, path)
         step("done")
         bar.leave = True  # a bar that fails makes room for the error
-    return results, sdpa
+    return story, results, sdpa
+
+
+def _nearness(story: Story) -> list[str]:
+    return [
+        f"full attention: {story.psnr('full', 'clip'):5.2f} dB to the clip",
+        f"VMoBA:          {story.psnr('sparse', 'clip'):5.2f} dB to the clip, "
+        f"{story.psnr('sparse', 'full'):.2f} dB to full attention's",
+        f"noisy:          {story.psnr('noisy', 'clip'):5.2f} dB to the clip",
+    ]
 
 
 def _in_words(rule: Threshold | TopK) -> str:
@@ -117,30 +151,9 @@ def _in_words(rule: Threshold | TopK) -> str:
 
 
 def table(results: list[LayerResult]) -> str:
-    """The results as text, a line per layer kind."""
-    lines = ["layer   blocks  density  tile density  recall  largest error      time"]
+    """The results as text, a line per layer."""
+    lines = ["layer  kind  blocks  density  tile density  recall  largest error      time"]
     for r in results:
         shares = f"{r.density:>9.3f}{r.tile_density:>14.3f}{r.recall:>8.3f}"
-        lines.append(f"{r.kind:<6}{r.partition.num_blocks:>8}{shares}{r.error:>15.1e}{r.seconds:>8.3f} s")
+        lines.append(f"{r.layer:>5}  {r.kind:<4}{r.partition.num_blocks:>8}{shares}{r.error:>15.1e}{r.seconds:>8.3f} s")
     return "\n".join(lines)
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place at the end and vanishes on failure."""
-    if path.suffix.lower() != ".png":
-        raise DemoError(f"the picture is a PNG, so its name must end in .png, got {path}")
-    if path.is_dir():
-        raise DemoError(f"cannot write {path}, which is a folder: name a file")
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # Made at once, so that a folder that cannot be written is known before the work and not after.
-        draft.touch()
-        yield draft
-        os.replace(draft, path)
-    except OSError as error:
-        raise DemoError(
-            f"cannot write {path} ({error.strerror}): name a file in a folder that you can write"
-        ) from error
-    finally:
-        draft.unlink(missing_ok=True)

@@ -13,7 +13,6 @@ from vmoba_flex.distributed.shards import queries_of
 from vmoba_flex.part import Part, Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
-from vmoba_flex.selection import choose_blocks
 from vmoba_flex.stats import Attended
 
 
@@ -68,8 +67,7 @@ def attend_across(
         heads = of_keys.times(repeats)
         places = heads.of_rank(ranks.rank, query.device)
         part = Part(ranks.group, 1, query.shape[1], places, Queries.of(partition))
-        arriving = [to_heads(x, layout, one) for x, one in ((query, heads), (key, of_keys), (value, of_keys))]
-        query, key = arriving[0](), arriving[1]()
+        query, key, value = to_heads((query, key, value), layout, (heads, of_keys, of_keys))
     else:
         _check_by_queries(query, dispatch, balance, ranks.size)
         queries = queries_of(layout.here, partition)
@@ -77,15 +75,12 @@ def attend_across(
         part = Part(ranks.group, 2, partition.num_video_tokens, places, queries)
         # Each rank attends all heads of keys and values.
         heads = Heads((key.shape[1],) * ranks.size)
-        arriving = [to_heads(x.repeat(1, ranks.size, 1, 1), layout, heads) for x in (key, value)]
-        key = arriving[0]()
+        repeated = [x.repeat(1, ranks.size, 1, 1) for x in (key, value)]
+        key, value = to_heads(repeated, layout, (heads, heads))
     kernels = choose_backend(backend, dispatch, query, key, value, partition, text_lengths is not None)
-    # Values are on their way while blocks are chosen.
-    selection = choose_blocks(query, key, partition, rule, part) if dispatch in ("packed", "tiles") else None
     attended = attend_here(
-        query, key, arriving[-1](), partition, rule, scale, enable_gqa, dispatch, kernels, max_row_bytes, text_lengths,
-        part, selection,
-    )  # fmt: skip
+        query, key, value, partition, rule, scale, enable_gqa, dispatch, kernels, max_row_bytes, text_lengths, part
+    )
     if of_keys is None:
         return attended
     if balance is not None and dispatch != "dense":
@@ -116,8 +111,8 @@ def by_heads(
         ``(B, H, tokens of this rank, D)``.
     """
     heads = Heads.evenly(query.shape[1], layout.ranks.size)
-    arriving = [to_heads(x, layout, heads) for x in (query, key, value)]
-    return to_tokens(attention(*(wait() for wait in arriving), text_lengths), layout, heads)
+    query, key, value = to_heads((query, key, value), layout, (heads,) * 3)
+    return to_tokens(attention(query, key, value, text_lengths), layout, heads)
 
 
 def _check_by_queries(query: Tensor, dispatch: str, balance: HeadBalance | None, ranks: int) -> None:

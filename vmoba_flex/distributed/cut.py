@@ -17,7 +17,14 @@ _DIGITS = 2**_BITS
 
 
 def take_across(
-    scores: Tensor, own: Tensor, place: Tensor, length: int, max_pairs: int | None, tau: float | None, group: str
+    scores: Tensor,
+    own: Tensor,
+    place: Tensor,
+    length: int,
+    max_pairs: int | None,
+    tau: float | None,
+    stretch: bool,
+    group: str,
 ) -> Tensor:
     """Own pairs and the best others, per pool: the shortest prefix of the whole pool that reaches every target.
 
@@ -29,14 +36,15 @@ def take_across(
         place: int64 ``(entries,)``: where an entry stands in its pool, in the order that breaks ties.
         length: entries of a whole pool.
         max_pairs: pairs that a pool keeps, own ones included; None for no cap.
-        tau: share of the pool's scaled scores to reach; None for no target.
+        tau: share of the pool's weights to reach; None for no target.
+        stretch: as in ``scaled_weights``.
         group: name of the process group.
 
     Returns:
         bool ``(pools, entries)``.
     """
     own = own.repeat(scores.shape[0] // own.shape[0], 1)
-    weights, caps = _targets(scores, own, length, max_pairs, tau, group)
+    weights, caps = _targets(scores, own, length, max_pairs, tau, stretch, group)
     descent = _Descent(~own, weights, caps, group)
     key, bits = _ordered(scores)
     descent.follow(key, bits)
@@ -81,7 +89,7 @@ class _Descent:
 
 
 def _targets(
-    scores: Tensor, own: Tensor, length: int, max_pairs: int | None, tau: float | None, group: str
+    scores: Tensor, own: Tensor, length: int, max_pairs: int | None, tau: float | None, stretch: bool, group: str
 ) -> tuple[list[Tensor | None], Tensor]:
     """What each target counts, None for pairs, and how much of it the non-own pairs have to reach ``(pools, n)``."""
     weights: list[Tensor | None] = []
@@ -96,7 +104,7 @@ def _targets(
             ends = torch.stack([-least, most])
             ends = torch.where(ends.isnan(), torch.inf, ends)
         ends = all_reduce(ends, "max", group)
-        weight, finite = scaled_weights(scores, -ends[0, :, None], ends[1, :, None], length)
+        weight, finite = scaled_weights(scores, -ends[0, :, None], ends[1, :, None], length, stretch)
         parts += [weight.sum(-1), (own * weight).sum(-1)]
     sums = all_reduce(torch.stack(parts, 1), "sum", group)
     if max_pairs is not None:

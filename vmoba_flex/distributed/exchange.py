@@ -1,6 +1,6 @@
 """Tokens of all heads for heads of all tokens, and back."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -80,45 +80,63 @@ class Heads(NamedTuple):
         return torch.arange(first, first + self.counts[rank], device=device)
 
 
-def to_heads(x: Tensor, layout: Layout, heads: Heads) -> Callable[[], Tensor]:
+def to_heads(tensors: Sequence[Tensor], layout: Layout, heads: Sequence[Heads]) -> list[Tensor]:
     """Gives each rank all tokens of its heads; differentiable.
 
+    All tensors go in one exchange. Of several, a compiler that sees other shapes on each rank may choose another order
+    on each, and then they would wait for one another, or take one tensor for another.
+
     Args:
-        x: ``(B, H, tokens of this rank, D)``.
+        tensors: each ``(B, its heads, tokens of this rank, its dim)``.
         layout: which tokens each rank holds.
-        heads: which heads each rank attends. They may sum to a multiple of H where x is repeated: each rank can attend
-            all heads.
+        heads: for each tensor, which of its heads each rank attends. They may sum to a multiple of them where it is
+            repeated: each rank can attend all heads.
 
     Returns:
-        What waits for the heads to arrive and returns ``(B, heads of this rank, S, D)``: other work may come before.
+        For each tensor ``(B, heads of this rank, S, its dim)``.
     """
-    batch, _, _, dim = x.shape
-    rank, count = layout.ranks.rank, heads.counts[layout.ranks.rank]
-    mine = x.transpose(0, 1)
-    if heads.order is not None:
-        mine = reorder(mine, heads.order, heads.order.argsort(), 0)
-    # Replicated tokens stay: of this rank's heads they are here.
+    ranks, batch = layout.ranks, tensors[0].shape[0]
     tokens = [sum(lengths(runs)) for runs in layout.own]
-    before = sum([length for start, length in layout.here if start < layout.own[rank][0][0]])
-    first = sum(heads.counts[:rank])
-    text = mine[first : first + count].transpose(0, 1)
-    mine = mine[:, :, before : before + tokens[rank]]
-    sent = [each * batch * tokens[rank] * dim for each in heads.counts]
-    received = [count * batch * each * dim for each in tokens]
-    arriving = all_to_all(mine.reshape(-1), received, sent, layout.ranks)
-
-    def wait() -> Tensor:
-        if layout.even is not None:
-            pieces = arriving.view(len(tokens), count, batch, layout.even, dim)
-            return pieces.permute(2, 1, 0, 3, 4).reshape(batch, count, -1, dim)
-        pieces = [
-            piece.view(count, batch, each, dim).transpose(0, 1)
-            for piece, each in zip(arriving.split(received), tokens, strict=True)
+    # Replicated tokens stay: of this rank's heads they are here.
+    before = sum([length for start, length in layout.here if start < layout.own[ranks.rank][0][0]])
+    mine = []
+    for x, one in zip(tensors, heads, strict=True):
+        y = x.transpose(0, 1)
+        mine.append(y if one.order is None else reorder(y, one.order, one.order.argsort(), 0))
+    leaving = [
+        y[sum(one.counts[:rank]) : sum(one.counts[: rank + 1]), :, before : before + tokens[ranks.rank]]
+        for rank in range(ranks.size)
+        for y, one in zip(mine, heads, strict=True)
+    ]
+    if len({x.shape[3] for x in tensors}) > 1:
+        leaving = [piece.reshape(-1) for piece in leaving]
+    rows = [
+        [one.counts[rank] * x.shape[3] * batch for x, one in zip(tensors, heads, strict=True)]
+        for rank in range(ranks.size)
+    ]
+    sent = [sum(each) * tokens[ranks.rank] for each in rows]
+    here = rows[ranks.rank]
+    received = [sum(here) * each for each in tokens]
+    arrived = all_to_all(torch.cat(leaving).view(-1), received, sent, ranks)
+    shapes = [(one.counts[ranks.rank], batch, x.shape[3]) for x, one in zip(tensors, heads, strict=True)]
+    if layout.even is not None:
+        parts = arrived.view(ranks.size, -1).split([each * layout.even for each in here], 1)
+        return [
+            part.view(ranks.size, count, batch, layout.even, dim).permute(2, 1, 0, 3, 4).reshape(batch, count, -1, dim)
+            for part, (count, batch, dim) in zip(parts, shapes, strict=True)
         ]
-        parts = [pieces[source][:, :, start : start + each] for source, start, each in in_order(layout.own)]
-        return torch.cat([text[:, :, :before], *parts, text[:, :, before + tokens[rank] :]], 2)
-
-    return wait
+    parts = arrived.split([row * each for each in tokens for row in here])
+    results = []
+    for index, (y, one, (count, batch, dim)) in enumerate(zip(mine, heads, shapes, strict=True)):
+        from_rank = [
+            part.view(count, batch, each, dim).transpose(0, 1)
+            for part, each in zip(parts[index :: len(tensors)], tokens, strict=True)
+        ]
+        video = [from_rank[rank][:, :, start : start + each] for rank, start, each in in_order(layout.own)]
+        first = sum(one.counts[: ranks.rank])
+        text = y[first : first + count].transpose(0, 1)
+        results.append(torch.cat([text[:, :, :before], *video, text[:, :, before + tokens[ranks.rank] :]], 2))
+    return results
 
 
 def to_tokens(x: Tensor, layout: Layout, heads: Heads) -> Tensor:

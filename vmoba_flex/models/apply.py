@@ -13,6 +13,7 @@ from vmoba_flex.models.parallel import ranks_of
 from vmoba_flex.models.processor import VMoBAProcessor
 from vmoba_flex.models.run import Checkpointing, Run, StepSource
 from vmoba_flex.partition import BlockPartition
+from vmoba_flex.warmup import check_warmup, warmed
 
 # Where pipelines keep their transformers; Wan 2.2 has two experts.
 _COMPONENTS = ("transformer", "transformer_2")
@@ -83,7 +84,8 @@ class Applied:
         step, num_steps = self.run.current_step() if self.run.enabled else (0, 1)
         for i, processor in enumerate(self.processors):
             plan = self.run.config.layer(i, len(self.processors), step, num_steps)
-            processor.ready(plan.dense or not self.run.enabled, device)
+            processor.ready(plan.dense or not self.run.enabled or not self.run.warmup, device)
+            processor.warm(self.run.warmup)
         self.run.keep()
         checkpointing = getattr(model, "_gradient_checkpointing_func", None)
         if checkpointing is not None and not isinstance(checkpointing, Checkpointing):
@@ -146,6 +148,10 @@ class VMoBAHandle:
             applied[name] = model, runs[0].owner
         return cls(applied)
 
+    def runs(self) -> dict[str, Run]:
+        """What the layers of each model share, by the model's name."""
+        return {name: applied.run for name, (_, applied) in self._applied.items()}
+
     def summary(self) -> str:
         """A table: each layer with its kind, blocks, rule, whether it is dense, and what it attended last."""
         return "\n".join(line for name, (_, applied) in self._applied.items() for line in _table(name, applied))
@@ -160,6 +166,27 @@ class VMoBAHandle:
             raise TypeError(f"enabled must be a bool, got {enabled!r}")
         for _, applied in self._applied.values():
             applied.run.enabled = enabled
+
+    def set_warmup(self, share: float) -> None:
+        """Sets how far thresholds are on their way from full attention, from the next forward on; see ``Warmup``.
+
+        Call it before the first forward: until it was called once, taus are constants of compiled graphs. After that no
+        graph is made anew, but one for full attention and one for sparse. Not inside a CUDA graph.
+
+        Args:
+            share: 0 for full attention, up to 1 for the config's thresholds.
+
+        Raises:
+            TypeError: if ``share`` is no number.
+            ValueError: if it is not in [0, 1], or a layer has a ``TopK``.
+        """
+        check_warmup(share)
+        runs = self.runs().values()
+        rules = [[warmed(processor.rule) for processor in run.processors] for run in runs]  # checked before any change
+        for run, of_run in zip(runs, rules, strict=True):
+            run.warmup = share
+            for processor, rule in zip(run.processors, of_run, strict=True):
+                processor.rule = rule
 
     def set_step(self, step: int | None, num_steps: int = 1) -> None:
         """Says which denoising step comes next, from 0, and how many there are, until it is called again.

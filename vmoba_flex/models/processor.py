@@ -11,6 +11,7 @@ from vmoba_flex.models.run import Run
 from vmoba_flex.models.step_op import attend_at_step, attend_everything, layout_of, record_density
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
+from vmoba_flex.warmup import WarmedThreshold
 
 
 class VMoBAProcessor:
@@ -20,7 +21,7 @@ class VMoBAProcessor:
     kind and never its index, so that ``torch.compile`` makes a graph for each kind, and not for each layer.
 
     Attributes:
-        stock: the processor that it stands in for, which dense layers and steps call.
+        stock: the processor that it stands in for, which dense layers and steps call, but while they are recorded.
         run: what all layers of the model share.
         kind: of the layer's blocks.
         rule: which chooses them.
@@ -72,6 +73,11 @@ class VMoBAProcessor:
         """Sets ``dense``, both ways."""
         self.dense, self.dense_flag = dense, self.run.flags[dense]
 
+    def warm(self, share: float) -> None:
+        """Sets how far a rule that is warmed up is on its way."""
+        if isinstance(self.rule, WarmedThreshold):
+            self.rule.warm(share)
+
     # The names are those by which diffusers' layers pass their arguments.
     def __call__(
         self,
@@ -86,7 +92,7 @@ class VMoBAProcessor:
         if not _decides_as_it_runs() and self.dense:  # in this order: one graph serves both
             with torch.no_grad():
                 self.density.fill_(1)
-            if not self.has_dense:
+            if not self.has_dense and self.run.recorder is None:
                 return self.stock(*arguments)
         return self.sparse(*arguments)
 
@@ -135,6 +141,8 @@ class VMoBAProcessor:
         if run.grid is None:
             raise RuntimeError("the grid is not known: call the whole model, not a layer of it alone")
         partition = BlockPartition(run.grid, run.blocks[self.kind], prefix=prefix, suffix=suffix)
+        if run.recorder is not None:
+            run.recorder(self, query, key, partition, text_lengths)
         dispatch, backend = run.config.dispatch, run.config.backend
         dense_backend = getattr(self.stock, "_attention_backend", None)
         dense_backend = "" if dense_backend is None else dense_backend.value

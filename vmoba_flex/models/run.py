@@ -47,11 +47,13 @@ class Run:
         grid: latent video size after patching, of the forward under way; None before the first.
         blocks: the block shape of each kind on that grid.
         enabled: whether layers may be sparse at all.
+        warmup: share of the way from full attention to the config's thresholds.
         step: the denoising step that comes next and the number of steps, where they were set by hand.
         source: where else they come from.
         flags: False and True as tensors on the CPU.
         processors: of the layers, in order.
         owner: what readies them before each forward.
+        recorder: called with each layer's query and key, while these are captured.
         state: what the forward under way has set.
     """
 
@@ -59,12 +61,14 @@ class Run:
     grid: tuple[int, int, int] | None = None
     blocks: dict[str, tuple[int, int, int]] = dataclasses.field(default_factory=dict)
     enabled: bool = True
+    warmup: float = 1.0
     step: tuple[int, int] | None = None
     source: StepSource | None = None
     flags: tuple[Tensor, Tensor] = dataclasses.field(default_factory=lambda: (torch.tensor(False), torch.tensor(True)))
     processors: list[Any] = dataclasses.field(default_factory=list)
     owner: Any = None
-    state: tuple[Any, ...] = (None, {}, [])
+    recorder: Callable[..., None] | None = None
+    state: tuple[Any, ...] = (None, {}, [], 1.0)
 
     def learn(self, grid: tuple[int, int, int]) -> None:
         """Sets the grid, and the blocks on it.
@@ -82,6 +86,10 @@ class Run:
                 blocks[kind] = grid  # nobody will be asked for it
         self.grid, self.blocks = grid, blocks
 
+    def known_step(self) -> tuple[int, int] | None:
+        """The step that comes next and the number of steps; None where nobody says."""
+        return self.step or (self.source.read() if self.source else None)
+
     def current_step(self) -> tuple[int | None, int | None]:
         """The step that comes next and the number of steps.
 
@@ -90,7 +98,7 @@ class Run:
         """
         if not self.config.dense_steps:
             return None, None
-        step = self.step or (self.source and self.source.read())
+        step = self.known_step()
         if step is None:
             raise ValueError(
                 "config.dense_steps needs the denoising step: apply to a pipeline whose scheduler has a step_index, "
@@ -100,13 +108,14 @@ class Run:
 
     def keep(self) -> None:
         """Takes down what this forward has set, for layers that are computed again later."""
-        self.state = self.grid, self.blocks, [processor.dense for processor in self.processors]
+        self.state = self.grid, self.blocks, [processor.dense for processor in self.processors], self.warmup
 
     def restore(self, state: tuple[Any, ...]) -> None:
         """Sets what another forward had set."""
-        self.state = self.grid, self.blocks, dense = state
+        self.state = self.grid, self.blocks, dense, warmup = state
         for processor, one in zip(self.processors, dense, strict=True):
             processor.set_dense(one)
+            processor.warm(warmup)
 
 
 class Checkpointing:

@@ -11,6 +11,7 @@ from vmoba_flex.dense import dense_attention
 from vmoba_flex.mask import keys_there
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK
+from vmoba_flex.warmup import WarmedThreshold
 
 if TYPE_CHECKING:  # loaded where a model is context-parallel
     from vmoba_flex.distributed.collectives import Ranks
@@ -51,7 +52,9 @@ def attend_at_step(
     return _attend_at_step(
         query, key, value, text_lengths, dense, density, list(partition.grid), list(partition.block),
         [partition.prefix, partition.suffix], rule.pool, rule.k if top_k else None, rule.density if top_k else None,
-        None if top_k else rule.tau, None if top_k else rule.max_density, dispatch, backend, dense_backend,
+        None if top_k else rule.tau, None if top_k else rule.max_density,
+        "" if top_k else rule.normalize, rule.now if isinstance(rule, WarmedThreshold) else None,
+        dispatch, backend, dense_backend,
         "" if ranks is None else ranks.group, 0 if ranks is None else ranks.rank, 1 if ranks is None else ranks.size,
     )  # fmt: skip
 
@@ -61,7 +64,8 @@ def _attend_at_step(
     query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None, dense: Tensor, density: Tensor,
     grid: list[int], block: list[int], text: list[int],
     pool: str, k: int | None, share: float | None, tau: float | None, max_density: float | None,
-    dispatch: str, backend: str, dense_backend: str, group: str, rank: int, size: int,
+    normalize: str, now: Tensor | None, dispatch: str, backend: str, dense_backend: str,
+    group: str, rank: int, size: int,
 ) -> Tensor:  # fmt: skip
     (frames, height, width), (bt, bh, bw), (prefix, suffix) = grid, block, text
     partition = BlockPartition((frames, height, width), (bt, bh, bw), prefix=prefix, suffix=suffix)
@@ -78,8 +82,12 @@ def _attend_at_step(
 
             return by_heads(everything, query, key, value, text_lengths, layout).contiguous()
         return everything(query, key, value, text_lengths).contiguous()
-    top_k = tau is None
-    rule = TopK(k, density=share, pool=pool) if top_k else Threshold(tau, pool=pool, max_density=max_density)
+    if tau is None:
+        rule = TopK(k, density=share, pool=pool)
+    else:
+        rule = Threshold(tau, pool=pool, max_density=max_density, normalize=normalize)
+        if now is not None:
+            rule = WarmedThreshold(**vars(rule), now=now)
     attended = attend(
         query, key, value, partition, rule, dispatch=dispatch, backend=backend, text_lengths=text_lengths, layout=layout
     )

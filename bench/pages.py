@@ -1,0 +1,233 @@
+"""Fills the numbers of the README and of the pages in from the files of results, so that they cannot drift.
+
+    python bench/pages.py            # rewrites what stands between the marks
+
+A mark names what goes there and the file in bench/results/ that it is taken from:
+
+    <!-- results: dense h200_2026-11-24_attention -->...<!-- end -->
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from quality import tables
+from report import MODES, Row, number, table
+
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
+_MARK = re.compile(r"(<!-- results: (\w+) ([\w.-]+) -->).*?(<!-- end -->)", re.DOTALL)
+_KINDS = {"1D": "slabs (1D)", "2D": "windows (2D)", "3D": "cubes (3D)"}
+_BACKENDS = {"flash": "FlashAttention-4", "triton": "Triton"}
+
+
+def filled(page: str) -> str:
+    """The page with what its marks name between them.
+
+    Raises:
+        KeyError: if a mark names what there is not.
+        FileNotFoundError: if a mark names a file that there is not.
+    """
+    return _MARK.sub(_fill, page)
+
+
+def _fill(mark: re.Match[str]) -> str:
+    start, name, file, end = mark.groups()
+    text = _PARTS[name](json.loads((ROOT / "bench" / "results" / f"{file}.json").read_text()))
+    if isinstance(text, list):
+        text = "\n\n" + "\n".join(text) + "\n\n"
+    return start + text + end
+
+
+def _where(data: Row) -> str:
+    run = data["runs"][0]
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    return f"one {run['device']}, {versions}, {run['date']}"
+
+
+def _speed_ups(data: Row) -> str:
+    return _range((row[f"{mode}_speed_up"] for row in _packed(data) for mode in MODES), 1)
+
+
+def _densities(data: Row) -> str:
+    return _range((row["density"] for row in _packed(data)), 2)
+
+
+def _errors(data: Row) -> str:
+    """Of all dispatches, over all shapes."""
+    return _range((row["error_ratio"] for row in data["rows"] if row["blocks"] and "error_ratio" in row), 2)
+
+
+def _range(values: Iterable[float], digits: int) -> str:
+    values = list(values)
+    return f"{number(min(values), digits)} to {number(max(values), digits)}"
+
+
+def _short(data: Row) -> list[str]:
+    dense = [row for row in _rows(data, "main") if row["attention"] in ("FlashAttention-4", "cuDNN")]
+    sparse = [row for row in _packed(data) if row["backend"] == "flash"]
+    lines = [[f"full attention, {row['attention']}", *_times(row)] for row in _by_time(dense)]
+    lines += [[f"`packed`, {_blocks(row)}", *_times(row)] for row in _by_time(sparse)]
+    return table(["", "forward", "forward + backward"], lines)
+
+
+def _dense(data: Row) -> list[str]:
+    rows = [row for row in _rows(data, "main") if not row["blocks"]]
+    lines = [[row["attention"], *_times(row), _memory(row)] for row in _by_time(rows)]
+    return table(["full attention", "forward ms", "forward + backward ms", "GB"], lines)
+
+
+def _ours(data: Row) -> list[str]:
+    rows = [row for row in _rows(data, "main") if _paper_rule(row) and row["backend"] in _BACKENDS]
+    order = ["packed", "shared", "tiles"]
+    rows.sort(key=lambda row: (order.index(row["attention"]), row["backend"], row["blocks"]))
+    lines = [
+        [f"`{row['attention']}`, {_BACKENDS[row['backend']]}", _blocks(row), *_density_and_times(row), _memory(row)]
+        for row in rows
+    ]
+    return table(["dispatch, kernels", "blocks", "density", "forward ms", "forward + backward ms", "GB"], lines)
+
+
+def _by_density(data: Row) -> list[str]:
+    rows = [row for row in _rows(data, "density") if row["attention"] == "packed"]
+    lines = [[*_density_and_times(row), _memory(row)] for row in sorted(rows, key=lambda row: row["density"])]
+    return table(["density", "forward ms", "forward + backward ms", "GB"], lines)
+
+
+def _by_tokens(data: Row) -> list[str]:
+    rows = _rows(data, "tokens")
+    names = ("FlashAttention-4", "cuDNN", "packed", "auto")
+    lines = []
+    for tokens in sorted({row["tokens"] for row in rows}):
+        times = {row["attention"]: _plain_times(row) for row in rows if row["tokens"] == tokens}
+        lines.append([f"{tokens:,}", *(times.get(name, "") for name in names)])
+    return table(["tokens", "FlashAttention-4", "cuDNN", "`packed`, FlashAttention-4", "`auto`"], lines)
+
+
+def _paper(data: Row) -> list[str]:
+    rows = [row for row in _rows(data, "paper") if row["attention"] == "packed"]
+    rows.sort(key=lambda row: (row["tokens"], row["heads"], row["blocks"]))
+    lines = [
+        [_shape(row), _blocks(row), _rule(row), *_density_and_times(row), _dense_times(row), _memory(row)]
+        for row in rows
+    ]
+    names = [
+        "grid, tokens x heads",
+        "blocks",
+        "rule",
+        "density",
+        "forward ms",
+        "forward + backward ms",
+        "dense ms",
+        "GB",
+    ]
+    return table(names, lines)
+
+
+def _smooth(data: Row) -> list[str]:
+    rows = [row for row in _rows(data, "auto", inputs="smooth") if row["attention"] in ("packed", "tiles")]
+    rows.sort(key=lambda row: (row["attention"], row["blocks"]))
+    lines = [[f"`{row['attention']}`", _blocks(row), *_density_and_times(row)] for row in rows]
+    return table(["dispatch", "blocks", "density", "forward ms", "forward + backward ms"], lines)
+
+
+def _models(data: Row) -> list[str]:
+    rows = [row for row in data["rows"] if "speed_up" in row]
+    rows.sort(key=lambda row: (row["mode"], -row["tokens"], -row["ms"]))
+    lines = [
+        [row["mode"], f"{row['tokens']:,}", row["attention"], number(row.get("density"), 3), f"{row['ms'] / 1000:.2f}"]
+        + [number(row[name], digits) for name, digits in (("speed_up", 2), ("peak_gb", 1))]
+        for row in rows
+    ]
+    return table(["Wan 1.3B", "tokens", "attention", "density", "s", "speed-up", "peak GB"], lines)
+
+
+_PARTS: dict[str, Callable[[Row], str | list[str]]] = {
+    "where": _where,
+    "speed_ups": _speed_ups,
+    "densities": _densities,
+    "errors": _errors,
+    "short": _short,
+    "dense": _dense,
+    "ours": _ours,
+    "by_density": _by_density,
+    "by_tokens": _by_tokens,
+    "paper": _paper,
+    "smooth": _smooth,
+    "models": _models,
+    "training_where": tables.where,
+    "training": tables.summary,
+    "training_aims": tables.aims,
+    "training_runs": lambda data: table(*tables.runs(data)),
+    "training_swapped": lambda data: table(*tables.swapped(data)),
+    "training_tiles": lambda data: table(*tables.tiles(data)),
+    "training_times": lambda data: table(*tables.times(data)),
+}
+
+
+def _rows(data: Row, section: str, inputs: str = "random") -> list[Row]:
+    """What was measured for a section, called from Python."""
+    return [
+        row
+        for row in data["rows"]
+        if section in row["sections"] and row["status"] == "ok" and not row["compiled"] and row["inputs"] == inputs
+    ]
+
+
+def _packed(data: Row) -> list[Row]:
+    return [row for row in _rows(data, "main") if row["attention"] == "packed" and _paper_rule(row)]
+
+
+def _paper_rule(row: Row) -> bool:
+    return row["rule"].startswith("Threshold")
+
+
+def _rule(row: Row) -> str:
+    return "threshold" if _paper_rule(row) else row["rule"].partition(",")[0].replace("TopK(k=", "top ")
+
+
+def _blocks(row: Row) -> str:
+    return f"{row['blocks']} {_KINDS[row['kind']]}"
+
+
+def _shape(row: Row) -> str:
+    return f"{'x'.join(map(str, row['grid']))}, {row['tokens']:,} x {row['heads']}"
+
+
+def _by_time(rows: list[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: row["forward_ms"])
+
+
+def _times(row: Row) -> list[str]:
+    """Milliseconds of each mode; where blocks are chosen, how many times as fast as the fastest dense peer."""
+    sparse = bool(row["blocks"])
+    return [f"{row[f'{mode}_ms']:.1f}" + f" ({row[f'{mode}_speed_up']:.1f}x)" * sparse for mode in MODES]
+
+
+def _density_and_times(row: Row) -> list[str]:
+    return [number(row["density"], 3), *_times(row)]
+
+
+def _plain_times(row: Row) -> str:
+    return " / ".join(f"{row[f'{mode}_ms']:.{1 if row[f'{mode}_ms'] >= 10 else 2}f}" for mode in MODES)
+
+
+def _dense_times(row: Row) -> str:
+    """Of the fastest dense peer on the same shape, from what the row has of it."""
+    return " / ".join(f"{row[f'{mode}_ms'] * row[f'{mode}_speed_up']:.1f}" for mode in MODES)
+
+
+def _memory(row: Row) -> str:
+    return number(max(row[f"{mode}_extra_gb"] for mode in MODES), 1)
+
+
+def main() -> None:
+    """Rewrites the pages."""
+    texts = {page: filled(page.read_text()) for page in PAGES}  # all before any is written
+    for page, text in texts.items():
+        page.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The documentation: numbers and pictures are current, and the site builds without a warning or a network."""
+
+import html.parser
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.test_bench import ROOT, bench  # noqa: F401  a fixture
+
+PICTURES = ROOT / "docs" / "pictures"
+# Whatever asks the network anyway finds nobody there.
+OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+
+
+def test_numbers_are_those_of_the_results(bench):  # noqa: F811
+    pages = bench("pages")
+    stale = [str(page) for page in pages.PAGES if pages.filled(page.read_text()) != page.read_text()]
+    assert not stale, f"run python bench/pages.py: {stale}"
+
+
+def test_a_number_that_was_changed_by_hand_is_seen(bench):  # noqa: F811
+    pages = bench("pages")
+    text = (ROOT / "README.md").read_text()
+    number = re.search(r"_attention -->([\d.]+)", text)
+    assert number
+    changed = text[: number.start(1)] + "99" + text[number.end(1) :]
+    assert pages.filled(changed) == text
+
+
+@pytest.mark.parametrize("mark", ["no_such_part h200_2026-11-24_attention", "dense no_such_file"])
+def test_a_mark_that_names_nothing_is_an_error(bench, mark: str):  # noqa: F811
+    with pytest.raises((KeyError, FileNotFoundError), match="no_such"):
+        bench("pages").filled(f"<!-- results: {mark} --><!-- end -->")
+
+
+def test_pictures_are_what_the_script_draws(tmp_path: Path):
+    pinned = re.search(r"^matplotlib==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    if pinned is None or importlib.metadata.version("matplotlib") != pinned[1]:
+        pytest.skip("another matplotlib may draw other bytes")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, PICTURES / "draw.py", tmp_path], env=environment, check=True)
+    drawn, kept = ({path.name: path.read_bytes() for path in place.glob("*.svg")} for place in (tmp_path, PICTURES))
+    assert drawn.keys() == kept.keys()
+    stale = [name for name in drawn if drawn[name] != kept[name]]
+    assert not stale, f"run python docs/pictures/draw.py: {stale}"
+
+
+class _Loads(html.parser.HTMLParser):
+    """What a page makes a browser load, and its anchors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.anchors: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.anchors.add(found.get("id") or "")
+        if tag != "a":
+            self.loaded += [found[name] or "" for name in ("src", "href", "srcset", "data") if name in found]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, _Loads]:
+    """Every page of the site by its path, built without a network and with warnings as errors."""
+    pytest.importorskip("mkdocs")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = os.environ | OFFLINE | {"NO_MKDOCS_2_WARNING": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    built = {}
+    for path in folder.rglob("*.html"):
+        built[path.parent.relative_to(folder).as_posix()] = page = _Loads()
+        page.feed(path.read_text())
+    return built
+
+
+def test_site_loads_nothing_from_elsewhere(site: dict[str, _Loads]):
+    assert len(site) > 20
+    for name, page in site.items():
+        assert any(link.endswith(".css") for link in page.loaded), name  # loads are seen at all
+        assert not [link for link in page.loaded if re.match(r"(https?:)?//", link)], name
+
+
+@pytest.mark.parametrize("package", ["vmoba_flex", "vmoba_flex.models", "block_masks"])
+def test_every_public_name_is_in_the_reference(site: dict[str, _Loads], package: str):
+    anchors = set().union(*(page.anchors for name, page in site.items() if name.startswith("api/")))
+    top = package.partition(".")[0]
+    documented = {anchor.rpartition(".")[2] for anchor in anchors if anchor.startswith(f"{top}.")}
+    assert set(importlib.import_module(package).__all__) - {"__version__"} <= documented
+
+
+def test_what_the_repository_links_outside_of_docs_is_in_the_site(site: dict[str, _Loads]):
+    assert {".", "CONTRIBUTING", "CHANGELOG", "bench/NOTES", "concepts", "models"} <= site.keys()
+
+
+def test_links_become_those_of_the_site_and_code_is_left_alone():
+    files = pytest.importorskip("mkdocs.structure.files")
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    assert spec and spec.loader
+    spec.loader.exec_module(hooks := importlib.util.module_from_spec(spec))
+    file = files.File("bench/NOTES.md", str(ROOT), "site", use_directory_urls=True)
+    text = "[a](../docs/faq.md#b) [`c`](../CONTRIBUTING.md) [d](https://e.f) ![j](k.png)"
+    text += " `g[h](../docs/i.md)`\n\n```python\nl[m](../docs/n)\n```\n"
+    expected = text.replace("../docs/faq", "../faq")
+    assert hooks.on_page_markdown(text, SimpleNamespace(file=file), None, None) == expected

@@ -1,0 +1,32 @@
+"""Tools to choose settings for a model, from its own query and key.
+
+    capture.py     an applied model -> records, as it runs
+    records.py     query and key of one layer at one step; files of them
+    measure.py     records, rule or config -> density, recall, entropy of each head
+    calibrate.py   records, a wanted recall or density -> config
+    crossover.py   times of sparse and full attention -> the tokens from which sparse wins
+    plot.py        all of these -> PNG; needs matplotlib
+    commands.py    the same on the command line
+
+Reading and writing files needs safetensors; both come with the extra ``insight``.
+"""
+
+from vmoba_flex.insight.calibrate import Calibrated, calibrate
+from vmoba_flex.insight.capture import capture
+from vmoba_flex.insight.crossover import Timing, break_even, crossover
+from vmoba_flex.insight.measure import HeadReport, inspect
+from vmoba_flex.insight.records import Record, load, save
+
+__all__ = [
+    "Calibrated",
+    "HeadReport",
+    "Record",
+    "Timing",
+    "break_even",
+    "calibrate",
+    "capture",
+    "crossover",
+    "inspect",
+    "load",
+    "save",
+]

@@ -1,0 +1,126 @@
+"""Where sparse attention starts to win on this machine."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmoba_flex.attention import vmoba_attention
+from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.inputs import check_positive
+from vmoba_flex.rules import Rule
+
+_FRAMES = 8
+_REPEATS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Times at one number of tokens.
+
+    Attributes:
+        tokens: of the video.
+        backward: whether gradients are computed as well.
+        dense: seconds of full attention, by the fastest kernel that torch brings.
+        sparse: seconds of sparse attention, the choice of blocks included.
+        density: of what sparse attention chose.
+    """
+
+    tokens: int
+    backward: bool
+    dense: float
+    sparse: float
+    density: float
+
+
+def crossover(
+    tokens: Sequence[int],
+    rule: Rule,
+    *,
+    heads: int = 12,
+    head_dim: int = 128,
+    dispatch: str = "packed",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[Timing]:
+    """Times full and sparse attention, forward and forward + backward, on random query, key and value.
+
+    A video of 8 frames and about so many tokens, in about 48 windows; medians of 5 calls from Python, after one.
+
+    Args:
+        tokens: about so many, of at least 512 each.
+        rule: ``TopK`` or ``Threshold``.
+        heads: of one sample.
+        head_dim: of each.
+        dispatch: of sparse attention.
+        device: to run on.
+        dtype: of query, key and value.
+
+    Returns:
+        Forward and forward + backward for each number of tokens.
+
+    Raises:
+        ValueError: if ``tokens`` are none, or one is below 512.
+    """
+    if not tokens or min(tokens) < 512:
+        raise ValueError(f"tokens must be at least one number of 512 or more, got {list(tokens)}")
+    check_positive("heads", heads)
+    check_positive("head_dim", head_dim)
+    timings = []
+    for count, backward in itertools.product(tokens, (False, True)):
+        side = round(math.sqrt(count / _FRAMES))
+        partition = VMoBAConfig.paper("training").partition("spatial", (_FRAMES, side, side))
+        shape, generator = (1, heads, partition.num_tokens, head_dim), torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+        leaves = [x.requires_grad_(backward) for x in (q, k, v)]
+        attend = functools.partial(vmoba_attention, q, k, v, partition, rule)
+        _, stats = attend(dispatch=dispatch, return_stats=True)
+        dense, sparse = (
+            _seconds(functools.partial(attend, dispatch=each), leaves, backward) for each in ("dense", dispatch)
+        )
+        timings.append(Timing(partition.num_tokens, backward, dense, sparse, stats.density.mean().item()))
+    return timings
+
+
+def break_even(timings: Sequence[Timing]) -> float | None:
+    """The tokens from which sparse attention wins, up to the largest number timed; None if it does not there.
+
+    Between two timings the ratio is taken to be a power of the tokens. Give timings of one direction alone.
+    """
+    ordered = sorted(timings, key=lambda timing: timing.tokens)
+    ratios = [math.log(timing.sparse / timing.dense) for timing in ordered]
+    losing = [i for i, ratio in enumerate(ratios) if ratio >= 0]
+    if not losing:
+        return float(ordered[0].tokens)
+    last = losing[-1]
+    if last == len(ordered) - 1:
+        return None
+    share = ratios[last] / (ratios[last] - ratios[last + 1])
+    below, above = (math.log(ordered[i].tokens) for i in (last, last + 1))
+    return math.exp(below + share * (above - below))
+
+
+def _seconds(call: Callable[[], Any], tensors: list[Tensor], backward: bool) -> float:
+    upstream = torch.randn_like(tensors[0])
+    times = []
+    for _ in range(1 + _REPEATS):
+        _wait(tensors[0])
+        start = time.perf_counter()
+        output = call()
+        if backward:
+            torch.autograd.grad(output, tensors, upstream)
+        _wait(tensors[0])
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)

@@ -1,0 +1,178 @@
+"""What a rule keeps of a model's attention: density, recall and entropy of each head."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.gate import gate
+from vmoba_flex.inputs import check_positive
+from vmoba_flex.insight.records import Record
+from vmoba_flex.mask import group_of_key, selection_tiles
+from vmoba_flex.partition import BlockPartition
+from vmoba_flex.rules import Rule
+from vmoba_flex.selection import POOL_DIMS, ranked, select
+
+_LOGITS = 2**24  # that are there at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadReport:
+    """What one head of one layer keeps at one step.
+
+    Attributes:
+        model: a pipeline's name for it.
+        layer: from 0.
+        step: from 0.
+        kind: of the blocks.
+        head: in the layer.
+        density: (query, block) pairs chosen, as a share of all.
+        tile_density: tiles of 128 x 128 with a pair, in block order, as a share of all.
+        recall: mean share of a sampled query's attention that falls on what it attends: chosen blocks, and all text.
+        best_recall: the same, had the pairs with the largest true mass been chosen: own blocks and the best others, as
+            many in each pool of the sampled queries as were chosen there.
+        entropy: mean of a sampled query's attention, in nats; the logarithm of the tokens if it is uniform.
+    """
+
+    model: str
+    layer: int
+    step: int
+    kind: str
+    head: int
+    density: float
+    tile_density: float
+    recall: float
+    best_recall: float
+    entropy: float
+
+
+def inspect(records: Sequence[Record], rule: Rule | VMoBAConfig, *, rows: int = 256, seed: int = 0) -> list[HeadReport]:
+    """What each head of each record keeps under a rule, or under a config, which brings blocks of its own.
+
+    Choices are those of all queries, as at run time, but that pools over heads see the recorded heads alone. The true
+    attention, which full attention would have, is computed for ``rows`` queries of the video, drawn by ``seed`` without
+    replacement, some at a time: never for all.
+
+    Args:
+        records: of any layers and steps.
+        rule: on the blocks of the records; or a config, by each record's layer.
+        rows: sampled queries of each record.
+        seed: that draws them.
+
+    Raises:
+        ValueError: if ``rows`` is below 1, or a config's block exceeds the grid.
+    """
+    check_positive("rows", rows)
+    return [report for record in records for report in _inspect(record, rule, rows, seed)]
+
+
+def _inspect(record: Record, rule: Rule | VMoBAConfig, rows: int, seed: int) -> list[HeadReport]:
+    kind, partition, plain = layer_of(record, rule)
+    sample = sample_rows(partition, rows, seed).to(record.query.device)
+    mass, entropy = true_mass(record, partition, sample)
+    chosen = choose(record, partition, plain)
+    own = own_blocks(partition, record.query.device)
+    best = best_choice(mass, own[sample], chosen[:, sample], "query" if plain is None else plain.pool)
+    tiles = selection_tiles(chosen[None], partition, "block", key_live=_batched(record.key_live())).some[0]
+    values = (
+        chosen.float().mean((1, 2)),
+        tiles.float().mean((1, 2)),
+        recall_of(mass, chosen[:, sample]).mean(1),
+        recall_of(mass, best).mean(1),
+        entropy.mean(1),
+    )
+    return [
+        HeadReport(record.model, record.layer, record.step, kind, head, *(float(value[i]) for value in values))
+        for i, head in enumerate(record.heads)
+    ]
+
+
+def layer_of(record: Record, rule: Rule | VMoBAConfig) -> tuple[str, BlockPartition, Rule | None]:
+    """A record's kind, blocks and rule, None for full attention."""
+    if not isinstance(rule, VMoBAConfig):
+        return record.kind, record.partition, rule
+    layers = max(record.layer + 1, rule.dense_layers)
+    layer = dataclasses.replace(rule, dense_steps=0).layer(record.layer, layers)
+    where = record.partition
+    partition = rule.partition(layer.kind, where.grid, where.prefix, where.suffix)
+    return layer.kind, partition, None if layer.dense else layer.rule
+
+
+def sample_rows(partition: BlockPartition, rows: int, seed: int) -> Tensor:
+    """Video queries drawn without replacement, in order; all where there are no more."""
+    order = torch.randperm(partition.num_video_tokens, generator=torch.Generator().manual_seed(seed))
+    return order[:rows].sort().values
+
+
+def own_blocks(partition: BlockPartition, device: torch.device) -> Tensor:
+    """Each video query's own block, bool ``(video tokens, N)``."""
+    return partition.block_ids(device)[:, None] == torch.arange(partition.num_blocks, device=device)
+
+
+@torch.no_grad()
+def choose(record: Record, partition: BlockPartition, rule: Rule | None) -> Tensor:
+    """What a rule chooses, bool ``(heads, video tokens, N)``; everything without one."""
+    own = own_blocks(partition, record.query.device)
+    if rule is None:
+        return torch.ones_like(own).expand(len(record.query), *own.shape)
+    scores = gate(record.query[None], record.key[None], partition)
+    return select(ranked(scores, partition, rule, record.query.shape[-1]), own, rule)[0]
+
+
+@torch.no_grad()
+def true_mass(record: Record, partition: BlockPartition, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Full attention of some video queries, in float32.
+
+    Args:
+        record: query and key.
+        partition: the blocks.
+        rows: int64, among the video tokens.
+
+    Returns:
+        The mass on each block ``(heads, rows, N)``, what is missing to 1 being text's, and the entropy in nats
+        ``(heads, rows)``.
+    """
+    groups = group_of_key(partition, record.key.device).long()
+    live, scale = record.key_live(), record.query.shape[-1] ** -0.5
+    mass = torch.zeros(len(record.query), len(rows), partition.num_blocks + 1, device=record.key.device)
+    entropy = torch.zeros(mass.shape[:2], device=record.key.device)
+    for head, (query, key) in enumerate(zip(record.query, record.key, strict=True)):
+        key = key.float()
+        for part in torch.arange(len(rows), device=rows.device).split(max(1, _LOGITS // len(key))):
+            logits = query[partition.prefix + rows[part]].float() @ key.T * scale
+            if live is not None:
+                logits = logits.masked_fill(~live, -torch.inf)
+            shares = logits.log_softmax(-1)
+            entropy[head, part] = torch.special.entr(shares.exp()).sum(-1)
+            mass[head, part] = mass[head, part].index_add(1, groups, shares.exp())
+    return mass[..., :-1], entropy
+
+
+def recall_of(mass: Tensor, chosen: Tensor) -> Tensor:
+    """Share of each query's attention on chosen blocks and on text, which is always attended, ``(heads, rows)``."""
+    return 1 - (mass * ~chosen).sum(-1)
+
+
+def best_choice(mass: Tensor, own: Tensor, chosen: Tensor, pool: str) -> Tensor:
+    """Own blocks and the pairs of largest mass, as many in each pool as ``chosen`` has.
+
+    Args:
+        mass: ``(heads, rows, N)``.
+        own: bool ``(rows, N)``.
+        chosen: bool ``(heads, rows, N)``, own blocks included.
+        pool: what competes.
+    """
+    apart, competing = POOL_DIMS[pool]
+    order = [*apart, *competing]
+    by_pool = [(mass + 2.0 * own)[None], chosen[None]]
+    values, taken = (x.permute(order).flatten(0, len(apart) - 1).flatten(1) for x in by_pool)
+    place = values.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    best = place < taken.sum(-1, keepdim=True)
+    back = [order.index(dim) for dim in range(4)]
+    return best.view([chosen[None].shape[dim] for dim in order]).permute(back)[0]
+
+
+def _batched(live: Tensor | None) -> Tensor | None:
+    return None if live is None else live[None]

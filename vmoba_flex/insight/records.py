@@ -1,0 +1,146 @@
+"""Query and key of one layer at one step, and files of them."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmoba_flex.config import KINDS
+from vmoba_flex.inputs import check_choice, check_count, check_query_key
+from vmoba_flex.mask import keys_there
+from vmoba_flex.partition import BlockPartition
+from vmoba_flex.rules import TopK
+from vmoba_flex.user_error import UserError, check_extra, new_file
+
+_VERSION = 1
+_FACTS = ("model", "layer", "step", "kind", "heads", "text_length", "grid", "block", "prefix", "suffix")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Record:
+    """Query and key of some heads of one sample, as a layer's attention had them.
+
+    Attributes:
+        query: floating ``(heads, S, D)`` in raster order, prefix and suffix included.
+        key: likewise, one for each query head.
+        partition: the layer's blocks; ``S`` is its ``num_tokens``.
+        kind: ``"temporal"``, ``"spatial"`` or ``"spatiotemporal"``.
+        layer: from 0.
+        step: the denoising step, from 0.
+        heads: which of the layer's heads these are; the first ones by default.
+        text_length: so many of the prefix and suffix tokens exist; all if None.
+        model: a pipeline's name for it.
+
+    Raises:
+        TypeError: if a value has a wrong type.
+        ValueError: if values do not fit each other.
+    """
+
+    query: Tensor
+    key: Tensor
+    partition: BlockPartition
+    kind: str = dataclasses.field(default="spatiotemporal", kw_only=True)
+    layer: int = dataclasses.field(default=0, kw_only=True)
+    step: int = dataclasses.field(default=0, kw_only=True)
+    heads: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
+    text_length: int | None = dataclasses.field(default=None, kw_only=True)
+    model: str = dataclasses.field(default="model", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.query, Tensor) or not isinstance(self.key, Tensor):
+            raise TypeError(f"query and key must be tensors, got {type(self.query)} and {type(self.key)}")
+        check_query_key(self.query[None], self.key[None], self.partition, TopK(1))
+        if self.key.shape != self.query.shape:
+            raise ValueError(f"key must have query's shape {tuple(self.query.shape)}, got {tuple(self.key.shape)}")
+        check_choice("kind", self.kind, KINDS)
+        check_count("layer", self.layer)
+        check_count("step", self.step)
+        object.__setattr__(self, "heads", tuple(self.heads) or tuple(range(len(self.query))))
+        if len(self.heads) != len(self.query):
+            raise ValueError(f"heads must name the {len(self.query)} heads of query, got {self.heads}")
+        if self.text_length is not None:
+            text = self.partition.prefix + self.partition.suffix
+            check_count("text_length", self.text_length, text + 1, "prefix + suffix + 1")
+
+    def key_live(self) -> Tensor | None:
+        """Which keys exist, bool ``(S,)``; None if all do."""
+        if self.text_length is None:
+            return None
+        live = keys_there(self.partition, torch.tensor([self.text_length], device=self.key.device))
+        return None if live is None else live[0]
+
+    def to(self, device: torch.device | str) -> "Record":
+        """The same record on another device."""
+        return dataclasses.replace(self, query=self.query.to(device), key=self.key.to(device))
+
+    def num_bytes(self) -> int:
+        """What query and key take."""
+        return self.query.nbytes + self.key.nbytes
+
+
+def save(records: Sequence[Record], path: Path | str) -> None:
+    """Writes records to a safetensors file, which appears whole or not at all.
+
+    Each has the tensors ``<i>.query`` and ``<i>.key``; what else there is to it stands in the metadata, as JSON.
+
+    Raises:
+        UserError: if there is nothing to write, or the file cannot be written.
+    """
+    check_extra("insight", "safetensors")
+    from safetensors.torch import save_file
+
+    if not records:
+        raise UserError("there are no records to write: run the model while capture(model) is on")
+    tensors, facts = {}, []
+    for i, record in enumerate(records):
+        tensors[f"{i}.query"], tensors[f"{i}.key"] = record.query.contiguous(), record.key.contiguous()
+        values = {name: getattr(record, name, None) for name in _FACTS}
+        facts.append(values | {name: getattr(record.partition, name) for name in _FACTS[-4:]})
+    metadata = {"vmoba_flex": json.dumps({"version": _VERSION, "records": facts})}
+    with new_file(Path(path), ".safetensors", "records are a safetensors file") as draft:
+        save_file(tensors, draft, metadata)
+
+
+def load(path: Path | str) -> list[Record]:
+    """The records of a file that ``save`` wrote.
+
+    Raises:
+        UserError: if there is no such file, or it holds something else.
+    """
+    check_extra("insight", "safetensors")
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: make one with capture(model).save(...)")
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("vmoba_flex")
+            if text is None:
+                raise UserError(f"{path} holds no captured query and key: make it with capture(model).save(...)")
+            data = json.loads(text)
+            if data["version"] != _VERSION:
+                raise UserError(f"{path} has version {data['version']!r} of its format, not {_VERSION}: capture again")
+            return [
+                _record(facts, file.get_tensor(f"{i}.query"), file.get_tensor(f"{i}.key"))
+                for i, facts in enumerate(data["records"])
+            ]
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read {path} as safetensors ({_one_line(error)}): capture again") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} holds records that do not fit together ({_one_line(error)}): capture again") from error
+
+
+def _record(facts: dict[str, Any], query: Tensor, key: Tensor) -> Record:
+    grid, block, prefix, suffix = (facts[name] for name in _FACTS[-4:])
+    partition = BlockPartition(tuple(grid), tuple(block), prefix=prefix, suffix=suffix)
+    values: dict[str, Any] = {name: facts[name] for name in _FACTS[:-4]}
+    return Record(query, key, partition, **values)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
