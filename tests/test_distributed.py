@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 import re
 from pathlib import Path
@@ -181,11 +182,12 @@ def test_key_heads_go_with_their_query_heads(rank_pool, heads, key_heads, size, 
         assert_equals_one_process(rank_pool, case, size, exact=key_heads >= size, dispatch=dispatch)
 
 
-@pytest.mark.parametrize("dispatch", ["tiles", "packed", "dense"])
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize(
+    ("rule", "dispatch"), [*itertools.product(RULES, ["tiles", "packed"]), (RULES[0], "dense")], ids=repr
+)
 def test_more_ranks_than_heads(rank_pool, rule, dispatch):
     lengths = torch.tensor([3, 8])
-    for heads, key_heads in ((1, 1), (2, 1), (3, 3)):
+    for heads, key_heads in ((2, 1), (3, 3)):
         case = problem(rule, heads, key_heads, text_lengths=lengths)
         assert_equals_one_process(rank_pool, case, 4, exact=False, dispatch=dispatch)
 
@@ -283,8 +285,7 @@ def compiled(problem: Problem, size: int, backend: str, options: dict[str, Any])
     return counter.frame_count, all(map(torch.equal, results[0], results[2]))
 
 
-@pytest.mark.parametrize("dispatch", ["packed", "tiles"])
-@pytest.mark.parametrize("rule", [RULES[6], RULES[8]], ids=lambda rule: rule.pool)
+@pytest.mark.parametrize(("rule", "dispatch"), [(RULES[6], "packed"), (RULES[8], "tiles")], ids=["head", "global"])
 @pytest.mark.parametrize(("heads", "shards"), [(5, None), (5, TokenShards(text="replicated")), (2, None)])
 def test_one_graph_equals_eager(rank_pool, heads, shards, rule, dispatch):
     results = rank_pool.run(compiled, problem(rule, heads), 4, "aot_eager", {"dispatch": dispatch, "shards": shards})
