@@ -304,7 +304,8 @@ class Attention:
         def forward_backward() -> None:
             self._backward(call, tensors)
 
-        forward(), forward_backward()
+        forward()
+        forward_backward()
         return {
             f"forward_{name}ms": milliseconds(forward, self.device),
             f"forward_backward_{name}ms": milliseconds(forward_backward, self.device),
