@@ -12,7 +12,7 @@ test: .venv/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/basedpyright
-	HYPOTHESIS_PROFILE=ci $(BIN)/pytest -n auto
+	HYPOTHESIS_PROFILE=ci $(BIN)/pytest -n auto --dist loadgroup
 
 docs: .venv/dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

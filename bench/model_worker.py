@@ -138,7 +138,7 @@ class Setup(contextlib.ExitStack):
         with attending(self.model, STOCK[self.device][0]):
             self._expect_dense(stock, self.forward())
         handle.set_enabled(True)
-        self.facts["difference"] = _relative(self._expect(), stock.output)
+        self.facts["difference"] = relative_error(self._expect(), stock.output)
 
     def _expect(self) -> Tensor:
         """Keeps what the model comes to uncompiled, with gradients if it is to be trained; the output."""
@@ -150,7 +150,7 @@ class Setup(contextlib.ExitStack):
         return self.output
 
     def _expect_dense(self, stock: "StockOutput", output: Tensor) -> None:
-        error = _relative(output, stock.output)
+        error = relative_error(output, stock.output)
         self.facts |= {"dense_error": error, "dense_budget": stock.budget}
         if not error <= stock.budget:
             raise WrongError(
@@ -199,7 +199,7 @@ class Setup(contextlib.ExitStack):
             if not result.isfinite().all():
                 raise WrongError(f"{name} is not finite")
         if self.output is not None:
-            self.facts["compiled_error"] = _relative(output, self.output)
+            self.facts["compiled_error"] = relative_error(output, self.output)
         if self.gradients:
             errors = {name: _worst_row(results[f"gradient of {name}"], x) for name, x in self.gradients.items()}
             self.gradients = {}
@@ -226,7 +226,7 @@ class Setup(contextlib.ExitStack):
             memory = {"peak_gb": peak / 1e9, "extra_gb": (peak - before) / 1e9}
             # The longer a step, the less it varies.
             times += batches(call, 4 if times[0] < 1000 else 2 if times[0] < 3000 else 1, 1, self.device)
-        density = {} if self.handle is None else {"density": _density(self.handle)}
+        density = {} if self.handle is None else {"density": mean_density(self.handle)}
         return {"ms": median(times), "runs": len(times), **memory, **density}
 
 
@@ -242,7 +242,7 @@ class StockOutput:
             with torch.no_grad(), attending(model, attention):
                 outputs.append(model(**inputs)[0])
         self.output = outputs[0]
-        self.budget = 2 * _relative(outputs[1], outputs[0]) + torch.finfo(sizes.dtype).eps
+        self.budget = 2 * relative_error(outputs[1], outputs[0]) + torch.finfo(sizes.dtype).eps
 
 
 class WrongError(RuntimeError):
@@ -326,7 +326,7 @@ class Bench:
             free_memory(self.device)
 
 
-def _density(handle: VMoBAHandle) -> float:
+def mean_density(handle: VMoBAHandle) -> float:
     """Mean over the layers of what their last call attended, the last column of the handle's table."""
     layers = handle.summary().splitlines()[2:]
     found = [float(layer.split()[-1]) for layer in layers]
@@ -342,7 +342,7 @@ def _worst_row(gradient: Tensor, truth: Tensor) -> float:
     return (difference / size.clamp(min=1e-30)).max().item()
 
 
-def _relative(output: Tensor, truth: Tensor) -> float:
+def relative_error(output: Tensor, truth: Tensor) -> float:
     """The norm of the difference over that of the truth."""
     return ((output.float() - truth.float()).norm() / truth.float().norm()).item()
 

@@ -1,10 +1,13 @@
 """Hypothesis profiles, and the device that each test runs on."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from tests.ranks import RankPool
 
 _SHARED = {
     "deadline": None,
@@ -29,3 +32,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def rank_pool() -> Iterator[RankPool]:
+    """Four ranks on CPUs, for all tests that take some."""
+    with RankPool(4) as pool:
+        yield pool

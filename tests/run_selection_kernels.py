@@ -10,7 +10,8 @@ import torch
 
 from vmoba_flex import BlockPartition, cut_kernels, gate_kernels, select_kernels
 from vmoba_flex.gate import block_means, gate
-from vmoba_flex.selection import _one_bits, _take
+from vmoba_flex.selection import _take
+from vmoba_flex.weights import fraction_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF, NAN = torch.inf, torch.nan
@@ -69,10 +70,10 @@ def check_selection() -> None:
         stretch = "masses" not in kind
         expected = _take(scores, own, cap, tau, stretch)
         case = (kind, count, length, cap, tau)
-        assert torch.equal(cut_kernels.take_long(scores, own, cap, tau, stretch, _one_bits(length)), expected), case
+        assert torch.equal(cut_kernels.take_long(scores, own, cap, tau, stretch, fraction_bits(length)), expected), case
         by_entry = scores.T.contiguous().T[None]
         each_own = own.repeat(count // own_rows, 1)
-        taken = select_kernels.take_short(by_entry, each_own, cap, tau, stretch, _one_bits(length))
+        taken = select_kernels.take_short(by_entry, each_own, cap, tau, stretch, fraction_bits(length))
         assert torch.equal(taken[0].T, expected), case
 
 

@@ -5,9 +5,12 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
+from tests.ranks import RankPool
 from vmoba_flex.models import adapters
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +28,29 @@ def test_examples_run(code: str, monkeypatch: pytest.MonkeyPatch):
     if re.search(r"^(from|import) diffusers\b", code, re.MULTILINE):
         pytest.importorskip("diffusers")
     exec(code, {"__name__": "example"})  # classes that are made there need the name of a module
+
+
+TOGETHER = re.findall(r"```python torchrun\n(.*?)```", (ROOT / "docs" / "distributed.md").read_text(), re.DOTALL)
+
+
+def on_a_rank(code: str) -> None:
+    """Runs an example on a rank that is in a group already, and may have no accelerator, for which diffusers looks."""
+    if "diffusers" in code:
+        torch.accelerator.device_count = lambda: 1
+    with mock.patch("torch.distributed.init_process_group"):
+        exec(code, {"__name__": "example"})
+
+
+@pytest.mark.xdist_group("distributed")
+@pytest.mark.parametrize("code", TOGETHER, ids=range(len(TOGETHER)))
+def test_examples_run_on_several_ranks(rank_pool: RankPool, code: str):
+    if "diffusers" in code:
+        pytest.importorskip("diffusers")
+    rank_pool.run(on_a_rank, code)
+
+
+def test_there_are_examples_for_several_ranks():
+    assert len(TOGETHER) == 4
 
 
 def test_readme_has_examples():

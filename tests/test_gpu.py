@@ -33,9 +33,11 @@ from tests.test_slots import SLOT_TENSORS, slot_problems
 from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_attention, vmoba_mask, vmoba_selection
 from vmoba_flex.dispatch import choose_backend
 from vmoba_flex.gate import block_means, gate
+from vmoba_flex.insight import Record, inspect
 from vmoba_flex.mass import block_mass
 from vmoba_flex.rules import POOLS, Rule
 from vmoba_flex.selection import select
+from vmoba_flex.warmup import warmed
 
 pytestmark = pytest.mark.gpu
 
@@ -512,3 +514,44 @@ def test_reduce_overhead_gives_what_eager_gives(dispatch: str):
         for x, y in zip([output, *gradients], truth, strict=True):
             # The compiled mean query of a tile may round otherwise, and flip choices at the cut.
             assert (x - y).norm() <= (0.05 if dispatch == "shared" else 1e-2) * y.norm()
+
+
+@pytest.mark.parametrize("dispatch", CAPTURED)
+def test_a_warm_up_makes_no_graph_anew(dispatch: str):
+    partition, rule = CASES["spatial"][0], warmed(CAPTURED[dispatch])
+    *inputs, upstream = fresh_inputs(partition, 0)
+    leaves = [x.requires_grad_() for x in inputs]
+    torch.compiler.reset()
+    attend = functools.partial(vmoba_attention, *leaves, partition, dispatch=dispatch, backend="triton")
+    compiled = torch.compile(lambda: attend(rule), fullgraph=True, dynamic=False)
+    for i, share in enumerate((0.3, 0.6, 1.0)):
+        rule.warm(share)
+        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+            actual = compiled()
+        expected = attend(dataclasses.replace(CAPTURED[dispatch], tau=1 - share * (1 - rule.tau)))
+        for x, y in zip(
+            (actual, *torch.autograd.grad(actual, leaves, upstream)),
+            (expected, *torch.autograd.grad(expected, leaves, upstream)),
+            strict=True,
+        ):
+            torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-2)
+
+
+def test_a_rule_that_is_warmed_up_is_refused_in_a_cuda_graph():
+    partition, rule = CASES["spatial"][0], warmed(Threshold(0.25, max_density=0.4))
+    query, key, *_ = fresh_inputs(partition, 0)
+    vmoba_selection(query, key, partition, rule)
+    capturing = torch.cuda.graph(torch.cuda.CUDAGraph())
+    with pytest.raises(ValueError, match="must not be warmed up inside a CUDA graph"), capturing:
+        vmoba_selection(query, key, partition, rule)
+
+
+def test_reports_are_those_of_the_cpu():
+    partition = CASES["spatial"][0]
+    query, key = (x[0].float() for x in fresh_inputs(partition, 0)[:2])
+    record = Record(4 * query, key, partition)
+    for rule in (Threshold(0.25), Threshold(0.6, normalize="softmax"), TopK(2)):
+        reports, expected = inspect([record], rule), inspect([record.to("cpu")], rule)
+        for actual, one in zip(reports, expected, strict=True):
+            for name in ("density", "tile_density", "recall", "best_recall", "entropy"):
+                assert getattr(actual, name) == pytest.approx(getattr(one, name), abs=2e-3)

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -140,7 +142,8 @@ def trained() -> dict[str, list[Record]]:
     from vmoba_flex.demo.run import layer_inputs
 
     model, config, _ = checkpoint.load()
-    for block in model.blocks:
+    blocks: Any = model.blocks
+    for block in blocks:
         block.attention.set_warmup(0.0)
     frames, found = read_clip(BUNNY, 64, 96, 128), {}
     parts = {"calibration": (frames[:32], (0.3, 0.7), 0), "held out": (frames[32:], (0.4, 0.6), 1)}
@@ -178,7 +181,7 @@ def test_calibrate_reaches_a_wanted_density():
     assert [one.kind for one in found] == list(CONFIG.cycle) and all(one.records == 2 for one in found)
     for one in found:
         assert one.density == pytest.approx(0.4, abs=0.01)
-        assert config.rule[one.kind] == one.rule
+        assert isinstance(config.rule, Mapping) and config.rule[one.kind] == one.rule
     assert VMoBAConfig.from_json(config.to_json()) == config
 
 
@@ -186,6 +189,7 @@ def test_calibrate_moves_top_k_in_whole_blocks():
     config = dataclasses.replace(CONFIG, rule=TopK(1), cycle=("spatial",))
     config, (found,) = calibrate([record(1)], config, recall=0.7)
     blocks = CONFIG.partition("spatial", GRID).num_blocks
+    assert isinstance(found.rule, TopK)
     k = found.rule.blocks_per_query(blocks)
     one = dataclasses.replace(record(1), layer=0)
     with_k = [inspect([one], TopK(count)) for count in (k, k - 1)]

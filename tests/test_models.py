@@ -407,29 +407,6 @@ class TestBadInput:
         assert snapshot(model) == before
 
     @each_family
-    def test_ring_attention(self, family: Family):
-        from diffusers import ContextParallelConfig
-        from diffusers.models._modeling_parallel import ParallelConfig
-
-        parallel = ParallelConfig(context_parallel_config=ContextParallelConfig(ring_degree=2))
-        model = family.build()
-        stock = family.attentions(model)
-        if not hasattr(stock[0].processor, "_parallel_config"):
-            pytest.skip("the stock processor takes no part in context parallelism")
-        handle = apply_vmoba(model, SPARSE)
-        for attention in stock:
-            attention.processor._parallel_config = parallel
-        with pytest.raises(ValueError, match="context-parallel"), torch.no_grad():
-            run(model, family.inputs())
-        handle.remove()
-        for attention in stock:
-            attention.processor._parallel_config = parallel
-        before = snapshot(model)
-        with pytest.raises(ValueError, match="context-parallel"):
-            apply_vmoba(model, SPARSE)
-        assert snapshot(model) == before
-
-    @each_family
     def test_blocks_larger_than_the_grid_that_arrives(self, family: Family):
         model = family.build()
         apply_vmoba(model, VMoBAConfig(4, (4, 4), (2, 2, 3), TopK(1)))

@@ -69,7 +69,8 @@ def test_has_no_parameters_and_says_what_it_does():
     attention = VMoBAAttention(dataclasses.replace(CONFIG, dense_layers=1), 1, 3)
     assert not attention.state_dict()
     assert str(attention) == (
-        "VMoBAAttention(layer=1, num_layers=3, kind='spatial', rule=Threshold(tau=0.4, pool='head', max_density=None))"
+        "VMoBAAttention(layer=1, num_layers=3, kind='spatial', "
+        "rule=Threshold(tau=0.4, pool='head', max_density=None, normalize='minmax'))"
     )
     assert (
         str(VMoBAAttention(attention.config, 0, 3)) == "VMoBAAttention(layer=0, num_layers=3, kind='temporal', dense)"

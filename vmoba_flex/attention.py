@@ -1,11 +1,11 @@
 """The public attention call: checks, chooses blocks, dispatches."""
 
-import functools
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
+import torch
 from torch import Tensor
 
-from vmoba_flex.dense import dense_attention
+from vmoba_flex.attend import attend_here
 from vmoba_flex.dispatch import BACKENDS, DISPATCHES, choose_backend, choose_dispatch
 from vmoba_flex.inputs import (
     check_choice,
@@ -16,14 +16,17 @@ from vmoba_flex.inputs import (
     check_value,
     under_autocast,
 )
-from vmoba_flex.mask import keys_there
-from vmoba_flex.packed import MAX_ROW_BYTES, packed_attention
+from vmoba_flex.packed import MAX_ROW_BYTES
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
-from vmoba_flex.selection import choose_blocks
-from vmoba_flex.shared import shared_attention
 from vmoba_flex.stats import Attended, AttentionStats
-from vmoba_flex.tiles import tiles_attention
+
+if TYPE_CHECKING:  # loaded where a call is shared out
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from vmoba_flex.distributed import HeadBalance, TokenShards
+    from vmoba_flex.distributed.exchange import Layout
 
 
 @overload
@@ -41,6 +44,10 @@ def vmoba_attention(
     return_stats: Literal[False] = False,
     max_row_bytes: int = MAX_ROW_BYTES,
     text_lengths: Tensor | None = None,
+    group: "ProcessGroup | DeviceMesh | None" = None,
+    shards: "TokenShards | None" = None,
+    balance: "HeadBalance | None" = None,
+    check_ranks: bool = False,
 ) -> Tensor: ...
 
 
@@ -59,6 +66,10 @@ def vmoba_attention(
     return_stats: Literal[True],
     max_row_bytes: int = MAX_ROW_BYTES,
     text_lengths: Tensor | None = None,
+    group: "ProcessGroup | DeviceMesh | None" = None,
+    shards: "TokenShards | None" = None,
+    balance: "HeadBalance | None" = None,
+    check_ranks: bool = False,
 ) -> tuple[Tensor, AttentionStats]: ...
 
 
@@ -76,6 +87,10 @@ def vmoba_attention(
     return_stats: bool = False,
     max_row_bytes: int = MAX_ROW_BYTES,
     text_lengths: Tensor | None = None,
+    group: "ProcessGroup | DeviceMesh | None" = None,
+    shards: "TokenShards | None" = None,
+    balance: "HeadBalance | None" = None,
+    check_ranks: bool = False,
 ) -> Tensor | tuple[Tensor, AttentionStats]:
     """VMoBA attention (arXiv 2506.23858), raster order in and out, differentiable in query, key and value.
 
@@ -113,12 +128,20 @@ def vmoba_attention(
             package was tried with, and come out right on a small problem, which the first call for each dispatch, dtype
             and head dim runs and reads back: call once before capturing a graph. ``"auto"`` is ``"flash"`` where that
             can run, and else ``"triton"``.
-        return_stats: also return ``AttentionStats``.
+        return_stats: also return ``AttentionStats``; with a group, not inside ``torch.compile``.
         max_row_bytes: for ``"packed"``, what the rows of the heads worked on together may take; at least one head is,
             and all are for pools that span heads.
         text_lengths: int64 ``(B,)``: of each sample's prefix and suffix tokens, prefix first, the first so many exist,
             and the others are padding that nobody attends; all exist if None. The values are not checked: they must lie
             between 0 and prefix + suffix. Padding has outputs of its own, which mean nothing. Not for ``"flash"``.
+        group: the process group, or device mesh with one dim, whose ranks share the call: each passes its tokens of
+            query, key and value, and gets its tokens of the output. Everything else is the same on all ranks, and
+            ``partition`` is that of all tokens. Gradients on a rank are those of the sum of what all ranks make of
+            their outputs.
+        shards: which tokens each rank holds; by default consecutive ones, as ``torch.tensor_split`` shares them out.
+        balance: the heads that each rank attends, by their density.
+        check_ranks: first find out, by a collective of 2 KiB a rank, whether all ranks mean the same call, and raise
+            on all of them if not. Not inside ``torch.compile``.
 
     Returns:
         The output ``(B, H, S, value dim)``, or the output and ``AttentionStats``.
@@ -136,9 +159,24 @@ def vmoba_attention(
         >>> out.shape, stats.density.shape
         (torch.Size([1, 2, 256, 16]), torch.Size([1, 2]))
     """
+    layout = None
+    if group is not None:
+        from vmoba_flex.distributed.agreement import agreed_layout
+
+        settings = {"rule": rule, "scale": scale, "dispatch": dispatch, "backend": backend}
+        layout = agreed_layout(query, key, value, partition, settings, group, shards, check_ranks)
+    elif shards is not None or balance is not None or check_ranks:
+        given = "shards" if shards is not None else "balance" if balance is not None else "check_ranks"
+        raise ValueError(f"group must be given with {given}, got None")
+    if layout is not None and return_stats and torch.compiler.is_compiling():
+        raise ValueError(
+            "return_stats must be False inside torch.compile with a group, whose ranks may be compiled to put their "
+            "stats together in different orders, got True"
+        )
     attended = attend(
-        query, key, value, partition, rule, scale, enable_gqa, dispatch, backend, max_row_bytes, text_lengths
-    )
+        query, key, value, partition, rule, scale, enable_gqa, dispatch, backend, max_row_bytes, text_lengths, layout,
+        balance,
+    )  # fmt: skip
     return (attended.output, attended.stats()) if return_stats else attended.output
 
 
@@ -154,12 +192,17 @@ def attend(
     backend: str = "auto",
     max_row_bytes: int = MAX_ROW_BYTES,
     text_lengths: Tensor | None = None,
+    layout: "Layout | None" = None,
+    balance: "HeadBalance | None" = None,
 ) -> Attended:
-    """``vmoba_attention``, with what there is to be said about the call."""
+    """``vmoba_attention``, with what there is to be said about the call; ``layout``: what each rank holds of it."""
     check_choice("dispatch", dispatch, DISPATCHES)
     check_choice("backend", backend, BACKENDS)
     query, key, value = under_autocast(query, key, value)
-    check_query_key(query, key, partition, rule)
+    if layout is None:
+        check_query_key(query, key, partition, rule)
+    else:
+        check_query_key(query, key, partition, rule, layout.tokens, layout.ranks.size)
     check_value(value, query, key)
     check_scale(scale)
     check_positive("max_row_bytes", max_row_bytes)
@@ -168,24 +211,16 @@ def attend(
         raise ValueError(
             f"key must have query's {query.shape[1]} heads unless enable_gqa=True, got {key.shape[1]} heads"
         )
+    if layout is not None and layout.ranks.size > 1:
+        from vmoba_flex.distributed.attend import attend_across
+
+        return attend_across(
+            query, key, value, partition, rule, scale, enable_gqa, dispatch, backend, max_row_bytes, text_lengths,
+            layout, balance,
+        )  # fmt: skip
     if dispatch == "auto":
         dispatch = choose_dispatch(query, key, value, partition, rule)
     kernels = choose_backend(backend, dispatch, query, key, value, partition, text_lengths is not None)
-    attended = functools.partial(
-        Attended, query=query, key=key, partition=partition, rule=rule, text_lengths=text_lengths
+    return attend_here(
+        query, key, value, partition, rule, scale, enable_gqa, dispatch, kernels, max_row_bytes, text_lengths
     )
-    if dispatch == "dense":
-        return attended(dense_attention(query, key, value, scale, enable_gqa, keys_there(partition, text_lengths)))
-    if dispatch == "shared":
-        output, selected, slots = shared_attention(
-            query, key, value, partition, rule, scale, enable_gqa, kernels, text_lengths=text_lengths
-        )
-        return attended(output, tiles=(selected, slots))
-    selection = choose_blocks(query, key, partition, rule)
-    if dispatch == "packed":
-        output = packed_attention(
-            query, key, value, selection, partition, rule, scale, kernels, max_row_bytes, text_lengths
-        )
-    else:
-        output = tiles_attention(query, key, value, selection, partition, scale, enable_gqa, text_lengths)
-    return attended(output, selection=selection)

@@ -21,7 +21,9 @@ _SHARE = (0.12, 1.3)
 _LAUNCHES = (5.5e-3, 12e-3)
 
 
-def choose_dispatch(query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Rule) -> str:
+def choose_dispatch(
+    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Rule, ranks: int = 1
+) -> str:
     """What ``dispatch="auto"`` runs; see ``vmoba_attention``.
 
     Args:
@@ -30,6 +32,7 @@ def choose_dispatch(query: Tensor, key: Tensor, value: Tensor, partition: BlockP
         value: ``(B, key heads, S, value dim)``.
         partition: the blocks.
         rule: ``TopK`` or ``Threshold``.
+        ranks: that share the call. All come to the same choice, whatever part of the tokens they hold.
 
     Returns:
         ``"tiles"``, ``"packed"`` or ``"dense"``.
@@ -37,8 +40,9 @@ def choose_dispatch(query: Tensor, key: Tensor, value: Tensor, partition: BlockP
     if not query.is_cuda or query.dtype == torch.float64 or max(query.shape[-1], value.shape[-1]) > 256:
         return "tiles"
     backward = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    batch, heads, tokens, head_dim = query.shape
-    dense = 4 * batch * heads * tokens**2 * head_dim / _DENSE_RATE * (_BACKWARD if backward else 1)
+    batch, heads, _, head_dim = query.shape
+    operations = 4 * batch * heads * partition.num_tokens**2 * head_dim / ranks
+    dense = operations / _DENSE_RATE * (_BACKWARD if backward else 1)
     constant, factor = _SHARE
     share = constant + factor * _largest_density(rule, partition.num_blocks)
     if max(_LAUNCHES[int(backward)], share * dense) >= dense:

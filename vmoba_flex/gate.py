@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from block_masks.device import on_device
+from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
 
 _KERNEL_MAX_DIM = 256
@@ -52,7 +53,7 @@ def _means(key: Tensor, partition: BlockPartition) -> Tensor:
 
 
 @torch.no_grad()
-def gate(query: Tensor, key: Tensor, partition: BlockPartition) -> Tensor:
+def gate(query: Tensor, key: Tensor, partition: BlockPartition, queries: Queries | None = None) -> Tensor:
     """Products of each video query with the mean key of each block (arXiv 2506.23858, Sec. 3).
 
     Not scaled by 1/sqrt(D). No gradient flows through it.
@@ -61,37 +62,44 @@ def gate(query: Tensor, key: Tensor, partition: BlockPartition) -> Tensor:
         query: ``(B, H, S, D)`` in raster order, with prefix and suffix.
         key: ``(B, key heads, S, D)``; query head h uses key head ``h // (H // key heads)``.
         partition: the blocks.
+        queries: which queries there are; None for all.
 
     Returns:
-        ``(B, H, video tokens, N)``, float32, or float64 for float64 inputs; block by block in memory, as most pools
+        ``(B, H, video queries, N)``, float32, or float64 for float64 inputs; block by block in memory, as most pools
         read it.
     """
-    return _gate(query, key, list(partition.grid), list(partition.block), partition.prefix, partition.suffix)
+    before, _, video, _ = Queries.of(partition) if queries is None else queries
+    sizes = list(partition.grid), list(partition.block), partition.prefix, partition.suffix
+    return _gate(query, key, *sizes, before, video)
 
 
 # Opaque to Inductor, so that a compiled selection sees the same scores, to the bit, as an eager one.
 @torch.library.custom_op("vmoba_flex::gate", mutates_args=())
 @on_device
-def _gate(query: Tensor, key: Tensor, grid: list[int], block: list[int], prefix: int, suffix: int) -> Tensor:
+def _gate(
+    query: Tensor, key: Tensor, grid: list[int], block: list[int], prefix: int, suffix: int, before: int, count: int
+) -> Tensor:
     partition = BlockPartition(_triple(grid), _triple(block), prefix=prefix, suffix=suffix)
-    if _has_kernels(query):
+    if _has_kernels(query) and count:
         from vmoba_flex import gate_kernels
 
-        return gate_kernels.gate(query, key, partition)
+        return gate_kernels.gate(query, key, partition, rows=(before, count))
     means = _means(key, partition)
-    video = query[..., prefix : prefix + partition.num_video_tokens, :]
+    video = query[:, :, before : before + count]
     grouped = video.unflatten(1, (key.shape[1], -1)).to(means.dtype)
     # Under autocast the product would be rounded to 16 bits, and close blocks would tie.
     with torch.autocast(query.device.type, enabled=False):
         products = means[:, :, None] @ grouped.mT
     # Flat in between, so that dims of size 1 have the strides that the fake promises.
-    shape = (*query.shape[:2], partition.num_blocks, partition.num_video_tokens)
+    shape = (*query.shape[:2], partition.num_blocks, count)
     return products.flatten().view(shape).mT
 
 
 @_gate.register_fake
-def _(query: Tensor, key: Tensor, grid: list[int], block: list[int], prefix: int, suffix: int) -> Tensor:
-    shape = (*query.shape[:2], _num_blocks(grid, block), math.prod(grid))
+def _(
+    query: Tensor, key: Tensor, grid: list[int], block: list[int], prefix: int, suffix: int, before: int, count: int
+) -> Tensor:
+    shape = (*query.shape[:2], _num_blocks(grid, block), count)
     return query.new_empty(shape, dtype=_accumulator(query)).mT
 
 

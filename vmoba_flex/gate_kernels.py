@@ -148,7 +148,9 @@ def block_means(key: Tensor, partition: BlockPartition) -> Tensor:
     return means
 
 
-def gate(query: Tensor, key: Tensor, partition: BlockPartition, wide: bool = False) -> Tensor:
+def gate(
+    query: Tensor, key: Tensor, partition: BlockPartition, wide: bool = False, rows: tuple[int, int] | None = None
+) -> Tensor:
     """``gate.gate`` of float16 or bfloat16 inputs of at most 256 dims.
 
     Args:
@@ -156,12 +158,14 @@ def gate(query: Tensor, key: Tensor, partition: BlockPartition, wide: bool = Fal
         key: ``(B, key heads, S, D)``, any strides.
         partition: the blocks.
         wide: multiply in float32: Triton's interpreter cannot multiply bfloat16.
+        rows: the first of the video queries in ``query``, and how many they are; all of the partition by default.
 
     Returns:
-        float32 ``(B, H, video tokens, N)``, the transpose of a contiguous tensor.
+        float32 ``(B, H, video queries, N)``, the transpose of a contiguous tensor.
     """
     batch, heads, _, dim = query.shape
-    tokens, blocks = partition.num_video_tokens, partition.num_blocks
+    first, tokens = rows or (partition.prefix, partition.num_video_tokens)
+    blocks = partition.num_blocks
     parts = _mean_parts(key, partition, None)
     scores = torch.empty(batch, heads, blocks, tokens, dtype=torch.float32, device=query.device)
     padded = max(16, triton.next_power_of_2(dim))
@@ -171,7 +175,7 @@ def gate(query: Tensor, key: Tensor, partition: BlockPartition, wide: bool = Fal
         block_tile //= 2  # 72 blocks as 96, not 128
     token_tiles = triton.cdiv(tokens, tile)
     _score_kernel[batch * heads * token_tiles,](
-        query, parts, scores, *query.stride(), heads, heads // key.shape[1], partition.prefix, tokens, blocks,
+        query, parts, scores, *query.stride(), heads, heads // key.shape[1], first, tokens, blocks,
         token_tiles, parts[0].numel(), D=dim, BLOCK_D=padded, TILE=tile, BLOCKS=block_tile,
         HALF=query.dtype == torch.float16, WIDE=wide, num_warps=4, num_stages=1,
     )  # fmt: skip

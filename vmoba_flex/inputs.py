@@ -12,8 +12,19 @@ from vmoba_flex.rules import Rule, Threshold, TopK
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_query_key(query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule) -> None:
-    """Raises ``TypeError`` or ``ValueError`` unless a selection can be made from these."""
+def check_query_key(
+    query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, tokens: int | None = None, ranks: int = 1
+) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless a selection can be made from these.
+
+    Args:
+        query: ``(B, H, S, D)``.
+        key: ``(B, key heads, S, D)``.
+        partition: the blocks.
+        rule: chooses them.
+        tokens: how many lie here, where the call is shared out over ranks; None for all of the partition's.
+        ranks: over how many.
+    """
     if not isinstance(partition, BlockPartition):
         raise TypeError(f"partition must be a BlockPartition, got {type(partition).__name__}")
     if not isinstance(rule, TopK | Threshold):
@@ -22,18 +33,24 @@ def check_query_key(query: Tensor, key: Tensor, partition: BlockPartition, rule:
     _check_tensor("key", key)
     if query.shape[0] < 1 or query.shape[1] < 1 or query.shape[3] < 1:
         raise ValueError(f"query must have no empty dim, got shape {tuple(query.shape)}")
-    partition.check_tokens("query", query, -2)
+    if tokens is None:
+        partition.check_tokens("query", query, -2)
+    elif query.shape[2] != tokens:
+        raise ValueError(
+            f"query must have {tokens} tokens on this rank by its shards, got {query.shape[2]} "
+            f"(shape {tuple(query.shape)})"
+        )
     _check_like_query("key", key, query, (query.shape[0], key.shape[1], query.shape[2], query.shape[3]))
     if query.shape[1] % max(key.shape[1], 1) or not key.shape[1]:
         raise ValueError(f"key heads must divide query heads {query.shape[1]}, got {key.shape[1]}")
     if isinstance(rule, TopK):
         rule.blocks_per_query(partition.num_blocks)
-    entries = query.shape[0] * query.shape[1] * partition.num_video_tokens * partition.num_blocks
+    heads = query.shape[1] // key.shape[1] * -(-key.shape[1] // ranks)  # of one rank, with their key heads
+    entries = query.shape[0] * heads * partition.num_video_tokens * partition.num_blocks
     if entries >= 2**31:
         raise ValueError(
             "query and partition must give a selection of fewer than 2**31 entries (B * H * video tokens * num_blocks),"
-            f" got {query.shape[0]} * {query.shape[1]} * {partition.num_video_tokens} * {partition.num_blocks} = "
-            f"{entries}"
+            f" got {query.shape[0]} * {heads} * {partition.num_video_tokens} * {partition.num_blocks} = {entries}"
         )
 
 
@@ -108,6 +125,8 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def _check_tensor(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if hasattr(x, "to_local"):
+        raise TypeError(f"{name} must be a plain tensor, got a {type(x).__name__}: pass its to_local()")
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name} must be a float16, bfloat16, float32 or float64 tensor, got {x.dtype}")
     if x.dim() != 4:

@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from block_masks import TileMap, group_mask, group_tiles
 from vmoba_flex.inputs import check_choice, check_positive, check_query_key, check_text_lengths
+from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection import choose_blocks
@@ -98,21 +99,23 @@ def _ordered_groups(selection: Tensor, partition: BlockPartition, token_order: s
     return selection, groups
 
 
-def key_groups(selection: Tensor, partition: BlockPartition) -> tuple[Tensor, Tensor]:
+def key_groups(selection: Tensor, partition: BlockPartition, queries: Queries | None = None) -> tuple[Tensor, Tensor]:
     """Extends a selection by prefix and suffix, which attend all and which all attend, as one more group of keys.
 
     Args:
-        selection: bool ``(B, H, video tokens, N)`` in raster order.
+        selection: bool ``(B, H, video queries, N)`` in raster order.
         partition: the blocks.
+        queries: which queries there are; None for all.
 
     Returns:
-        bool ``(B, H, S, G)`` and the group of each key, int64 ``(S,)``, both in raster order.
+        bool ``(B, H, queries, G)`` and the group of each key, int64 ``(S,)``, both in raster order.
     """
     groups = group_of_key(partition, selection.device)
     if not partition.prefix + partition.suffix:
         return selection, groups
+    before, _, _, behind = queries or Queries.of(partition)
     # Padded the other way round, so that queries stay contiguous if they are.
-    return F.pad(selection.mT, (partition.prefix, partition.suffix, 0, 1), value=True).mT, groups
+    return F.pad(selection.mT, (before, behind, 0, 1), value=True).mT, groups
 
 
 def keys_there(partition: BlockPartition, text_lengths: Tensor | None) -> Tensor | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from block_masks import attend_packed
 from block_masks.rows import TILE
 from vmoba_flex.mask import group_sizes, key_groups
+from vmoba_flex.part import Part, Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 
@@ -31,6 +32,7 @@ def packed_attention(
     backend: str,
     max_row_bytes: int,
     text_lengths: Tensor | None = None,
+    part: Part | None = None,
 ) -> Tensor:
     """Attention with a row per (query, chosen block), a few heads at a time; see ``block_masks.attend_packed``.
 
@@ -38,7 +40,7 @@ def packed_attention(
         query: ``(B, H, S, D)`` in raster order.
         key: ``(B, key heads, S, D)``.
         value: ``(B, key heads, S, value dim)``.
-        selection: bool ``(B, H, video tokens, N)``, made by ``rule``.
+        selection: bool ``(B, H, video queries, N)``, made by ``rule``.
         partition: the blocks.
         rule: bounds the rows; a ``Threshold`` without ``max_density`` does not, and then one number is read from the
             device.
@@ -46,13 +48,15 @@ def packed_attention(
         backend: ``"eager"``, ``"triton"`` or ``"flash"``.
         max_row_bytes: what the rows of the heads worked on together may take; at least one head is.
         text_lengths: int64 ``(B,)``, as in ``vmoba_attention``; not for ``"flash"``.
+        part: the part of the call that lies here; None for all.
 
     Raises:
         ValueError: inside ``torch.compile``, if the rule does not bound the rows.
     """
     batch, heads, _, head_dim = query.shape
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    selected, key_group = key_groups(selection, partition)
+    queries = Queries.of(partition) if part is None else part.queries
+    selected, key_group = key_groups(selection, partition, queries)
     group_keys = None
     if text_lengths is not None:
         sizes = partition.block_sizes(query.device).expand(batch, -1)
@@ -60,7 +64,10 @@ def packed_attention(
         selected = selected & (group_keys > 0).view(batch, heads, 1, -1)  # no row without a key
     selected = selected.flatten(0, 1)
     row_bytes = max(head_dim, value.shape[-1]) * query.element_size()
-    forward, backward = _sections(selected, partition, rule, heads, max_row_bytes // row_bytes, _COPIES[backend])
+    all_heads = part.size if part is not None and part.dim == 1 else heads
+    forward, backward = _sections(
+        selected, partition, rule, heads, all_heads, queries, max_row_bytes // row_bytes, _COPIES[backend]
+    )
     query, key, value = (x.flatten(0, 1) for x in (query, key, value))
     output, _ = attend_packed(
         query, key, value, selected, key_group, group_sizes(partition), heads=(forward[0], backward[0]),
@@ -74,15 +81,17 @@ def _sections(
     partition: BlockPartition,
     rule: Rule,
     heads: int,
+    all_heads: int,
+    queries: Queries,
     max_rows: int,
     copies: tuple[tuple[int, int], tuple[int, int]],
 ) -> list[tuple[int, int]]:
     """The heads that go together, a divisor of all, and the tiles of rows they may need; forward, then backward."""
-    together = max_row_tiles(partition, rule, heads, heads)
+    together = max_row_tiles(partition, rule, all_heads, heads, queries)
     if together is not None and rule.pool in ("block", "global"):
         # Such a pool bounds its heads together. Apart, any one of them may hold nearly all pairs.
         return [(heads, together)] * 2
-    each = max_row_tiles(partition, rule, heads, 1) or _read_row_tiles(selected)
+    each = max_row_tiles(partition, rule, all_heads, 1, queries) or _read_row_tiles(selected)
     sections = []
     for of_rows, of_keys in copies:
         head = of_rows * each * TILE + of_keys * partition.num_tokens
@@ -92,13 +101,15 @@ def _sections(
     return sections
 
 
-def max_row_tiles(partition: BlockPartition, rule: Rule, heads: int, group: int) -> int | None:
-    """The most tiles of rows that ``group`` of a sample's ``heads`` can need; None if the rule has no cap."""
+def max_row_tiles(
+    partition: BlockPartition, rule: Rule, heads: int, group: int, queries: Queries | None = None
+) -> int | None:
+    """The most tiles of rows that the queries of ``group`` of a sample's ``heads`` can need; None without a cap."""
+    queries = queries or Queries.of(partition)
     tokens, blocks = partition.num_video_tokens, partition.num_blocks
-    text = partition.prefix + partition.suffix
     # Entries of a pool, pools, and own pairs, which a pool keeps even beyond its cap.
     entries, pools, own = {
-        "query": (blocks, group * tokens, 1),
+        "query": (blocks, group * queries.video, 1),
         "head": (tokens * blocks, group, tokens),
         "block": (heads * tokens, blocks, max(group_sizes(partition)[:blocks]) * heads),
         "global": (heads * tokens * blocks, 1, heads * tokens),
@@ -106,10 +117,11 @@ def max_row_tiles(partition: BlockPartition, rule: Rule, heads: int, group: int)
     cap = rule.max_pairs(entries, blocks)
     if cap is None:
         return None
-    pairs = min(pools * max(cap, own), group * tokens * blocks)
-    groups = blocks + (text > 0)
-    if text:
-        pairs += group * (tokens + text * groups)
+    pairs = min(pools * max(cap, own), group * queries.video * blocks)
+    groups = blocks
+    if partition.prefix + partition.suffix:
+        groups += 1
+        pairs += group * (queries.video + (queries.before + queries.behind) * groups)
     return (pairs + group * groups * (TILE - 1)) // TILE
 
 

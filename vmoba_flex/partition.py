@@ -123,12 +123,12 @@ class BlockPartition:
             ValueError: if ``dim`` is no dim of ``x``, or ``x.shape[dim]`` is not ``num_tokens``.
         """
         self.check_tokens("x", x, dim)
-        return _Reorder.apply(x, self._raster_index(x.device), self._block_position(x.device), dim)
+        return reorder(x, self._raster_index(x.device), self._block_position(x.device), dim)
 
     def to_raster_order(self, x: Tensor, dim: int = -2) -> Tensor:
         """The exact inverse of ``to_block_order``."""
         self.check_tokens("x", x, dim)
-        return _Reorder.apply(x, self._block_position(x.device), self._raster_index(x.device), dim)
+        return reorder(x, self._block_position(x.device), self._raster_index(x.device), dim)
 
     def check_tokens(self, name: str, x: Tensor, dim: int) -> None:
         """Raises ``ValueError`` unless ``x.shape[dim]`` is ``num_tokens``."""
@@ -172,6 +172,11 @@ class BlockPartition:
         """Moves the video tokens and leaves prefix and suffix; ``token`` counts from the first video token."""
         is_video = (token >= 0) & (token < self.num_video_tokens)
         return realize(torch.where(is_video, moved, token) + self.prefix)
+
+
+def reorder(x: Tensor, index: Tensor, inverse: Tensor, dim: int) -> Tensor:
+    """``x.index_select(dim, index)`` of a permutation, whose gradient gathers by its ``inverse``."""
+    return _Reorder.apply(x, index, inverse, dim)
 
 
 class _Reorder(torch.autograd.Function):

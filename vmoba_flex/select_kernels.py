@@ -49,7 +49,7 @@ def scale_of(least, most, one_bits, STRETCH: tl.constexpr):
 
 @triton.jit
 def weight_of(score, low, unit):
-    """Fixed-point weight, as in ``selection._threshold_weights``; it never falls as the key rises."""
+    """Fixed-point weight, as in ``weights.scaled_weights``; it never falls as the key rises."""
     return tl.where(unit == 0, 0, ((score.to(tl.float64) - low) * unit).to(tl.int64))
 
 

@@ -9,9 +9,11 @@ from block_masks.device import on_device
 from vmoba_flex.gate import gate
 from vmoba_flex.inputs import check_query_key
 from vmoba_flex.mass import block_mass
+from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold
 from vmoba_flex.warmup import WarmedThreshold
+from vmoba_flex.weights import fraction_bits, rest_to_reach, scaled_weights
 
 # For each pool, the dims of a (B, H, S, N) gate that stay apart and those that compete. The competing dims stand in
 # the order that breaks ties: block id, then query index, then head.
@@ -45,11 +47,17 @@ def vmoba_selection(query: Tensor, key: Tensor, partition: BlockPartition, rule:
     return choose_blocks(query, key, partition, rule)
 
 
-def choose_blocks(query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule) -> Tensor:
-    """``vmoba_selection`` of inputs that have been checked."""
+def choose_blocks(
+    query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, part: Part | None = None
+) -> Tensor:
+    """``vmoba_selection`` of inputs that have been checked, or of the part of a call that lies here."""
+    ids, queries = partition.block_ids(query.device), None
+    if part is not None:
+        queries = part.queries
+        ids = ids[queries.first : queries.first + queries.video]
     blocks = torch.arange(partition.num_blocks, device=query.device)
-    own = (blocks[:, None] == partition.block_ids(query.device)).mT
-    return select(ranked(gate(query, key, partition), partition, rule, query.shape[-1]), own, rule)
+    scores = ranked(gate(query, key, partition, queries), partition, rule, query.shape[-1])
+    return select(scores, (blocks[:, None] == ids).mT, rule, part)
 
 
 def ranked(scores: Tensor, partition: BlockPartition, rule: Rule, head_dim: int) -> Tensor:
@@ -58,22 +66,29 @@ def ranked(scores: Tensor, partition: BlockPartition, rule: Rule, head_dim: int)
     return block_mass(scores, partition, head_dim) if softmax else scores
 
 
-def select(scores: Tensor, own: Tensor, rule: Rule) -> Tensor:
+def select(scores: Tensor, own: Tensor, rule: Rule, part: Part | None = None) -> Tensor:
     """Applies a rule to what it ranks.
 
     Args:
         scores: floating ``(B, H, S, N)``; masses in 0..1, or NaN, for a ``Threshold`` with ``normalize="softmax"``.
         own: bool ``(S, N)``, True at each query's own block.
         rule: ``TopK`` or ``Threshold``.
+        part: what of a call these scores are; None for all. All ranks of its group call this where its heads or queries
+            compete with those of others, and then the choice is the one that a single process would make, to the bit.
 
     Returns:
         bool ``(B, H, S, N)``, the transpose of a contiguous ``(B, H, N, S)``.
     """
     apart, competing = POOL_DIMS[rule.pool]
-    max_pairs = rule.max_pairs(math.prod([scores.shape[dim] for dim in competing]), scores.shape[-1])
+    part = part if part is not None and part.dim in competing else None
+    sizes = [scores.shape[dim] if part is None or dim != part.dim else part.size for dim in competing]
+    max_pairs = rule.max_pairs(math.prod(sizes), scores.shape[-1])
     tau, stretch = (rule.tau, rule.normalize == "minmax") if isinstance(rule, Threshold) else (None, True)
     now = rule.now if isinstance(rule, WarmedThreshold) else None
-    return _select(scores, own, apart, competing, max_pairs, tau, stretch, now)
+    targets = max_pairs, tau, stretch, now
+    if part is None:
+        return _select(scores, own, apart, competing, *targets)
+    return _select_across(scores, own, part.places, part.dim, sizes, apart, competing, *targets, part.group)
 
 
 # Opaque to Inductor, which on torch 2.11 fails to fuse scans as long as a pool with what surrounds them, and which
@@ -84,47 +99,78 @@ def _select(
     scores: Tensor, own: Tensor, apart: list[int], competing: list[int],
     max_pairs: int | None, tau: float | None, stretch: bool, now: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    if now is not None:
-        if scores.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise ValueError("a rule must not be warmed up inside a CUDA graph, which would keep its tau")
-        tau = now.item()
+    tau = tau if now is None else _now(scores, now)
     batch, heads, tokens, blocks = scores.shape
     on_gpu = scores.is_cuda and scores.dtype == torch.float32
     if on_gpu and len(apart) == 3:
         from vmoba_flex import select_kernels
 
         if blocks <= select_kernels.SHORT:
-            one_bits = _one_bits(blocks)
+            one_bits = fraction_bits(blocks)
             return (
                 select_kernels.take_short(scores.flatten(0, 1), own, max_pairs, tau, stretch, one_bits)
                 .view(batch, heads, blocks, tokens)
                 .mT
             )
-    order = [*apart, *competing]
-    pooled = scores.permute(order)
-    entries = pooled.shape[len(apart) :]
-    # Pools that differ in batch and head alone have the same own pairs: pool p has row p modulo the rows.
-    own = own.expand(1, heads if 1 in competing else 1, *own.shape).permute(order)
-    own = own.flatten(0, len(apart) - 1).flatten(1).contiguous()
-    pools = pooled.flatten(0, len(apart) - 1).flatten(1)
+    pools, own = _pools(scores, own, apart, competing)
     if on_gpu and len(apart) < 3:
         from vmoba_flex import cut_kernels
 
-        selected = cut_kernels.take_long(pools.contiguous(), own, max_pairs, tau, stretch, _one_bits(pools.shape[1]))
+        selected = cut_kernels.take_long(
+            pools.contiguous(), own, max_pairs, tau, stretch, fraction_bits(pools.shape[1])
+        )
     else:
         selected = _take(pools, own, max_pairs, tau, stretch)
-    selected = selected.view(*pooled.shape[: len(apart)], *entries)
+    return _unpooled(selected, scores, apart, competing)
+
+
+# Opaque too, with its collectives inside.
+@torch.library.custom_op("vmoba_flex::select_across", mutates_args=())
+@on_device
+def _select_across(
+    scores: Tensor, own: Tensor, places: Tensor, dim: int, sizes: list[int], apart: list[int], competing: list[int],
+    max_pairs: int | None, tau: float | None, stretch: bool, now: Tensor | None, group: str,
+) -> Tensor:  # fmt: skip
+    from vmoba_flex.distributed.cut import take_across
+
+    tau = tau if now is None else _now(scores, now)
+    pools, own = _pools(scores, own, apart, competing)
+    place = torch.zeros((), dtype=torch.int64, device=scores.device)
+    for one, size in zip(competing, sizes, strict=True):
+        along = places if one == dim else torch.arange(size, device=scores.device)
+        place = (place[..., None] * size + along).flatten()
+    selected = take_across(pools, own, place, math.prod(sizes), max_pairs, tau, stretch, group)
+    return _unpooled(selected, scores, apart, competing)
+
+
+def _now(scores: Tensor, now: Tensor) -> float:
+    """The tau in force of a rule that is warmed up."""
+    if scores.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError("a rule must not be warmed up inside a CUDA graph, which would keep its tau")
+    return now.item()
+
+
+def _pools(scores: Tensor, own: Tensor, apart: list[int], competing: list[int]) -> tuple[Tensor, Tensor]:
+    """Scores ``(pools, entries)``, and whether each is own ``(own pools, entries)``: pool p has row p modulo those."""
+    pooled = scores.permute([*apart, *competing])
+    # Pools that differ in batch and head alone have the same own pairs.
+    own = own.expand(1, scores.shape[1] if 1 in competing else 1, *own.shape).permute([*apart, *competing])
+    own = own.flatten(0, len(apart) - 1).flatten(1).contiguous()
+    return pooled.flatten(0, len(apart) - 1).flatten(1), own
+
+
+def _unpooled(selected: Tensor, scores: Tensor, apart: list[int], competing: list[int]) -> Tensor:
+    """What was taken of each pool, as a selection."""
+    batch, heads, tokens, blocks = scores.shape
+    order = [*apart, *competing]
+    selected = selected.view([scores.shape[dim] for dim in order])
     by_block = selected.permute([order.index(dim) for dim in (0, 1, 3, 2)])
     # Flat in between, so that dims of size 1 have the strides that the fake promises.
     return by_block.flatten().view(batch, heads, blocks, tokens).mT
 
 
-def _one_bits(length: int) -> int:
-    """Fraction bits of a pool's fixed-point weights: as many as keep the sum of its ``length`` entries below 2**62."""
-    return 62 - length.bit_length()
-
-
 @_select.register_fake
+@_select_across.register_fake
 def _(scores: Tensor, *_: object) -> Tensor:
     return scores.new_empty(scores.mT.shape, dtype=torch.bool).mT
 
@@ -153,7 +199,10 @@ def _take(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None,
     if max_pairs is not None:
         taken = taken & (_before(others.long()) < max_pairs - own.sum(-1, keepdim=True))
     if tau is not None:
-        weights, rest = _threshold_weights(scores, own, tau, stretch)
+        least, most = scores.aminmax(dim=-1, keepdim=True)
+        weights, finite = scaled_weights(scores, least, most, scores.shape[-1], stretch)
+        total, of_own = weights.sum(-1, keepdim=True), (own * weights).sum(-1, keepdim=True)
+        rest = rest_to_reach(total, of_own, finite, tau, scores.shape[-1])
         taken = taken & (_before(others * weights.gather(-1, rank)) < rest)
     return own | torch.zeros_like(own).scatter(-1, rank, taken)
 
@@ -161,27 +210,3 @@ def _take(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None,
 def _before(weights: Tensor) -> Tensor:
     """Sum of what stands before each entry of the last dim."""
     return weights.cumsum(-1) - weights
-
-
-def _threshold_weights(scores: Tensor, own: Tensor, tau: float, stretch: bool) -> tuple[Tensor, Tensor]:
-    """Weights of pairs, and how much of them the non-own pairs of a pool have to reach.
-
-    Both are int64 fixed point. Integer sums are the same in any order, so the cut does not depend on how a device, or
-    several of them, add up a pool.
-
-    Returns:
-        weights like ``scores``, and the rest ``(..., 1)``: at most 0 where own pairs reach tau alone, and above any sum
-        where the pool holds a NaN or infinite score.
-    """
-    one = 2.0 ** _one_bits(scores.shape[-1])
-    least, most = scores.aminmax(dim=-1, keepdim=True)
-    low, spread = least.double(), most.double() - least.double()
-    finite = spread.isfinite()
-    if stretch:
-        unit = one / torch.where(spread <= 1e-6, 1.0, spread)
-    else:
-        low, unit = 0.0, one
-    weights = torch.where(finite, (scores.double() - low) * unit, 0.0).long()
-    reach = tau * (weights.sum(-1, keepdim=True).double() + 1e-6 * one)
-    rest = reach.ceil().long() - (own * weights).sum(-1, keepdim=True)
-    return weights, torch.where(finite, rest, torch.iinfo(torch.int64).max)

@@ -23,6 +23,7 @@ from vmoba_flex.chunked import chunked_attention
 from vmoba_flex.compiled import compiled_flex_attention, has_flex_kernel
 from vmoba_flex.gate import block_means
 from vmoba_flex.mask import group_of_key, group_sizes, keys_there
+from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection import ranked, select
@@ -39,6 +40,7 @@ def shared_attention(
     backend: str = "eager",
     tile_size: int = TILE,
     text_lengths: Tensor | None = None,
+    part: Part | None = None,
 ) -> tuple[Tensor, Tensor, Slots]:
     """Chooses blocks for each query tile and attends them, in block order with each block padded to whole tiles.
 
@@ -54,6 +56,7 @@ def shared_attention(
             kernels.
         tile_size: tokens in a query tile. Compiled kernels on Hopper GPUs need a multiple of 128.
         text_lengths: int64 ``(B,)``, as in ``vmoba_attention``; not for ``"flash"``.
+        part: the heads of the call that lie here; None for all.
 
     Returns:
         The output ``(B, H, S, value dim)`` in raster order; what each tile attends, bool ``(B, H, tiles, G)``, where
@@ -62,7 +65,7 @@ def shared_attention(
     """
     slots = block_slots(partition, query.device, tile_size)
     query_slots = to_slots(query, slots)
-    selected = choose_tiles(query_slots, key, partition, rule, slots)
+    selected = choose_tiles(query_slots, key, partition, rule, slots, part)
     live = keys_there(partition, text_lengths)
     if not has_flex_kernel(query, key, value):
         of_token = selected.index_select(2, slots.key_slot // tile_size)
@@ -87,7 +90,9 @@ def block_slots(partition: BlockPartition, device: torch.device, tile_size: int 
 
 
 @torch.no_grad()
-def choose_tiles(query_slots: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, slots: Slots) -> Tensor:
+def choose_tiles(
+    query_slots: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, slots: Slots, part: Part | None = None
+) -> Tensor:
     """Chooses what the queries of each tile attend.
 
     Args:
@@ -96,6 +101,7 @@ def choose_tiles(query_slots: Tensor, key: Tensor, partition: BlockPartition, ru
         partition: the blocks.
         rule: chooses them.
         slots: of this partition.
+        part: the heads of the call that lie here; None for all.
 
     Returns:
         bool ``(B, H, tiles, G)``; prefix and suffix, if any, are the last group and the last tiles.
@@ -109,5 +115,5 @@ def choose_tiles(query_slots: Tensor, key: Tensor, partition: BlockPartition, ru
     with torch.autocast(key.device.type, enabled=False):
         scores = (means[:, :, None] @ queries.unflatten(1, (key.shape[1], -1)).mT).flatten(1, 2).mT
     own = slots.tile_group[:video_tiles, None] == torch.arange(partition.num_blocks, device=key.device)
-    chosen = select(ranked(scores, partition, rule, key.shape[-1]), own, rule)
+    chosen = select(ranked(scores, partition, rule, key.shape[-1]), own, rule, part)
     return F.pad(chosen, (0, int(text_tiles > 0), 0, text_tiles), value=True)

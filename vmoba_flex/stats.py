@@ -8,6 +8,7 @@ from torch import Tensor
 
 from block_masks import Slots, live_slots, slot_tile_map
 from vmoba_flex.mask import keys_there, selection_tiles
+from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold
 from vmoba_flex.selection import choose_blocks
@@ -45,6 +46,7 @@ class Attended(NamedTuple):
         tiles: what each query tile attends, and the slots of these tiles, where tiles chose. With neither, the call
             attended everything.
         text_lengths: as given.
+        part: the heads, or the queries, of the call that lie here; None for all.
     """
 
     output: Tensor
@@ -55,23 +57,40 @@ class Attended(NamedTuple):
     selection: Tensor | None = None
     tiles: tuple[Tensor, Slots] | None = None
     text_lengths: Tensor | None = None
+    part: Part | None = None
 
     def stats(self) -> AttentionStats:
-        """The call's stats."""
+        """The call's stats, of all heads; where it is shared out, all ranks of the group call this."""
         live = keys_there(self.partition, self.text_lengths)
         if self.selection is not None:
-            return selection_stats(self.selection, self.query, self.key, self.partition, self.rule, live)
-        if self.tiles is not None:
-            return shared_stats(*self.tiles, self.partition, live)
-        return dense_stats(self.query, self.partition)
+            stats = selection_stats(self.selection, self.query, self.key, self.partition, self.rule, live, self.part)
+        elif self.tiles is not None:
+            stats = shared_stats(*self.tiles, self.partition, live)
+        else:
+            stats = dense_stats(self.query, self.partition)
+        if self.part is None or self.part.dim != 1:
+            return stats
+        return AttentionStats(*(gather_part(x, self.part) for x in stats))
 
     def density(self) -> Tensor:
-        """The mean density over samples and heads, a float32 scalar on the inputs' device."""
+        """The mean density over samples and the heads and queries here, a float32 scalar on the inputs' device."""
+        return self.head_density().mean()
+
+    def head_density(self) -> Tensor:
+        """The mean density over samples of each head here, float32 ``(H,)``."""
         if self.selection is not None:
-            return self.selection.mean(dtype=torch.float32)
+            return self.selection.mean((0, 2, 3), dtype=torch.float32)
         if self.tiles is None:
-            return torch.ones((), device=self.query.device)
-        return _shared_pairs(*self.tiles, self.partition).mean(dtype=torch.float32) / _all_pairs(self.partition)
+            return torch.ones(self.query.shape[1], device=self.query.device)
+        return _shared_pairs(*self.tiles, self.partition).mean(0, dtype=torch.float32) / _all_pairs(self.partition)
+
+
+def gather_part(x: Tensor, part: Part) -> Tensor:
+    """All of a tensor of which a part lies here, shared out along ``part.dim``; all ranks call this."""
+    from vmoba_flex.distributed.collectives import all_reduce
+
+    shape = [part.size if dim == part.dim else size for dim, size in enumerate(x.shape)]
+    return all_reduce(x.new_zeros(shape).index_copy(part.dim, part.places, x), "sum", part.group)
 
 
 def selection_stats(
@@ -81,13 +100,16 @@ def selection_stats(
     partition: BlockPartition,
     rule: Rule,
     key_live: Tensor | None = None,
+    part: Part | None = None,
 ) -> AttentionStats:
-    """Stats of a selection ``(B, H, video tokens, N)`` that ``rule`` made from query and key."""
-    pairs = selection.sum((-2, -1))
-    cut = torch.zeros_like(pairs)
+    """Stats of a selection ``(B, H, video queries, N)`` that ``rule`` made from query and key."""
+    wanted = selection
     if isinstance(rule, Threshold) and rule.max_density is not None:
-        wanted = choose_blocks(query, key, partition, dataclasses.replace(rule, max_density=None))
-        cut = wanted.sum((-2, -1)) - pairs
+        wanted = choose_blocks(query, key, partition, dataclasses.replace(rule, max_density=None), part)
+    if part is not None and part.dim == 2:
+        selection, wanted = (gather_part(x.byte(), part).bool() for x in (selection, wanted))
+    pairs = selection.sum((-2, -1))
+    cut = wanted.sum((-2, -1)) - pairs
     tiles = selection_tiles(selection, partition, "block", key_live=key_live).some
     return AttentionStats(pairs / selection[0, 0].numel(), tiles.float().mean((-2, -1)), pairs, cut)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.inputs import check_count, check_positive
 from vmoba_flex.models.adapters import Adapter, find_adapter, forward_arguments, supported
+from vmoba_flex.models.parallel import ranks_of
 from vmoba_flex.models.processor import VMoBAProcessor
 from vmoba_flex.models.run import Checkpointing, Run, StepSource
 from vmoba_flex.partition import BlockPartition
@@ -277,8 +278,8 @@ def _check(name: str, model: nn.Module, config: VMoBAConfig) -> None:
                 f"{name} must have a processor of its own ({' or '.join(adapter.stock)}) in each layer, got "
                 f"{type(processor).__name__} in {layer_name}"
             )
-        if getattr(processor, "_parallel_config", None) is not None:
-            raise ValueError(f"{name} must not be context-parallel, got _parallel_config in {layer_name}")
+        joint = adapter.processor.joint
+        ranks_of(getattr(processor, "_parallel_config", None), joint, type(processor).__name__)  # raises if it must not
     config.layer(0, len(layers), step=0, num_steps=1)  # dense_layers fits
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.attention import attend
+from vmoba_flex.models.parallel import ranks_of
 from vmoba_flex.models.run import Run
-from vmoba_flex.models.step_op import attend_at_step, attend_everything, record_density
+from vmoba_flex.models.step_op import attend_at_step, attend_everything, layout_of, record_density
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.warmup import WarmedThreshold
@@ -27,12 +28,12 @@ class VMoBAProcessor:
         dense: whether the layer attends everything in the forward under way.
         dense_flag: the same as a bool tensor on the CPU: a compiled graph without gradients reads it as it runs, so
             that no graph is made anew between dense and sparse steps.
+        ranks: that share the video's tokens, under diffusers' context parallelism; None for one.
         density: what the last forward attended, a float32 scalar on the model's device.
         joint: whether the layer also takes text and returns it.
         has_dense: whether dense layers and steps run here as well, and not in the stock processor.
     """
 
-    _parallel_config: Any = None
     joint: ClassVar[bool] = False
     has_dense: ClassVar[bool] = False
 
@@ -40,7 +41,7 @@ class VMoBAProcessor:
         self.stock, self.run, self.kind, self.rule = stock, run, kind, rule
         self.set_dense(False)
         self.density = torch.zeros(())
-        self._parallel_config = getattr(stock, "_parallel_config", None)
+        self.ranks = ranks_of(self._parallel_config, self.joint, type(stock).__name__)
 
     @property
     def _attention_backend(self) -> Any:
@@ -50,6 +51,16 @@ class VMoBAProcessor:
     @_attention_backend.setter
     def _attention_backend(self, backend: Any) -> None:
         self.stock._attention_backend = backend
+
+    @property
+    def _parallel_config(self) -> Any:
+        """Of the stock processor: ``enable_parallelism`` sets it."""
+        return getattr(self.stock, "_parallel_config", None)
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        self.ranks = ranks_of(config, self.joint, type(self.stock).__name__)
+        self.stock._parallel_config = config
 
     def ready(self, dense: bool, device: torch.device) -> None:
         """Readies the layer for a forward on ``device``."""
@@ -77,11 +88,6 @@ class VMoBAProcessor:
         image_rotary_emb: Any = None,
     ) -> Any:
         """The layer's output, and its text's where it is joint."""
-        if self._parallel_config is not None:
-            raise ValueError(
-                "the model must not be context-parallel with VMoBA applied: ring attention splits what a query chooses "
-                "from, and the exchange of heads is not supported yet; got _parallel_config on a layer"
-            )
         arguments = (attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         if not _decides_as_it_runs() and self.dense:  # in this order: one graph serves both
             with torch.no_grad():
@@ -143,14 +149,15 @@ class VMoBAProcessor:
         if _decides_as_it_runs():
             output = attend_at_step(
                 query, key, value, text_lengths, self.dense_flag, self.density, partition, self.rule, dispatch, backend,
-                dense_backend,
+                dense_backend, self.ranks,
             )  # fmt: skip
         elif self.dense:
             output = attend_everything(query, key, value, text_lengths, partition, dense_backend)
         else:
             attended = attend(
-                query, key, value, partition, self.rule, dispatch=dispatch, backend=backend, text_lengths=text_lengths
-            )
+                query, key, value, partition, self.rule, dispatch=dispatch, backend=backend, text_lengths=text_lengths,
+                layout=layout_of(self.ranks, partition),
+            )  # fmt: skip
             output = attended.output
             record_density(self.density, attended.density())
         return output.transpose(1, 2).flatten(2).to(query.dtype)

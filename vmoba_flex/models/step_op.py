@@ -1,5 +1,8 @@
 """Attention as one op that reads as it runs whether the step is dense, so that one graph serves all steps."""
 
+import functools
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,10 @@ from vmoba_flex.mask import keys_there
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK
 from vmoba_flex.warmup import WarmedThreshold
+
+if TYPE_CHECKING:  # loaded where a model is context-parallel
+    from vmoba_flex.distributed.collectives import Ranks
+    from vmoba_flex.distributed.exchange import Layout
 
 
 def attend_at_step(
@@ -23,6 +30,7 @@ def attend_at_step(
     dispatch: str,
     backend: str,
     dense_backend: str,
+    ranks: "Ranks | None" = None,
 ) -> Tensor:
     """``vmoba_attention``, or full attention where ``dense`` says so. Without gradients.
 
@@ -38,6 +46,7 @@ def attend_at_step(
         dispatch: as in ``vmoba_attention``, where the step is not dense.
         backend: likewise.
         dense_backend: diffusers' name of what a dense step runs on; empty for the fastest that torch brings.
+        ranks: that share the tokens; None for one.
     """
     top_k = isinstance(rule, TopK)
     return _attend_at_step(
@@ -46,6 +55,7 @@ def attend_at_step(
         None if top_k else rule.tau, None if top_k else rule.max_density,
         "" if top_k else rule.normalize, rule.now if isinstance(rule, WarmedThreshold) else None,
         dispatch, backend, dense_backend,
+        "" if ranks is None else ranks.group, 0 if ranks is None else ranks.rank, 1 if ranks is None else ranks.size,
     )  # fmt: skip
 
 
@@ -55,19 +65,32 @@ def _attend_at_step(
     grid: list[int], block: list[int], text: list[int],
     pool: str, k: int | None, share: float | None, tau: float | None, max_density: float | None,
     normalize: str, now: Tensor | None, dispatch: str, backend: str, dense_backend: str,
+    group: str, rank: int, size: int,
 ) -> Tensor:  # fmt: skip
     (frames, height, width), (bt, bh, bw), (prefix, suffix) = grid, block, text
     partition = BlockPartition((frames, height, width), (bt, bh, bw), prefix=prefix, suffix=suffix)
+    layout = None
+    if size > 1:
+        from vmoba_flex.distributed.collectives import Ranks
+
+        layout = layout_of(Ranks(group, rank, size), partition)
     if dense.item():
         density.fill_(1)
-        return attend_everything(query, key, value, text_lengths, partition, dense_backend).contiguous()
+        everything = functools.partial(attend_everything, partition=partition, backend=dense_backend)
+        if layout is not None:
+            from vmoba_flex.distributed.attend import by_heads
+
+            return by_heads(everything, query, key, value, text_lengths, layout).contiguous()
+        return everything(query, key, value, text_lengths).contiguous()
     if tau is None:
         rule = TopK(k, density=share, pool=pool)
     else:
         rule = Threshold(tau, pool=pool, max_density=max_density, normalize=normalize)
         if now is not None:
             rule = WarmedThreshold(**vars(rule), now=now)
-    attended = attend(query, key, value, partition, rule, dispatch=dispatch, backend=backend, text_lengths=text_lengths)
+    attended = attend(
+        query, key, value, partition, rule, dispatch=dispatch, backend=backend, text_lengths=text_lengths, layout=layout
+    )
     density.copy_(attended.density())
     return attended.output.contiguous()
 
@@ -91,6 +114,15 @@ def record_density(density: Tensor, value: Tensor) -> None:
     """Writes what a call attended to ``density``; opaque, so that no graph keeps it for backward."""
     with torch.no_grad():
         _record_density(density, value)
+
+
+def layout_of(ranks: "Ranks | None", partition: BlockPartition) -> "Layout | None":
+    """Which tokens each rank holds, as diffusers shares them out; None for one rank."""
+    if ranks is None:
+        return None
+    from vmoba_flex.distributed.exchange import Layout
+
+    return Layout.of(ranks, None, partition)
 
 
 def attend_everything(

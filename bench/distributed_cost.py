@@ -1,0 +1,142 @@
+"""A model of what attention over several GPUs costs: pairs, bytes and links.
+
+Each GPU attends ``heads / gpus`` heads of all tokens, as even as can be, at a rate that does not depend on how many
+GPUs there are. Forward sends query, key, value and output once, backward their gradients: of its part of such a tensor
+each GPU sends ``(gpus - 1) / gpus``, over the links of its node to the GPUs there and over its network link to others.
+Where GPUs exceed heads, queries stay and each GPU receives all keys and values instead, and sends back gradients of as
+many; its share of the queries is ``1 / gpus``.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# Gradients run 2.5 times the forward's products.
+FORWARD_BACKWARD = 3.5
+# Exchanges of one call: query, key, value, output; backward the same again.
+EXCHANGES = {"forward": 4, "forward_backward": 8}
+MODES = tuple(EXCHANGES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What the cost depends on beside the call.
+
+    Attributes:
+        rates: products of queries and keys, and of weights and values, in FLOP/s, by attention and mode.
+        overheads: seconds of a call that do not shrink with its size, likewise.
+        link: bytes that a GPU sends in a second to the others of its node.
+        latency: seconds of an exchange of nothing.
+        network: bytes that a GPU sends in a second to GPUs of other nodes.
+        node: GPUs of one node.
+    """
+
+    rates: Mapping[tuple[str, str], float]
+    overheads: Mapping[tuple[str, str], float]
+    link: float
+    latency: float = 30e-6
+    network: float = 50e9
+    node: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call.
+
+    Attributes:
+        tokens: of all GPUs.
+        heads: of all GPUs.
+        head_dim: D.
+        density: pairs attended / all pairs.
+        attention: by which ``Machine`` knows its rate.
+        bytes_each: of an entry of a tensor.
+    """
+
+    tokens: int
+    heads: int
+    head_dim: int
+    density: float
+    attention: str
+    bytes_each: int = 2
+
+
+def work(call: Call, mode: str) -> float:
+    """FLOP of a call on all GPUs together."""
+    products = 4.0 * call.tokens**2 * call.heads * call.head_dim * call.density
+    return products * (FORWARD_BACKWARD if mode == "forward_backward" else 1)
+
+
+def share(call: Call, gpus: int) -> float:
+    """The share of the work that the busiest GPU has."""
+    return math.ceil(call.heads / gpus) / call.heads if call.heads >= gpus else 1 / gpus
+
+
+def sent(call: Call, gpus: int, mode: str) -> float:
+    """Bytes that a GPU sends."""
+    tensor = call.tokens * call.heads * call.head_dim * call.bytes_each
+    if call.heads >= gpus:
+        return EXCHANGES[mode] * tensor / gpus * (gpus - 1) / gpus
+    return EXCHANGES[mode] / 2 * tensor / gpus * (gpus - 1)  # keys and values, to each other GPU
+
+
+def exchange_s(call: Call, gpus: int, mode: str, machine: Machine) -> float:
+    """Seconds of the exchanges."""
+    if gpus == 1:
+        return 0.0
+    inside = (min(gpus, machine.node) - 1) / (gpus - 1)
+    total = sent(call, gpus, mode)
+    return EXCHANGES[mode] * machine.latency + total * inside / machine.link + total * (1 - inside) / machine.network
+
+
+def compute_s(call: Call, gpus: int, mode: str, machine: Machine) -> float:
+    """Seconds of the busiest GPU's own work."""
+    key = call.attention, mode
+    return machine.overheads[key] + work(call, mode) * share(call, gpus) / machine.rates[key]
+
+
+def predict_s(call: Call, gpus: int, mode: str, machine: Machine) -> float:
+    """Seconds of a call: work and exchanges one after another."""
+    return compute_s(call, gpus, mode, machine) + exchange_s(call, gpus, mode, machine)
+
+
+def fit(rows: Iterable[Mapping[str, Any]], **assumed: Any) -> Machine:
+    """A machine from measured rows: rates from those on one GPU, links from those on the fewest others.
+
+    Rates and overheads are the line through the two one-GPU rows with the most and the fewest tokens; with one row, the
+    line through zero. Rows on more GPUs than that stay for checking what is predicted.
+
+    Raises:
+        ValueError: if there are no rows on one GPU.
+    """
+    done = [row for row in rows if row["status"] == "ok" and row["attention"] != "step"]
+    alone = [row for row in done if row["gpus"] == 1]
+    if not alone:
+        raise ValueError("rows must hold some on one GPU, got none")
+    rates, overheads = {}, {}
+    for attention in dict.fromkeys(row["attention"] for row in alone):
+        for mode in MODES:
+            points = sorted(
+                (work(call_of(row), mode), row[f"{mode}_ms"] / 1e3) for row in alone if row["attention"] == attention
+            )
+            (few, first), (many, last) = points[0], points[-1]
+            slope = (last - first) / (many - few) if many > few else 0.0
+            overhead = first - slope * few
+            if slope <= 0 or overhead < 0:
+                slope, overhead = last / many, 0.0
+            rates[attention, mode], overheads[attention, mode] = 1 / slope, overhead
+    several = [row for row in done if row["gpus"] > 1]
+    few = min((row["gpus"] for row in several), default=0)
+    # By the most bytes, at which latency counts least.
+    largest = max((row for row in several if row["gpus"] == few), key=lambda row: row["tokens"], default=None)
+    link = 300e9
+    if largest is not None:
+        link = sent(call_of(largest), few, "forward") / (largest["forward_exchange_ms"] / 1e3)
+    return Machine(rates, overheads, link, **assumed)
+
+
+def call_of(row: Mapping[str, Any]) -> Call:
+    """The call of a measured row."""
+    return Call(
+        row["tokens"], row["heads"], row["head_dim"], row.get("density", 1.0), row["attention"], row["bytes_each"]
+    )

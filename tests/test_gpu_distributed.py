@@ -1,0 +1,67 @@
+"""Calls shared out over GPUs, by NCCL, held to the same call on one GPU."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import RankPool
+from tests.test_distributed import RULES, problem, put_together, shared_out, whole
+from vmoba_flex import BlockPartition
+from vmoba_flex.distributed import TokenShards
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.xdist_group("distributed"),
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs"),
+]
+
+PARTITION = BlockPartition((5, 16, 12), (2, 8, 6), prefix=3, suffix=20)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    with RankPool(4 if torch.cuda.device_count() >= 4 else 2, "nccl") as pool:
+        yield pool
+
+
+def assert_equals_one_gpu(
+    pool: RankPool, rule: Any, heads: int, shards: TokenShards | None = None, dtype: torch.dtype = torch.bfloat16,
+    **options: Any,
+) -> None:  # fmt: skip
+    case = problem(rule, heads, partition=PARTITION, head_dim=64).to(dtype)
+    expected, expected_stats = whole(case.to(torch.device("cuda")), **options)
+    for size in {2, pool.size}:
+        results = pool.run(shared_out, case, size, "cuda", shards, options)
+        for _, stats in results:
+            for x, y in zip(stats, expected_stats, strict=True):
+                assert torch.equal(x, y.cpu())
+        ranks = [tensors for tensors, _ in results[:size]]
+        for i, (one, *parts) in enumerate(zip(expected, *ranks, strict=True)):
+            actual = put_together([part.float() for part in parts], shards, PARTITION, add=i > 0)
+            error = (actual - one.cpu().float()).norm() / one.float().norm().cpu()
+            assert error <= 2 * torch.finfo(dtype).eps, (i, size)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("dispatch", ["packed", "dense"])
+def test_each_rule_equals_one_gpu(pool, rule, dispatch):
+    assert_equals_one_gpu(pool, rule, 6, dispatch=dispatch, backend="triton" if dispatch == "packed" else "auto")
+    assert_equals_one_gpu(pool, rule, 5, TokenShards(text="replicated"), dispatch=dispatch)
+
+
+@pytest.mark.parametrize("dispatch", ["tiles", "shared"])
+def test_compiled_dispatches_equal_one_gpu(pool, dispatch):
+    for rule in (RULES[6], RULES[8]):
+        assert_equals_one_gpu(pool, rule, 6, dispatch=dispatch, backend="triton")
+
+
+@pytest.mark.parametrize("dispatch", ["packed", "tiles"])
+def test_more_gpus_than_heads(pool, dispatch):
+    for rule in RULES:
+        assert_equals_one_gpu(pool, rule, 1, dispatch=dispatch, backend="triton")
+
+
+def test_float32(pool):
+    assert_equals_one_gpu(pool, RULES[6], 6, dtype=torch.float32, dispatch="packed")

@@ -1,0 +1,123 @@
+"""One attention call over several ranks, from inputs that have been checked."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vmoba_flex.attend import attend_here
+from vmoba_flex.dispatch import choose_backend, choose_dispatch
+from vmoba_flex.distributed.balance import HeadBalance
+from vmoba_flex.distributed.exchange import Heads, Layout, to_heads, to_tokens
+from vmoba_flex.distributed.shards import queries_of
+from vmoba_flex.part import Part, Queries
+from vmoba_flex.partition import BlockPartition
+from vmoba_flex.rules import Rule
+from vmoba_flex.stats import Attended
+
+
+def attend_across(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    partition: BlockPartition,
+    rule: Rule,
+    scale: float | None,
+    enable_gqa: bool,
+    dispatch: str,
+    backend: str,
+    max_row_bytes: int,
+    text_lengths: Tensor | None,
+    layout: Layout,
+    balance: HeadBalance | None = None,
+) -> Attended:
+    """Attention of tokens that are shared out over ranks.
+
+    Where each rank can have a head, ranks exchange tokens for heads, attend all tokens of theirs, and exchange back.
+    Where there are more ranks than heads, queries stay where they are and all keys and values come to each rank. What
+    competes across ranks is chosen by sums over them, and is what a single process would choose.
+
+    Args:
+        query: ``(B, H, tokens of this rank, D)``.
+        key: ``(B, key heads, tokens of this rank, D)``.
+        value: ``(B, key heads, tokens of this rank, value dim)``.
+        partition: the blocks, of all tokens.
+        rule: chooses them.
+        scale: as in ``vmoba_attention``, like what follows.
+        enable_gqa: likewise.
+        dispatch: likewise.
+        backend: likewise.
+        max_row_bytes: likewise.
+        text_lengths: likewise.
+        layout: which tokens each rank holds.
+        balance: which heads each rank attends.
+
+    Returns:
+        What was attended here, with the output ``(B, H, tokens of this rank, value dim)``.
+    """
+    ranks = layout.ranks
+    if dispatch == "auto":
+        dispatch = choose_dispatch(query, key, value, partition, rule, ranks.size)
+    of_keys = None
+    if query.shape[1] >= ranks.size:
+        repeats = query.shape[1] // key.shape[1]
+        if key.shape[1] < ranks.size:  # a key head's queries go to several ranks
+            key, value, repeats = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), 1
+        of_keys = Heads.evenly(key.shape[1], ranks.size, None if balance is None else balance.order_of(key.shape[1]))
+        heads = of_keys.times(repeats)
+        places = heads.of_rank(ranks.rank, query.device)
+        part = Part(ranks.group, 1, query.shape[1], places, Queries.of(partition))
+        query, key, value = to_heads((query, key, value), layout, (heads, of_keys, of_keys))
+    else:
+        _check_by_queries(query, dispatch, balance, ranks.size)
+        queries = queries_of(layout.here, partition)
+        places = torch.arange(queries.first, queries.first + queries.video, device=query.device)
+        part = Part(ranks.group, 2, partition.num_video_tokens, places, queries)
+        # Each rank attends all heads of keys and values.
+        heads = Heads((key.shape[1],) * ranks.size)
+        repeated = [x.repeat(1, ranks.size, 1, 1) for x in (key, value)]
+        key, value = to_heads(repeated, layout, (heads, heads))
+    kernels = choose_backend(backend, dispatch, query, key, value, partition, text_lengths is not None)
+    attended = attend_here(
+        query, key, value, partition, rule, scale, enable_gqa, dispatch, kernels, max_row_bytes, text_lengths, part
+    )
+    if of_keys is None:
+        return attended
+    if balance is not None and dispatch != "dense":
+        units = of_keys.of_rank(ranks.rank, query.device)
+        balance.record(attended.head_density().unflatten(0, (len(units), -1)).mean(1), units)
+    return attended._replace(output=to_tokens(attended.output, layout, heads))
+
+
+def by_heads(
+    attention: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_lengths: Tensor | None,
+    layout: Layout,
+) -> Tensor:
+    """Any attention whose heads do not know of one another, of tokens that are shared out over ranks.
+
+    Args:
+        attention: of ``(query, key, value, text_lengths)``.
+        query: ``(B, H, tokens of this rank, D)``.
+        key: likewise.
+        value: likewise.
+        text_lengths: as in ``vmoba_attention``.
+        layout: which tokens each rank holds.
+
+    Returns:
+        ``(B, H, tokens of this rank, D)``.
+    """
+    heads = Heads.evenly(query.shape[1], layout.ranks.size)
+    query, key, value = to_heads((query, key, value), layout, (heads,) * 3)
+    return to_tokens(attention(query, key, value, text_lengths), layout, heads)
+
+
+def _check_by_queries(query: Tensor, dispatch: str, balance: HeadBalance | None, ranks: int) -> None:
+    where = f"where ranks exceed heads: got {ranks} ranks and {query.shape[1]} heads"
+    if dispatch == "shared":
+        raise ValueError(f"dispatch must not be 'shared', whose tiles of queries ranks would cut, {where}")
+    if balance is not None:
+        raise ValueError(f"balance must be None {where}")

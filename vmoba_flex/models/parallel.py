@@ -1,0 +1,35 @@
+"""Context parallelism as diffusers enables it: ranks share the tokens of the video."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # loaded where a model is context-parallel
+    from vmoba_flex.distributed.collectives import Ranks
+
+
+def ranks_of(parallel_config: Any, joint: bool, name: str) -> "Ranks | None":
+    """The ranks that share a layer's tokens, or None if it has them all.
+
+    Args:
+        parallel_config: what ``enable_parallelism`` gives to a processor, or None.
+        joint: whether text and video attend together in the layer.
+        name: of the layer's stock processor.
+
+    Raises:
+        ValueError: if VMoBA cannot run so.
+    """
+    config = getattr(parallel_config, "context_parallel_config", None)
+    if config is None:
+        return None
+    if config.ring_degree > 1:
+        raise ValueError(
+            "ring_degree must be 1 with VMoBA applied: ring attention splits the keys that a query chooses from, and "
+            f"ulysses_degree shares out heads instead, got {config.ring_degree}"
+        )
+    if joint:
+        raise ValueError(
+            f"context parallelism must be off for {name} with VMoBA applied: diffusers has no plan (_cp_plan) for its "
+            f"model, whose text and video attend together, got ulysses_degree={config.ulysses_degree}"
+        )
+    from vmoba_flex.distributed.collectives import Ranks
+
+    return Ranks.of(config._ulysses_mesh)

@@ -1,0 +1,51 @@
+"""A threshold's scores in int64 fixed point.
+
+Integer sums are the same in any order, so that a cut does not depend on how a device, or several of them, add up a
+pool.
+"""
+
+import torch
+from torch import Tensor
+
+
+def fraction_bits(length: int) -> int:
+    """Fraction bits of a pool's weights: as many as keep the sum of its ``length`` entries below 2**62."""
+    return 62 - length.bit_length()
+
+
+def scaled_weights(scores: Tensor, least: Tensor, most: Tensor, length: int, stretch: bool) -> tuple[Tensor, Tensor]:
+    """Weights of pairs.
+
+    Args:
+        scores: floating ``(pools, entries)``.
+        least: ``(pools, 1)``, the smallest score of each pool.
+        most: the largest one. Either is NaN or infinite where the pool holds such a score.
+        length: entries of a pool, which may be more than lie here.
+        stretch: whether weights are the scores scaled by the pool's minimum and maximum, or as they are, in 0..1.
+
+    Returns:
+        int64 like ``scores``, 0 in pools that are not finite; and bool ``(pools, 1)``, which pools are.
+    """
+    spread = most.double() - least.double()
+    finite = spread.isfinite()
+    low, unit = 0.0, 2.0 ** fraction_bits(length)
+    if stretch:
+        low, unit = least.double(), unit / torch.where(spread <= 1e-6, 1.0, spread)
+    return torch.where(finite, (scores.double() - low) * unit, 0.0).long(), finite
+
+
+def rest_to_reach(total: Tensor, of_own: Tensor, finite: Tensor, tau: float, length: int) -> Tensor:
+    """The weight that the non-own pairs of a pool have to reach.
+
+    Args:
+        total: int64 ``(pools, 1)``, the sum of a pool's weights.
+        of_own: int64 ``(pools, 1)``, that of its own pairs.
+        finite: bool ``(pools, 1)``.
+        tau: share of the total to reach.
+        length: as in ``scaled_weights``.
+
+    Returns:
+        int64 ``(pools, 1)``: at most 0 where own pairs reach tau alone, and above any sum in pools that are not finite.
+    """
+    reach = tau * (total.double() + 1e-6 * 2.0 ** fraction_bits(length))
+    return torch.where(finite, reach.ceil().long() - of_own, torch.iinfo(torch.int64).max)
