@@ -143,6 +143,18 @@ def _models(data: Row) -> list[str]:
     return table(["Wan 1.3B", "tokens", "attention", "density", "s", "speed-up", "peak GB"], lines)
 
 
+def _distributed(data: Row) -> list[str]:
+    lines = []
+    for row in data["rows"]:
+        if row["status"] != "ok":
+            continue
+        cells = [f"{row[f'{mode}_ms']:.1f} ({row[f'{mode}_speed_up']:.2f}x)" for mode in MODES]
+        parts = [number(row.get(f"forward_backward_{name}_ms"), 1) for name in ("compute", "exchange", "predicted")]
+        lines.append([f"{row['tokens']:,}", str(row["gpus"]), *cells, *parts])
+    names = ["tokens", "GPUs", "forward ms", "forward + backward ms", "computing", "exchanging", "predicted"]
+    return table(names, lines)
+
+
 _PARTS: dict[str, Callable[[Row], str | list[str]]] = {
     "where": _where,
     "speed_ups": _speed_ups,
@@ -156,6 +168,7 @@ _PARTS: dict[str, Callable[[Row], str | list[str]]] = {
     "paper": _paper,
     "smooth": _smooth,
     "models": _models,
+    "distributed": _distributed,
     "training_where": tables.where,
     "training": tables.summary,
     "training_aims": tables.aims,
