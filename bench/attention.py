@@ -43,11 +43,7 @@ def main() -> int:
 
         return work(args)
     if not args.plot_only:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        if args.add:
-            Report.load(args.output).reopen()
-        else:
-            args.output.unlink(missing_ok=True)
+        Report.begin(args.output, args.add)
         command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
         status = supervise(command, args.output, args.budget_s, args.row_limit_s)
         if status:

@@ -33,11 +33,7 @@ def main() -> int:
         return start_ranks(args)
     from distributed_report import DistributedReport
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    if args.add:
-        DistributedReport.load(args.output).reopen()
-    else:
-        args.output.unlink(missing_ok=True)
+    DistributedReport.begin(args.output, args.add)
     command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
     status = supervise(command, args.output, args.budget_s, args.row_limit_s, DistributedReport)
     if status == 0:

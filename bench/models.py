@@ -49,11 +49,7 @@ def main() -> int:
     if args.gpus > 1:
         return spread(args)
     started = time.monotonic()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    if args.add:
-        ModelReport.load(args.output).reopen()
-    else:
-        args.output.unlink(missing_ok=True)
+    ModelReport.begin(args.output, args.add)
     command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
     if args.compile_ahead_s:
         compile_side_by_side(command, args.compile_ahead_s)

@@ -42,6 +42,15 @@ class Report:
         """Reads a report."""
         return cls(path, json.loads(path.read_text()))
 
+    @classmethod
+    def begin(cls, path: Path, add: bool) -> None:
+        """Clears the way for a run: without the rows of the one before, or to measure again what went wrong in it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if add:
+            cls.load(path).reopen()
+        else:
+            path.unlink(missing_ok=True)
+
     def save(self) -> None:
         """Writes the file, and the table beside it; an interrupted write leaves the file before."""
         self.data["rows"] = list(self.rows.values())

@@ -1,6 +1,5 @@
 """The benchmark over several GPUs: a small run on CPUs, and the model of what a call costs."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -9,20 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-BENCH = ROOT / "bench"
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch):
-    """Imports the script's modules as the script does: by plain names, from its folder."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    names = {path.stem for path in BENCH.glob("*.py")}
-    before = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
-    yield lambda name: importlib.import_module(name)
-    for name in names:
-        sys.modules.pop(name, None)
-    sys.modules.update(before)
+from tests.test_bench import ROOT, bench  # noqa: F401  a fixture
 
 
 def test_a_small_run_checks_measures_and_predicts(tmp_path: Path):
@@ -58,7 +44,7 @@ def row_of(attention: str, tokens: int, gpus: int, forward: float, backward: flo
     }  # fmt: skip
 
 
-def test_a_machine_is_found_in_rows_that_its_costs_made(bench):
+def test_a_machine_is_found_in_rows_that_its_costs_made(bench):  # noqa: F811
     cost = bench("distributed_cost")
     rates = {("packed", "forward"): 4e14, ("packed", "forward_backward"): 3e14}
     overheads = {("packed", "forward"): 2e-3, ("packed", "forward_backward"): 5e-3}
@@ -78,7 +64,7 @@ def test_a_machine_is_found_in_rows_that_its_costs_made(bench):
             assert 1e3 * cost.predict_s(cost.call_of(row), row["gpus"], mode, found) == pytest.approx(row[f"{mode}_ms"])
 
 
-def test_costs_by_hand(bench):
+def test_costs_by_hand(bench):  # noqa: F811
     cost = bench("distributed_cost")
     call = cost.Call(1000, 12, 128, 0.5, "packed")
     assert cost.work(call, "forward") == 4 * 1000**2 * 12 * 128 * 0.5
@@ -96,7 +82,7 @@ def test_costs_by_hand(bench):
     assert cost.exchange_s(call, 17, "forward", machine) == pytest.approx(expected)
 
 
-def test_rows_that_are_missing(bench):
+def test_rows_that_are_missing(bench):  # noqa: F811
     cost = bench("distributed_cost")
     with pytest.raises(ValueError, match="rows must hold some on one GPU, got none"):
         cost.fit([row_of("packed", 55296, 2, 5.0, 15.0, 1.0)])

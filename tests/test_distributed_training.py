@@ -96,12 +96,16 @@ def sharded(checkpoint: bool) -> tuple[list[Tensor], list[Tensor]]:
     return step(model, loss)
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_fsdp2(rank_pool: RankPool, checkpoint: bool):
+def assert_trains_like_one_process(rank_pool: RankPool, function: Any, option: bool) -> None:
     expected = trained()
-    for found in rank_pool.run(sharded, checkpoint):
+    for found in rank_pool.run(function, option):
         for some, others in zip(found, expected, strict=True):
             torch.testing.assert_close(some, others, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_fsdp2(rank_pool: RankPool, checkpoint: bool):
+    assert_trains_like_one_process(rank_pool, sharded, checkpoint)
 
 
 def by_heads(dtensors: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -129,10 +133,7 @@ def _local(layer: Any, x: Tensor, group: Any = None) -> Tensor:
 
 @pytest.mark.parametrize("dtensors", [False, True])
 def test_tensor_parallelism(rank_pool: RankPool, dtensors: bool):
-    expected = trained()
-    for found in rank_pool.run(by_heads, dtensors):
-        for some, others in zip(found, expected, strict=True):
-            torch.testing.assert_close(some, others, rtol=1e-4, atol=1e-4)
+    assert_trains_like_one_process(rank_pool, by_heads, dtensors)
 
 
 def refused() -> str:
