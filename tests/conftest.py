@@ -39,3 +39,12 @@ def rank_pool() -> Iterator[RankPool]:
     """Four ranks on CPUs, for all tests that take some."""
     with RankPool(4) as pool:
         yield pool
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread, as each of the ranks has: more may cut a sum elsewhere, and so round it otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

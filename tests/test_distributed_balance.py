@@ -15,7 +15,7 @@ from vmoba_flex import BlockPartition, Threshold, TopK, vmoba_attention
 from vmoba_flex.distributed import HeadBalance, Imbalance, TokenShards
 from vmoba_flex.distributed.balance import share_out
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.usefixtures("one_thread")]
 RULE = Threshold(0.3, pool="global")
 
 

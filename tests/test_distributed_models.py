@@ -23,7 +23,7 @@ from vmoba_flex import Threshold
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.models import apply_vmoba
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.usefixtures("one_thread")]
 
 WITH_PLAN = ["wan2.1", "wan2.2", "ltx"]
 JOINT = ["hunyuan", "hunyuan1.5", "cogvideox", "mochi"]

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from tests.ranks import RankPool
 from vmoba_flex import BlockPartition, Threshold, vmoba_attention
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.usefixtures("one_thread")]
 
 PARTITION = BlockPartition((3, 4, 6), (3, 2, 3))
 RULE = Threshold(0.3, max_density=0.5)

@@ -54,14 +54,6 @@ def frames(stored: Path) -> dict[str, torch.Tensor]:
     return clips.load(stored)
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def trainer(frames: dict[str, torch.Tensor], variant: str = "exact", seed: int = 0) -> Trainer:
     return Trainer(Run(variant, MAIN, seed), SMALL_SIZES[MAIN], attentions("cpu", MAIN)[variant], frames)
 

@@ -24,13 +24,7 @@ SLACK = 2.5
 RULES = [TopK(4), *(TopK(4, pool=pool) for pool in ("head", "global")), *(Threshold(0.25, pool=p) for p in POOLS)]
 CAPPED = Threshold(0.25, max_density=0.25)
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def problem(grid: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, BlockPartition]:

@@ -1,6 +1,6 @@
-"""The collectives, by torch's functional ones: with gradients, and visible to ``torch.compile``.
+"""The collectives, by torch's functional ones, which are visible to ``torch.compile``.
 
-torch has no public form of these that does both, so this file alone uses its private module
+torch has no public form of these, so this file alone uses its private module
 ``torch.distributed._functional_collectives``; ``tests/test_distributed.py`` fails when torch changes it.
 """
 
@@ -47,7 +47,7 @@ class Ranks:
 
 
 def all_to_all(x: Tensor, received: list[int], sent: list[int], ranks: Ranks) -> Tensor:
-    """Sends each rank its part of a flat tensor; differentiable.
+    """Sends each rank its part of a flat tensor; without gradients.
 
     Args:
         x: ``(entries,)``, contiguous: what goes to rank 0, to rank 1 and so on.
@@ -56,9 +56,10 @@ def all_to_all(x: Tensor, received: list[int], sent: list[int], ranks: Ranks) ->
         ranks: all of them call this.
 
     Returns:
-        What came from rank 0, from rank 1 and so on. In eager mode the wait for it is put off to its first use.
+        What came from rank 0, from rank 1 and so on.
     """
-    return functional.all_to_all_single_autograd(x, received, sent, ranks.group)  # pyright: ignore[reportArgumentType]
+    # Waited for here: each operation on a tensor that is still waited for costs the host some 0.1 ms.
+    return functional.wait_tensor(functional.all_to_all_single(x, received, sent, ranks.group))  # pyright: ignore[reportArgumentType]
 
 
 def all_reduce(x: Tensor, operation: str, group: str) -> Tensor:

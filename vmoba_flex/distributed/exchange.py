@@ -1,7 +1,8 @@
 """Tokens of all heads for heads of all tokens, and back."""
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -40,13 +41,6 @@ class Layout(NamedTuple):
     def tokens(self) -> int:
         """How many this rank holds."""
         return sum(lengths(self.here))
-
-    @property
-    def even(self) -> int | None:
-        """The length of all runs where each rank has one of its own, and all are equally long."""
-        length = self.own[0][0][1] if self.own[0] else 0
-        even = self.own == self.runs and {tuple(lengths(runs)) for runs in self.own} == {(length,)}
-        return length if even else None
 
 
 class Heads(NamedTuple):
@@ -95,48 +89,21 @@ def to_heads(tensors: Sequence[Tensor], layout: Layout, heads: Sequence[Heads]) 
     Returns:
         For each tensor ``(B, heads of this rank, S, its dim)``.
     """
-    ranks, batch = layout.ranks, tensors[0].shape[0]
-    tokens = [sum(lengths(runs)) for runs in layout.own]
+    mine = [
+        x if one.order is None else reorder(x, one.order, one.order.argsort(), 1)
+        for x, one in zip(tensors, heads, strict=True)
+    ]
+    counts = tuple([one.counts for one in heads])
+    if layout.own == layout.runs:
+        return list(_ToHeads.apply(layout.ranks, layout.runs, counts, *mine))
     # Replicated tokens stay: of this rank's heads they are here.
-    before = sum([length for start, length in layout.here if start < layout.own[ranks.rank][0][0]])
-    mine = []
-    for x, one in zip(tensors, heads, strict=True):
-        y = x.transpose(0, 1)
-        mine.append(y if one.order is None else reorder(y, one.order, one.order.argsort(), 0))
-    leaving = [
-        y[sum(one.counts[:rank]) : sum(one.counts[: rank + 1]), :, before : before + tokens[ranks.rank]]
-        for rank in range(ranks.size)
-        for y, one in zip(mine, heads, strict=True)
-    ]
-    if len({x.shape[3] for x in tensors}) > 1:
-        leaving = [piece.reshape(-1) for piece in leaving]
-    rows = [
-        [one.counts[rank] * x.shape[3] * batch for x, one in zip(tensors, heads, strict=True)]
-        for rank in range(ranks.size)
-    ]
-    sent = [sum(each) * tokens[ranks.rank] for each in rows]
-    here = rows[ranks.rank]
-    received = [sum(here) * each for each in tokens]
-    arrived = all_to_all(torch.cat(leaving).view(-1), received, sent, ranks)
-    shapes = [(one.counts[ranks.rank], batch, x.shape[3]) for x, one in zip(tensors, heads, strict=True)]
-    if layout.even is not None:
-        parts = arrived.view(ranks.size, -1).split([each * layout.even for each in here], 1)
-        return [
-            part.view(ranks.size, count, batch, layout.even, dim).permute(2, 1, 0, 3, 4).reshape(batch, count, -1, dim)
-            for part, (count, batch, dim) in zip(parts, shapes, strict=True)
-        ]
-    parts = arrived.split([row * each for each in tokens for row in here])
-    results = []
-    for index, (y, one, (count, batch, dim)) in enumerate(zip(mine, heads, shapes, strict=True)):
-        from_rank = [
-            part.view(count, batch, each, dim).transpose(0, 1)
-            for part, each in zip(parts[index :: len(tensors)], tokens, strict=True)
-        ]
-        video = [from_rank[rank][:, :, start : start + each] for rank, start, each in in_order(layout.own)]
-        first = sum(one.counts[: ranks.rank])
-        text = y[first : first + count].transpose(0, 1)
-        results.append(torch.cat([text[:, :, :before], *video, text[:, :, before + tokens[ranks.rank] :]], 2))
-    return results
+    rank = layout.ranks.rank
+    before = sum([length for start, length in layout.here if start < layout.own[rank][0][0]])
+    behind = before + sum(lengths(layout.own[rank]))
+    runs = tuple([tuple([(start - before, length) for start, length in of_rank]) for of_rank in layout.own])
+    video = _ToHeads.apply(layout.ranks, runs, counts, *[x[:, :, before:behind] for x in mine])
+    text = [x.split(one, 1)[rank] for x, one in zip(mine, counts, strict=True)]
+    return [torch.cat([x[:, :, :before], y, x[:, :, behind:]], 2) for x, y in zip(text, video, strict=True)]
 
 
 def to_tokens(x: Tensor, layout: Layout, heads: Heads) -> Tensor:
@@ -150,17 +117,99 @@ def to_tokens(x: Tensor, layout: Layout, heads: Heads) -> Tensor:
     Returns:
         ``(B, H, tokens of this rank, D)``.
     """
-    batch, count, _, dim = x.shape
-    ranks, x = layout.ranks, x.transpose(0, 1)
-    if layout.even is not None:
-        leaving = x.unflatten(2, (ranks.size, layout.even)).movedim(2, 0).reshape(-1)
+    (x,) = _ToTokens.apply(layout.ranks, layout.runs, (heads.counts,), x)
+    return x if heads.order is None else reorder(x, heads.order.argsort(), heads.order, 1)
+
+
+# Runs of tokens and, for each tensor, heads: of each rank.
+_Runs = tuple[tuple[Run, ...], ...]
+_Counts = tuple[tuple[int, ...], ...]
+
+
+class _ToHeads(torch.autograd.Function):
+    """The exchange of ``to_heads``, whose gradient goes the way back in one exchange too.
+
+    Autograd's own gradient of the slices that leave would write as many tensors of zeros, and add them up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, runs: _Runs, counts: _Counts, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.where = ranks, runs, counts
+        return _to_heads(ranks, runs, counts, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ranks, runs, counts = ctx.where
+        return None, None, None, *_to_tokens(ranks, runs, counts, grads)
+
+
+class _ToTokens(torch.autograd.Function):
+    """The exchange of ``to_tokens``, likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, runs: _Runs, counts: _Counts, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.where = ranks, runs, counts
+        return _to_tokens(ranks, runs, counts, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ranks, runs, counts = ctx.where
+        return None, None, None, *_to_heads(ranks, runs, counts, grads)
+
+
+def _to_heads(ranks: Ranks, runs: _Runs, counts: _Counts, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Tokens that several ranks hold are added up."""
+    tokens = [sum(lengths(of_rank)) for of_rank in runs]
+    by_rank = [x.transpose(0, 1).split(one) for x, one in zip(tensors, counts, strict=True)]
+    leaving = [[pieces[rank] for pieces in by_rank] for rank in range(ranks.size)]
+    shapes = [
+        [(one[ranks.rank], x.shape[0], count, x.shape[3]) for x, one in zip(tensors, counts, strict=True)]
+        for count in tokens
+    ]
+    _, arrived = _exchange(leaving, shapes, ranks)
+    return tuple([_put(parts, runs) for parts in zip(*arrived, strict=True)])
+
+
+def _to_tokens(ranks: Ranks, runs: _Runs, counts: _Counts, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    here = sum(lengths(runs[ranks.rank]))
+    leaving = [[_cut(x.transpose(0, 1), of_rank) for x in tensors] for of_rank in runs]
+    shapes = [
+        [(one[rank], x.shape[0], here, x.shape[3]) for x, one in zip(tensors, counts, strict=True)]
+        for rank in range(ranks.size)
+    ]
+    flat, arrived = _exchange(leaving, shapes, ranks)
+    # One tensor lies as it should: the heads of rank 0, of rank 1 and so on.
+    whole = [flat] if len(tensors) == 1 else [torch.cat(parts) for parts in zip(*arrived, strict=True)]
+    shape = (-1, tensors[0].shape[0], here)
+    return tuple([y.view(*shape, x.shape[3]).transpose(0, 1) for x, y in zip(tensors, whole, strict=True)])
+
+
+def _exchange(
+    leaving: list[list[Tensor]], shapes: list[list[tuple[int, int, int, int]]], ranks: Ranks
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """What comes from each rank, flat and in those shapes, for what goes to each: a piece of each tensor."""
+    sent = [sum([piece.numel() for piece in pieces]) for pieces in leaving]
+    sizes = [[math.prod(shape) for shape in of_rank] for of_rank in shapes]
+    pieces = [piece for of_rank in leaving for piece in of_rank]
+    if len({piece.shape[1:] for piece in pieces}) == 1:  # one copy, whatever their strides
+        flat = torch.cat(pieces).view(-1)
     else:
-        of_rank = [[x[:, :, start : start + length] for start, length in runs] for runs in layout.runs]
-        leaving = torch.cat([(torch.cat(runs, 2) if len(runs) > 1 else runs[0]).reshape(-1) for runs in of_rank])
-    here = layout.tokens
-    sent = [count * batch * sum(lengths(runs)) * dim for runs in layout.runs]
-    received = [each * batch * here * dim for each in heads.counts]
-    arrived = all_to_all(leaving, received, sent, ranks).view(-1, batch, here, dim)
-    if heads.order is not None:
-        arrived = reorder(arrived, heads.order.argsort(), heads.order, 0)
-    return arrived.transpose(0, 1)
+        flat = torch.cat([piece.reshape(-1) for piece in pieces])
+    arrived = all_to_all(flat, [sum(of_rank) for of_rank in sizes], sent, ranks)
+    parts = iter(arrived.split([size for of_rank in sizes for size in of_rank]))
+    return arrived, [[next(parts).view(shape) for shape in of_rank] for of_rank in shapes]
+
+
+def _cut(x: Tensor, runs: tuple[Run, ...]) -> Tensor:
+    """Runs of ``(heads, B, S, D)``, one behind another."""
+    parts = [x.narrow(2, start, count) for start, count in runs]
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+
+def _put(parts: Sequence[Tensor], runs: _Runs) -> Tensor:
+    """``(B, heads, S, D)`` of each rank's ``(heads, B, its tokens, D)``; what several hold is added up."""
+    by_start: dict[int, Tensor] = {}
+    for start, rank, first, count in in_order(runs):
+        piece = parts[rank].transpose(0, 1).narrow(2, first, count)
+        by_start[start] = by_start[start] + piece if start in by_start else piece
+    return torch.cat(list(by_start.values()), 2)

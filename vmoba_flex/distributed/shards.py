@@ -116,15 +116,15 @@ def _runs(
 
 # A constant to torch.compile, too.
 @torch.compiler.assume_constant_result
-def in_order(runs: tuple[tuple[Run, ...], ...]) -> tuple[tuple[int, int, int], ...]:
-    """The runs of all ranks, the earliest token first: the rank, where the run starts in what it holds, its length."""
+def in_order(runs: tuple[tuple[Run, ...], ...]) -> tuple[tuple[int, int, int, int], ...]:
+    """The runs of all ranks, the earliest first: first token, rank, where the run starts in what it holds, length."""
     ends = [list(itertools.accumulate(lengths(of_rank))) for of_rank in runs]
     found = [
         (start, rank, end - count, count)
         for rank, of_rank in enumerate(runs)
         for (start, count), end in zip(of_rank, ends[rank], strict=True)
     ]
-    return tuple(one[1:] for one in sorted(found))
+    return tuple(sorted(found))
 
 
 def _cut(start: int, sizes: Sequence[int]) -> list[Run]:
