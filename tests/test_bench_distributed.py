@@ -22,7 +22,7 @@ def test_a_small_run_checks_measures_and_predicts(tmp_path: Path):
     assert str(tmp_path) not in output.read_text()
     rows = {(row["model"], row["attention"], row["tokens"], row["gpus"]): row for row in report["rows"]}
     assert {row["status"] for row in rows.values()} == {"ok"}, result.stderr
-    assert len(rows) == 2 * 5
+    assert len(rows) == 2 * 6
     for (model, attention, _, gpus), row in rows.items():
         assert row["difference"] == 0
         assert row["forward_backward_ms"] > 0 and row["forward_backward_speed_up"] > 0

@@ -179,7 +179,7 @@ def _to_tokens(ranks: Ranks, runs: _Runs, counts: _Counts, tensors: Sequence[Ten
     ]
     flat, arrived = _exchange(leaving, shapes, ranks)
     # One tensor lies as it should: the heads of rank 0, of rank 1 and so on.
-    whole = [flat] if len(tensors) == 1 else [torch.cat(parts) for parts in zip(*arrived, strict=True)]
+    whole = [flat] if len(tensors) == 1 else [_cat(parts) for parts in zip(*arrived, strict=True)]
     shape = (-1, tensors[0].shape[0], here)
     return tuple([y.view(*shape, x.shape[3]).transpose(0, 1) for x, y in zip(tensors, whole, strict=True)])
 
@@ -192,7 +192,7 @@ def _exchange(
     sizes = [[math.prod(shape) for shape in of_rank] for of_rank in shapes]
     pieces = [piece for of_rank in leaving for piece in of_rank]
     if len({piece.shape[1:] for piece in pieces}) == 1:  # one copy, whatever their strides
-        flat = torch.cat(pieces).view(-1)
+        flat = _cat(pieces).view(-1)
     else:
         flat = torch.cat([piece.reshape(-1) for piece in pieces])
     arrived = all_to_all(flat, [sum(of_rank) for of_rank in sizes], sent, ranks)
@@ -203,7 +203,7 @@ def _exchange(
 def _cut(x: Tensor, runs: tuple[Run, ...]) -> Tensor:
     """Runs of ``(heads, B, S, D)``, one behind another."""
     parts = [x.narrow(2, start, count) for start, count in runs]
-    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+    return _cat(parts, 2) if len(parts) > 1 else parts[0]
 
 
 def _put(parts: Sequence[Tensor], runs: _Runs) -> Tensor:
@@ -212,4 +212,15 @@ def _put(parts: Sequence[Tensor], runs: _Runs) -> Tensor:
     for start, rank, first, count in in_order(runs):
         piece = parts[rank].transpose(0, 1).narrow(2, first, count)
         by_start[start] = by_start[start] + piece if start in by_start else piece
-    return torch.cat(list(by_start.values()), 2)
+    return _cat(list(by_start.values()), 2)
+
+
+def _cat(parts: list[Tensor] | tuple[Tensor, ...], dim: int = 0) -> Tensor:
+    """``torch.cat`` by 8 bytes at a time where they fit: of slices, 2 at a time take a GPU 2.5 times as long."""
+    if torch.compiler.is_compiling():
+        return torch.cat(parts, dim)
+    entries = 8 // parts[0].element_size()
+    for x in parts:
+        if x.stride(-1) != 1 or any(n % entries for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1])):
+            return torch.cat(parts, dim)
+    return torch.cat([x.view(torch.int64) for x in parts], dim).view(parts[0].dtype)
