@@ -1,4 +1,4 @@
-"""Triton form of taking filling slots out of attention, loaded on first use on a CUDA device."""
+"""Triton forms of taking filling slots out of attention, loaded on first use on a CUDA device."""
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
 import torch
@@ -7,63 +7,86 @@ import triton.language as tl
 from torch import Tensor
 
 from block_masks.attend_kernels import dot_width
-from block_masks.row_kernels import take_slots
+from block_masks.row_kernels import share_left, take_slots
 
-__all__ = ["leave_out", "take_slots"]
+__all__ = ["filler_lse", "leave_out", "take_slots"]
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _leave_out_kernel(
-    query, last_keys, fillers, selected, output, lse, kept, kept_lse,
-    scale, heads, rows, groups, repeats, together,
-    selected_batch, selected_head, selected_row, selected_group, output_batch, output_head, output_row,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
+def _filler_lse_kernel(
+    query, last_keys, fillers, selected, filler_lse,
+    scale, heads, rows, groups, repeats, together, batch_step, head_step, row_step, group_step,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     place = head * rows + row
-    dim, value_dim = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
+    dim = tl.arange(0, BLOCK_D)[None, :]
     q = tl.load(query + place[:, None] * D + dim, mask=inside[:, None] & (dim < D), other=0.0)
-    whole = tl.load(lse + place, mask=inside, other=0.0)
-    choices = selected + head // heads * selected_batch + head % heads * selected_head
-    choices += (row // together * selected_row)[:, None]
-    share = tl.zeros((ROWS,), tl.float32)
+    choices = selected + head // heads * batch_step + head % heads * head_step + (row // together * row_step)[:, None]
+    last_keys += head // repeats * groups * D
+    top = tl.full((ROWS,), -float("inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
     for start in range(0, groups, GROUPS):
         group = start + tl.arange(0, GROUPS)
         count = tl.load(fillers + group, mask=group < groups, other=0)
         there = (count > 0)[None, :] & inside[:, None]
-        chosen = tl.load(choices + group[None, :] * selected_group, mask=there, other=0).to(tl.int1)
-        k = tl.load(
-            last_keys + (head // repeats * groups + group[:, None]) * D + dim,
-            mask=(group < groups)[:, None] & (dim < D), other=0.0,
-        )  # fmt: skip
-        score = tl.dot(q, k.T, input_precision=PRECISION) * scale - whole[:, None]
-        share += tl.sum(tl.where(chosen, tl.exp2(score * _LOG2E) * count[None, :].to(tl.float32), 0.0), 1)
-    left = 1 - share
-    source = output + head // heads * output_batch + head % heads * output_head
-    mask = inside[:, None] & (value_dim < DV)
-    x = tl.load(source + row[:, None] * output_row + value_dim, mask=mask, other=0.0).to(tl.float32)
-    tl.store(kept + place[:, None] * DV + value_dim, (x / left[:, None]).to(kept.dtype.element_ty), mask=mask)
+        chosen = tl.load(choices + group[None, :] * group_step, mask=there, other=0).to(tl.int1)
+        k = tl.load(last_keys + group[:, None] * D + dim, mask=(group < groups)[:, None] & (dim < D), other=0.0)
+        score = tl.dot(q, k.T, input_precision=PRECISION) * scale + tl.log(tl.maximum(count, 1).to(tl.float32))[None, :]
+        score = tl.where(chosen, score, -float("inf"))
+        new_top = tl.maximum(top, tl.max(score, 1))
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)
+        total = total * tl.exp2((top - base) * _LOG2E) + tl.sum(tl.exp2((score - base[:, None]) * _LOG2E), 1)
+        top = new_top
+    log_sum = tl.where(top == -float("inf"), 0.0, top) + tl.log(tl.where(total == 0, 1.0, total))
+    tl.store(filler_lse + place, tl.where(total == 0, -float("inf"), log_sum), mask=inside)
+
+
+def filler_lse(
+    query: Tensor, last_keys: Tensor, fillers: Tensor, selected: Tensor, scale: float, together: int
+) -> Tensor:
+    """See ``slot_steps.filler_lse``."""
+    batch, heads, rows, dim = query.shape
+    result = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    _filler_lse_kernel[triton.cdiv(rows, 128), batch * heads](
+        query.contiguous(), last_keys.contiguous(), fillers, selected, result,
+        scale, heads, rows, selected.shape[-1], heads // last_keys.shape[1], together, *selected.stride(),
+        D=dim, BLOCK_D=dot_width(dim), ROWS=128, GROUPS=16,
+        PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee", num_warps=8,
+    )  # fmt: skip
+    return result
+
+
+@triton.jit
+def _leave_out_kernel(
+    output, lse, filler_lse, kept, kept_lse, heads, rows, batch_step, head_step, row_step,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    place = head * rows + row
+    dim = tl.arange(0, BLOCK_DV)[None, :]
+    mask = inside[:, None] & (dim < DV)
+    source = output + head // heads * batch_step + head % heads * head_step + row[:, None] * row_step
+    x = tl.load(source + dim, mask=mask, other=0.0).to(tl.float32)
+    whole = tl.load(lse + place, mask=inside, other=0.0)
+    left = share_left(whole, tl.load(filler_lse + place, mask=inside, other=0.0))
+    tl.store(kept + place[:, None] * DV + dim, (x / left[:, None]).to(kept.dtype.element_ty), mask=mask)
     tl.store(kept_lse + place, whole + tl.log(left), mask=inside)
 
 
-def leave_out(
-    query: Tensor, last_keys: Tensor, fillers: Tensor, selected: Tensor, output: Tensor, lse: Tensor,
-    scale: float, together: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def leave_out(output: Tensor, lse: Tensor, filler_lse: Tensor) -> tuple[Tensor, Tensor]:
     """See ``slot_steps.leave_out``."""
-    (batch, heads, rows, dim), value_dim = query.shape, output.shape[-1]
+    batch, heads, rows, dim = output.shape
     kept, kept_lse = output.new_empty(output.shape), lse.new_empty(lse.shape)
     assert output.stride(3) == 1  # its other dims come as the kernel before left them
-    _leave_out_kernel[triton.cdiv(rows, 128), batch * heads](
-        query.contiguous(), last_keys.contiguous(), fillers, selected, output, lse.contiguous(), kept, kept_lse,
-        scale, heads, rows, selected.shape[-1], heads // last_keys.shape[1], together,
-        *selected.stride(), *output.stride()[:3],
-        D=dim, BLOCK_D=dot_width(dim), DV=value_dim, BLOCK_DV=dot_width(value_dim),
-        ROWS=128, GROUPS=16, PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee", num_warps=8,
+    _leave_out_kernel[triton.cdiv(rows, 32), batch * heads](
+        output, lse.contiguous(), filler_lse, kept, kept_lse, heads, rows, *output.stride()[:3],
+        DV=dim, BLOCK_DV=triton.next_power_of_2(dim), ROWS=32,
     )  # fmt: skip
     return kept, kept_lse

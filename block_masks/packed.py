@@ -7,7 +7,7 @@ its query from the merged log-sum-exp: ``p = exp(score - lse)``.
 
 Three backends do the work on the rows: ``"eager"``, plain PyTorch on any device (``row_steps.py``), ``"triton"``
 (``attend_kernels.py``) and ``"flash"`` (``flash_kernels.py``); the latter two move rows by ``row_kernels.py``. The last
-one attends whole tiles alone, and slots that only fill a tile are taken out of the merged result: ``slot_attention.py``
+one attends whole tiles alone, and slots that only fill a tile are taken out as rows are merged: ``slot_attention.py``
 says how.
 """
 
@@ -79,20 +79,20 @@ def _attend(
     plan, slots = plan_rows(selected, row_tiles[0], heads[0], TILE), plan_slots(key_group, group_sizes, TILE)
     pool_keys = _pool_keys(group_keys, slots, len(query))
     keys, values = (move.take_slots(x.contiguous(), slots.slot_key) for x in (key, value))
-    last_keys, whole_tiles = keys[:, slots.last_slot], backend == "flash" and not slots.whole
-    if whole_tiles:
+    of_fillers = None
+    if backend == "flash" and not slots.whole:
+        from block_masks import filler_kernels
+
+        last_keys = keys[None, :, slots.last_slot]
+        of_fillers = filler_kernels.filler_lse(query[None], last_keys, slots.fillers, selected[None], scale, 1)[0]
         keys = move.take_slots(keys, slots.held_slot)
     output, lse = query.new_empty(*query.shape[:2], value.shape[-1]), _like_lse(query)
     for section in range(len(plan.row_pool)):
         rows = attend.forward(query, keys, values, plan, slots, pool_keys, section, scale)
         part = slice(section * heads[0], (section + 1) * heads[0])
-        move.merge_rows(*rows, plan.query_rows[part], plan.query_count[part], output[part], lse[part])
+        lists = plan.query_rows[part], plan.query_count[part]
+        move.merge_rows(*rows, *lists, output[part], lse[part], None if of_fillers is None else of_fillers[part])
         del rows
-    if whole_tiles:
-        from block_masks import filler_kernels
-
-        q, k, chosen, out, of_out = (x[None] for x in (query, last_keys, selected, output, lse))
-        output, lse = (x[0] for x in filler_kernels.leave_out(q, k, slots.fillers, chosen, out, of_out, scale, 1))
     return output, lse
 
 

@@ -19,8 +19,9 @@ __all__ = ["backward", "delta", "forward", "merge_rows", "sum_rows", "take_slots
 
 
 def merge_rows(
-    output: Tensor, lse: Tensor, query_rows: Tensor, query_count: Tensor, merged: Tensor, merged_lse: Tensor
-) -> None:
+    output: Tensor, lse: Tensor, query_rows: Tensor, query_count: Tensor, merged: Tensor, merged_lse: Tensor,
+    filler_lse: Tensor | None = None,
+) -> None:  # fmt: skip
     """Merges each query's rows: the attention over all keys that any of its rows saw.
 
     Args:
@@ -30,15 +31,24 @@ def merge_rows(
         query_count: ``(H, S)``.
         merged: ``(H, S, D)``, written: 0 where a query has no rows.
         merged_lse: ``(H, S)``, written: -inf where a query has no rows.
+        filler_lse: ``(H, S)``, of what to leave out of each query's sum, see ``slot_steps.filler_lse``; None for
+            nothing.
     """
     index = _listed(query_rows, query_count)
     parts = torch.where(index >= 0, lse[index.clamp(min=0)], -torch.inf)
     torch.logsumexp(parts, 1, out=merged_lse)
+    if filler_lse is not None:
+        merged_lse += share_left(merged_lse, filler_lse).log()
     total = torch.zeros(merged.shape, dtype=_accumulator(merged), device=merged.device)
     for part, rows in zip(parts.unbind(1), index.unbind(1), strict=True):
         weight = torch.where(part == -torch.inf, 0, (part - merged_lse).exp())
         total += weight[..., None] * torch.where((rows >= 0)[..., None], output[rows.clamp(min=0)], 0)
     merged.copy_(total)
+
+
+def share_left(lse: Tensor, filler_lse: Tensor) -> Tensor:
+    """What filling slots leave of the sum of ``exp(score)``; all ``(H, S)``."""
+    return 1 - torch.where(filler_lse == -torch.inf, 0, (filler_lse - lse).exp())
 
 
 def sum_rows(rows: Tensor, query_rows: Tensor, query_count: Tensor, total: Tensor) -> None:

@@ -72,7 +72,8 @@ def _attend(
     copied = fillers.take_slots(key.flatten(0, 1).contiguous(), slots.held_slot).view(key.shape)
     output, lse = attend.attend_tiles(query, copied, value, lists, scale, tile_size)
     last_keys = key[:, :, slots.last_slot]
-    return fillers.leave_out(query, last_keys, slots.fillers, selected, output, lse, scale, tile_size)
+    of_fillers = fillers.filler_lse(query, last_keys, slots.fillers, selected, scale, tile_size)
+    return fillers.leave_out(output, lse, of_fillers)
 
 
 @_attend.register_fake

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from block_masks.row_steps import share_left
 from block_masks.slots import take_slots
 
-__all__ = ["attend_tiles", "attend_tiles_backward", "leave_out", "take_slots"]
+__all__ = ["attend_tiles", "attend_tiles_backward", "filler_lse", "leave_out", "take_slots"]
 
 
 def attend_tiles(
@@ -58,29 +59,41 @@ def attend_tiles_backward(
     return grad_query, grad_key, grad_value
 
 
-def leave_out(
-    query: Tensor, last_keys: Tensor, fillers: Tensor, selected: Tensor, output: Tensor, lse: Tensor,
-    scale: float, together: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Takes filling slots out of attention in which each one held its group's last key and a value of zero.
+def filler_lse(
+    query: Tensor, last_keys: Tensor, fillers: Tensor, selected: Tensor, scale: float, together: int
+) -> Tensor:
+    """What filling slots weigh in the attention of each query, where each slot holds its group's last key.
 
     Args:
         query: ``(B, H, S, D)``.
         last_keys: the last key of each group, ``(B, key heads, G, D)``.
         fillers: filling slots of each group, int32 ``(G,)``.
         selected: bool ``(B, H, rows, G)``: which groups were attended by each ``together`` queries.
-        output: ``(B, H, S, value dim)``, filling slots included.
-        lse: ``(B, H, S)``, likewise.
         scale: factor on the scores.
         together: queries to a row of ``selected``.
 
     Returns:
-        Output and log-sum-exp without them, both contiguous.
+        The natural log-sum-exp of their scores ``(B, H, S)``, in float32 at least; -inf where there are none.
     """
     last_keys = last_keys.repeat_interleave(query.shape[1] // last_keys.shape[1], 1)
-    shares = (_scores(query, last_keys, scale) - lse[..., None]).exp() * fillers
-    chosen = selected.repeat_interleave(together, 2)[:, :, : query.shape[2]]
-    left = 1 - torch.where(chosen, shares, 0).sum(-1)
+    chosen = selected.repeat_interleave(together, 2)[:, :, : query.shape[2]] & (fillers > 0)
+    scores = _scores(query, last_keys, scale)
+    scores += fillers.clamp(min=1).to(scores.dtype).log()
+    return scores.masked_fill(~chosen, -torch.inf).logsumexp(-1)
+
+
+def leave_out(output: Tensor, lse: Tensor, filler_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Takes filling slots out of attention in which each one had a value of zero.
+
+    Args:
+        output: ``(B, H, S, value dim)``, filling slots included.
+        lse: ``(B, H, S)``, likewise.
+        filler_lse: ``(B, H, S)``, theirs.
+
+    Returns:
+        Output and log-sum-exp without them, both contiguous.
+    """
+    left = share_left(lse, filler_lse)
     return (output / left[..., None]).to(output.dtype).contiguous(), lse + left.log()
 
 

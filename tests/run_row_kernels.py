@@ -45,7 +45,10 @@ def check_plan(heads: int, queries: int, sizes: list[int], density: float, toget
         merged, merged_lse, total = query[:together].clone(), query[:together, :, 0].clone(), query[:together].clone()
         steps.merge_rows(output, lse, *lists, merged, merged_lse)
         steps.sum_rows(output, *lists, total)
-        results.append((merged, merged_lse, total, steps.delta(query, query.flip(0))))
+        results.append([merged.clone(), merged_lse.clone(), total, steps.delta(query, query.flip(0))])
+        fillers = torch.where(torch.arange(queries) % 3 == 0, -torch.inf, results[0][1] - 0.5 - lse[:queries].abs())
+        steps.merge_rows(output, lse, *lists, merged, merged_lse, fillers)
+        results[-1] += [merged, merged_lse]
     torch.testing.assert_close(*results)
 
 
@@ -96,13 +99,16 @@ def check_leave_out(heads: int, sizes: list[int], dims: tuple[int, int], togethe
     """Filling slots taken out of an output whose tokens stand before heads in memory, as after FlashAttention-4."""
     queries, groups = 300, len(sizes)
     query, last_keys = torch.randn(2, heads, queries, dims[0]), torch.randn(2, 1, groups, dims[0])
+    query[0, 0, 7] *= 100  # scores of some hundreds
     output = torch.randn(2, queries, heads, dims[1]).transpose(1, 2)
-    lse = 14 + torch.randn(2, heads, queries)  # so that something is left
     fillers = -torch.tensor(sizes, dtype=torch.int32) % 128
     selected = torch.rand(2, heads, groups, -(-queries // together)).mT < 0.5
+    arguments = query, last_keys, fillers, selected, 0.2, together
+    of_fillers = slot_steps.filler_lse(*arguments)
+    torch.testing.assert_close(filler_kernels.filler_lse(*arguments), of_fillers, rtol=1e-4, atol=1e-4)
+    lse = torch.where(of_fillers == -torch.inf, 3.0, of_fillers + 0.01 + torch.rand(of_fillers.shape))
     lse[0, 0, 0] = torch.where(selected[0, 0, 0].any(), lse[0, 0, 0], -torch.inf)  # nothing was attended
-    arguments = query, last_keys, fillers, selected, output, lse, 0.2, together
-    actual, expected = filler_kernels.leave_out(*arguments), slot_steps.leave_out(*arguments)
+    actual, expected = filler_kernels.leave_out(output, lse, of_fillers), slot_steps.leave_out(output, lse, of_fillers)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert all(x.is_contiguous() for x in actual)
 

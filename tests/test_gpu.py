@@ -349,12 +349,13 @@ def test_row_kernels_equal_their_eager_forms(rows: RowProblem, dtype: torch.dtyp
         output, lse = rows.attend(*inputs, scale=scale, backend=backend)
         upstream = torch.linspace(-1, 1, output.numel(), device="cuda").view_as(output).to(kind)
         results.append([output, lse, *torch.autograd.grad(output, inputs, upstream)])
-    # Sums of a few hundred products, each rounded to the inputs' dtype once or twice.
+    # Sums of a few hundred products, each rounded to the inputs' dtype once or twice. Where they cancel, as in the
+    # gradient of a query with one key, what is left is of rounding numbers of order one.
     step = 1e-5 if dtype == torch.float32 else 2e-2
     for actual, expected in zip(*results, strict=True):
         assert torch.equal(actual == -torch.inf, expected == -torch.inf)
         actual, expected = (x.detach().double().nan_to_num(neginf=0) for x in (actual, expected))
-        torch.testing.assert_close(actual, expected, rtol=step, atol=step * max(expected.abs().max().item(), 1e-3))
+        torch.testing.assert_close(actual, expected, rtol=step, atol=step * max(expected.abs().max().item(), 0.1))
 
 
 @pytest.mark.parametrize("path", ["tiles", "shared", "packed", "packed-triton"])
@@ -413,6 +414,31 @@ def test_memory_at_55296_tokens_holds_no_square(partition: BlockPartition, dispa
     truth = reference.attention(query[:, :, rows], key, value, mask)[0]
     low = torch.nn.functional.scaled_dot_product_attention(query[:, :, rows], key, value, attn_mask=mask)
     assert_within_budget([output], [low], [truth])
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("dispatch", ["packed", "shared"])
+@pytest.mark.parametrize(
+    "partition",
+    [
+        BlockPartition((4, 30, 52), (4, 5, 13)),
+        BlockPartition((4, 32, 64), (4, 8, 16)),
+    ],
+    ids=["cut-tiles", "whole-tiles"],
+)
+def test_rounding_is_near_that_of_full_attention(partition: BlockPartition, dispatch: str, backend: str):
+    rule = Threshold(0.25, max_density=0.25)
+    query, key, value = torch.randn(3, 1, 3, partition.num_tokens, 128, device="cuda", dtype=torch.bfloat16)
+    if dispatch == "shared":
+        selection = shared_selection(Problem(query, key, value, partition, rule), 128)
+    else:
+        selection = vmoba_selection(query, key, partition, rule)
+    output = vmoba_attention(query, key, value, partition, rule, dispatch=dispatch, backend=backend)
+    truth = reference.attention(query, key, value, selection[..., partition.block_ids("cuda")])[0]
+    full = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    true_full = reference.attention(query, key, value)[0]
+    own = (full - true_full).norm() / true_full.norm()
+    assert (output - truth).norm() / truth.norm() <= 1.3 * own
 
 
 EDGES = {

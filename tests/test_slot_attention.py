@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from block_masks import attend_slots, from_slots, plan_slots, slot_steps, to_slots
+from block_masks import attend_slots, from_slots, plan_slots, row_steps, slot_steps, to_slots
 from tests.strategies import generators
 from tests.test_slots import SLOT_TENSORS, SlotProblem, slot_problems
 
@@ -111,9 +111,15 @@ def test_what_is_left_out_is_what_fillers_added():
     values = torch.cat([value, torch.zeros_like(value[:, :, :2])], 2)
     selected, fillers = torch.tensor([[[[True, False]]]]), torch.tensor([2, 5], dtype=torch.int32)
     last = torch.stack([keys[:, :, 3], keys[:, :, 0]], 2)
-    kept = slot_steps.leave_out(query, last, fillers, selected, scores.softmax(-1) @ values, scores.logsumexp(-1), 1, 4)
+    output, lse = scores.softmax(-1) @ values, scores.logsumexp(-1)
+    of_fillers = slot_steps.filler_lse(query, last, fillers, selected, 1, 4)
     expected = (query @ keys.mT).softmax(-1) @ value, (query @ keys.mT).logsumexp(-1)
-    torch.testing.assert_close(kept, expected)
+    torch.testing.assert_close(slot_steps.leave_out(output, lse, of_fillers), expected)
+    # The same as rows are merged: here each query has one.
+    rows, count = torch.arange(4, dtype=torch.int32).view(1, 1, 4), torch.ones(1, 4, dtype=torch.int32)
+    merged, merged_lse = torch.empty_like(output[0]), torch.empty_like(lse[0])
+    row_steps.merge_rows(output[0, 0], lse[0, 0], rows, count, merged, merged_lse, of_fillers[0])
+    torch.testing.assert_close((merged[None], merged_lse[None]), expected)
 
 
 def test_the_registered_op_is_well_formed():
