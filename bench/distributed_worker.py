@@ -239,7 +239,7 @@ def milliseconds(call: Callable[[], Any], device: str) -> float:
     if estimate > 2000:
         return estimate
     calls = min(20, math.ceil(30 / max(estimate, 1e-3))) if device == "cuda" else 1
-    count = 1 if device == "cpu" else 5 if estimate < 100 else 3 if estimate < 500 else 1
+    count = 1 if device == "cpu" else 9 if estimate < 200 else 3 if estimate < 500 else 1
     return agreed(median(batches(call, count, calls, device)), device)
 
 
@@ -312,8 +312,9 @@ class Attention:
         def forward_backward() -> None:
             self._backward(call, tensors)
 
-        forward()
-        forward_backward()
+        for _ in range(3):
+            forward()
+            forward_backward()
         return {
             f"forward_{name}ms": milliseconds(forward, self.device),
             f"forward_backward_{name}ms": milliseconds(forward_backward, self.device),
