@@ -17,7 +17,7 @@ from torch import Tensor
 
 from block_masks.packed import attend_packed
 from block_masks.slot_attention import attend_slots
-from block_masks.slots import from_slots, plan_slots, to_slots
+from block_masks.slots import Slots, from_slots, plan_slots, to_slots
 
 VERSION = "4.0.0b36"
 
@@ -40,9 +40,8 @@ def refusal(device: int, dtype: torch.dtype, head_dim: int, value_dim: int, of_s
         value_dim: of value.
         of_slots: whether it is asked for by ``attend_slots``, and not by ``attend_packed``.
     """
-    try:
-        version = importlib.metadata.version("flash-attn-4")
-    except importlib.metadata.PackageNotFoundError:
+    version = _version()
+    if version is None:
         return "flash-attn-4 is not installed"
     if version != VERSION:
         return f"flash-attn-4 must be {VERSION}, found {version}"
@@ -54,6 +53,15 @@ def refusal(device: int, dtype: torch.dtype, head_dim: int, value_dim: int, of_s
         return "its backward is not deterministic"
     error = _worst_error(device, dtype, head_dim, value_dim, of_slots)
     return None if error <= 2 else f"its error is {error:.1f} times that of other kernels on a small problem"
+
+
+@functools.cache
+def _version() -> str | None:
+    """What is installed; it takes a millisecond to find out."""
+    try:
+        return importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @functools.cache
@@ -71,7 +79,8 @@ def _worst_error(device: int, dtype: torch.dtype, head_dim: int, value_dim: int,
         for sizes in (_WHOLE, _CUT) if cut else (_WHOLE,):
             tokens = sum(sizes)
             group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
-            ways = (_slot_ways if of_slots else _packed_ways)(group, sizes, head_dim**-0.5, generator)
+            make = _slot_ways if of_slots else _packed_ways
+            ways = make(group, plan_slots(group, sizes), head_dim**-0.5, generator)
             inputs = random(2, tokens, head_dim), random(2, tokens, head_dim), random(2, tokens, value_dim)
             grad = random(2, tokens, value_dim)
             results = []
@@ -104,14 +113,14 @@ def undisturbed(call: Callable[[], T]) -> T:
         return pool.submit(call).result()
 
 
-def _packed_ways(group: Tensor, sizes: list[int], scale: float, generator: torch.Generator) -> Ways:
+def _packed_ways(group: Tensor, slots: Slots, scale: float, generator: torch.Generator) -> Ways:
     """Attention of two heads whose queries chose groups each for itself."""
-    selected = (torch.rand((2, len(group), len(sizes)), generator=generator) < 0.6).to(group.device)
+    selected = (torch.rand((2, len(group), len(slots.group_sizes)), generator=generator) < 0.6).to(group.device)
 
     def through(backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return attend_packed(
-                query, key, value, selected, group, sizes,
+                query, key, value, selected, slots,
                 row_tiles=(42, 21), heads=(2, 1), scale=scale, backend=backend,
             )[0]  # fmt: skip
 
@@ -120,10 +129,10 @@ def _packed_ways(group: Tensor, sizes: list[int], scale: float, generator: torch
     return {"exact": through("eager"), "other": through("triton"), "flash": through("flash")}
 
 
-def _slot_ways(group: Tensor, sizes: list[int], scale: float, generator: torch.Generator) -> Ways:
+def _slot_ways(group: Tensor, slots: Slots, scale: float, generator: torch.Generator) -> Ways:
     """Attention of two heads whose tiles of slots chose groups."""
-    slots = plan_slots(group, sizes)
-    selected = torch.rand((1, 2, len(slots.tile_group), len(sizes)), generator=generator).to(group.device) < 0.5
+    shape = (1, 2, len(slots.tile_group), len(slots.group_sizes))
+    selected = torch.rand(shape, generator=generator).to(group.device) < 0.5
     selected[..., 0] = True
     mask = selected[0].index_select(1, slots.key_slot // slots.tile_size)[..., group]
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from block_masks import row_steps
 from block_masks.device import on_device
-from block_masks.rows import TILE, plan_rows
-from block_masks.slots import Slots, plan_slots
+from block_masks.rows import plan_rows
+from block_masks.slots import Slots
 
 
 def attend_packed(
@@ -28,8 +28,7 @@ def attend_packed(
     key: Tensor,
     value: Tensor,
     selected: Tensor,
-    key_group: Tensor,
-    group_sizes: list[int],
+    slots: Slots,
     *,
     row_tiles: tuple[int, int],
     heads: tuple[int, int],
@@ -44,8 +43,7 @@ def attend_packed(
         key: ``(key heads, keys, D)``; query head h uses key head ``h // (H // key heads)``.
         value: ``(key heads, keys, value dim)``.
         selected: bool ``(H, S, G)``: which groups each query chose; fastest where S is contiguous.
-        key_group: int64 ``(keys,)``: the group of each key.
-        group_sizes: keys in each group, at least one, known on the host.
+        slots: of these keys and groups.
         row_tiles: tiles of rows to make room for in a section, see ``plan_rows``; in forward and in backward, which
             holds more for each row.
         heads: heads of a section, divisors of H, likewise.
@@ -63,22 +61,21 @@ def attend_packed(
     """
     if backend == "flash" and group_keys is not None:
         raise ValueError("group_keys must be None for backend='flash', got a tensor")
-    return _attend(
-        query, key, value, selected, key_group, group_keys, group_sizes, list(row_tiles), list(heads), scale, backend
-    )
+    return _attend(query, key, value, selected, group_keys, *slots.flat, list(row_tiles), list(heads), scale, backend)
 
 
 @torch.library.custom_op("block_masks::attend_packed", mutates_args=())
 @on_device
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, key_group: Tensor, group_keys: Tensor | None,
-    group_sizes: list[int], row_tiles: list[int], heads: list[int], scale: float, backend: str,
+    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_keys: Tensor | None,
+    slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool,
+    row_tiles: list[int], heads: list[int], scale: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     move, attend = _modules(backend)
-    query = query.contiguous()
-    plan, slots = plan_rows(selected, row_tiles[0], heads[0], TILE), plan_slots(key_group, group_sizes, TILE)
+    slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
+    query, keys, values = query.contiguous(), _in_slots(key, slots, move), _in_slots(value, slots, move)
+    plan = plan_rows(selected, row_tiles[0], heads[0], tile_size)
     pool_keys = _pool_keys(group_keys, slots, len(query))
-    keys, values = (move.take_slots(x.contiguous(), slots.slot_key) for x in (key, value))
     of_fillers = None
     if backend == "flash" and not slots.whole:
         from block_masks import filler_kernels
@@ -104,15 +101,16 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Te
 @torch.library.custom_op("block_masks::attend_packed_backward", mutates_args=())
 @on_device
 def _attend_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, key_group: Tensor,
-    group_keys: Tensor | None, output: Tensor, lse: Tensor,
-    group_sizes: list[int], row_tiles: list[int], heads: list[int], scale: float, backend: str,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_keys: Tensor | None,
+    output: Tensor, lse: Tensor, slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool,
+    row_tiles: list[int], heads: list[int], scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     move, attend = _modules(backend)
+    slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
     grad, query = grad.contiguous(), query.contiguous()
-    plan, slots = plan_rows(selected, row_tiles[1], heads[1], TILE), plan_slots(key_group, group_sizes, TILE)
+    keys, values = _in_slots(key, slots, move), _in_slots(value, slots, move)
+    plan = plan_rows(selected, row_tiles[1], heads[1], tile_size)
     pool_keys = _pool_keys(group_keys, slots, len(query))
-    keys, values = (move.take_slots(x.contiguous(), slots.slot_key) for x in (key, value))
     delta = move.delta(grad, output)
     grad_query = torch.empty_like(query)
     # Of each query head, summed over those that share a key head at the end.
@@ -125,6 +123,8 @@ def _attend_backward(
         move.sum_rows(rows, plan.query_rows[part], plan.query_count[part], grad_query[part])
         del rows
     repeats = len(query) // len(key)
+    if slots.in_place and repeats == 1:
+        return grad_query, grad_keys, grad_values
     grad_key, grad_value = (move.take_slots(x, slots.key_slot, repeats) for x in (grad_keys, grad_values))
     return grad_query, grad_key, grad_value
 
@@ -135,16 +135,24 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tu
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.save_for_backward(*inputs[:5], *output, *inputs[5])
     ctx.mark_non_differentiable(output[1])
     ctx.settings = inputs[6:]
 
 
-def _backward_of_attend(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.settings), *[None] * 8
+def _backward_of_attend(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors  # a checkpoint gives them out once
+    slot_tensors = list(saved[7:])
+    grads = _attend_backward(grad, *saved[:7], slot_tensors, *ctx.settings)
+    return *grads, None, None, [None] * len(slot_tensors), *[None] * 7
 
 
 _attend.register_autograd(_backward_of_attend, setup_context=_save)
+
+
+def _in_slots(x: Tensor, slots: Slots, move: ModuleType) -> Tensor:
+    """Keys or values ``(key heads, keys, D)`` in slots, contiguous."""
+    return x.contiguous() if slots.in_place else move.take_slots(x.contiguous(), slots.slot_key)
 
 
 def _pool_keys(group_keys: Tensor | None, slots: Slots, heads: int) -> Tensor:

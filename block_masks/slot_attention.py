@@ -15,7 +15,6 @@ holds a key of zeros here: it adds nothing to the gradient of query, and its own
 ``slot_steps.py`` has the steps in plain PyTorch, for a CPU; ``flash_kernels.py`` and ``filler_kernels.py`` for a GPU.
 """
 
-import dataclasses
 from types import ModuleType
 from typing import Any
 
@@ -23,10 +22,8 @@ import torch
 from torch import Tensor
 
 from block_masks.device import on_device
-from block_masks.slots import Slots
+from block_masks.slots import SLOT_TENSORS, Slots
 from block_masks.tiles import tile_lists
-
-_SLOT_TENSORS = [field.name for field in dataclasses.fields(Slots) if field.type is Tensor]
 
 
 def attend_slots(query: Tensor, key: Tensor, value: Tensor, selected: Tensor, slots: Slots, scale: float) -> Tensor:
@@ -53,7 +50,7 @@ def attend_slots(query: Tensor, key: Tensor, value: Tensor, selected: Tensor, sl
     """
     if query.dtype == torch.float16 and not slots.whole:
         raise ValueError(f"query must not be float16 where groups are no whole tiles, got sizes {slots.group_sizes}")
-    output, _ = _attend(query, key, value, selected, *_flat(slots), scale)
+    output, _ = _attend(query, key, value, selected, *slots.flat, scale)
     return output
 
 
@@ -61,9 +58,9 @@ def attend_slots(query: Tensor, key: Tensor, value: Tensor, selected: Tensor, sl
 @on_device
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, selected: Tensor,
-    slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, scale: float,
+    slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    slots = Slots(*slot_tensors, tile_size=tile_size, group_sizes=tuple(group_sizes))
+    slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
     attend, fillers = _modules(query)
     lists = _whole_tiles(selected.index_select(-1, slots.tile_group))
     if slots.whole:
@@ -100,24 +97,19 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tu
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    slot_tensors, _, tile_size, scale = inputs[4:]
-    tile_group = slot_tensors[_SLOT_TENSORS.index("tile_group")]
+    slot_tensors, _, tile_size, _, scale = inputs[4:]
+    tile_group = slot_tensors[SLOT_TENSORS.index("tile_group")]
     ctx.save_for_backward(*inputs[:4], *output, tile_group)
     ctx.mark_non_differentiable(output[1])
     ctx.settings = tile_size, scale
 
 
 def _backward_of_attend(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    none = [None] * len(_SLOT_TENSORS)
-    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.settings), None, none, None, None, None
+    none = [None] * len(SLOT_TENSORS)
+    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.settings), None, none, None, None, None, None
 
 
 _attend.register_autograd(_backward_of_attend, setup_context=_save)
-
-
-def _flat(slots: Slots) -> tuple[list[Tensor], list[int], int]:
-    """Slots as an op takes them."""
-    return [getattr(slots, name) for name in _SLOT_TENSORS], list(slots.group_sizes), slots.tile_size
 
 
 def _whole_tiles(tiles: Tensor) -> list[Tensor]:

@@ -9,7 +9,7 @@ filling slots are masked.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -52,9 +52,25 @@ class Slots:
     sorted_keys: bool = False
 
     @property
+    def flat(self) -> tuple[list[Tensor], list[int], int, bool]:
+        """As ops take them; ``Slots.of_flat`` takes them back."""
+        tensors = [getattr(self, name) for name in SLOT_TENSORS]
+        return tensors, list(self.group_sizes), self.tile_size, self.sorted_keys
+
+    @classmethod
+    def of_flat(cls, tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool) -> Self:
+        """Slots that an op was given."""
+        return cls(*tensors, tile_size=tile_size, group_sizes=tuple(group_sizes), sorted_keys=sorted_keys)
+
+    @property
     def whole(self) -> bool:
         """Whether all groups are whole tiles, so that every slot holds a key."""
         return not any(size % self.tile_size for size in self.group_sizes)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether each key is known to be in its slot already."""
+        return self.whole and self.sorted_keys
 
     @property
     def last_slot(self) -> Tensor:
@@ -72,6 +88,9 @@ class Slots:
         of_slot = torch.arange(len(self.slot_key), device=self.slot_key.device)
         last = self.last_slot[self.tile_group].repeat_interleave(self.tile_size, output_size=len(of_slot))
         return torch.where(self.slot_key >= 0, of_slot, last)
+
+
+SLOT_TENSORS = [field.name for field in dataclasses.fields(Slots) if field.type is Tensor]
 
 
 def plan_slots(key_group: Tensor, group_sizes: list[int], tile_size: int = TILE, *, sorted_keys: bool = False) -> Slots:
@@ -123,16 +142,12 @@ def _(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) -> list[Te
 
 def to_slots(x: Tensor, slots: Slots) -> Tensor:
     """Tokens ``(B, H, keys, D)`` in slots ``(B, H, slots, D)``, zero in filling ones. Differentiable."""
-    if slots.whole and slots.sorted_keys:
-        return x
-    return _gather_slots(x, slots.slot_key, slots.key_slot)
+    return x if slots.in_place else _gather_slots(x, slots.slot_key, slots.key_slot)
 
 
 def from_slots(x: Tensor, slots: Slots) -> Tensor:
     """Slots ``(B, H, slots, D)`` as tokens ``(B, H, keys, D)`` again. Differentiable."""
-    if slots.whole and slots.sorted_keys:
-        return x
-    return _gather_slots(x, slots.key_slot, slots.slot_key)
+    return x if slots.in_place else _gather_slots(x, slots.key_slot, slots.slot_key)
 
 
 # The adjoint of a gather is the gather by the inverse index: no atomics.

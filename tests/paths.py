@@ -11,7 +11,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from block_masks import Slots, to_slots
 from tests.strategies import Problem
 from vmoba_flex import reference, vmoba_attention, vmoba_mask, vmoba_selection
-from vmoba_flex.shared import block_slots, choose_tiles, shared_attention
+from vmoba_flex.mask import block_slots
+from vmoba_flex.shared import choose_tiles, shared_attention
 
 Path = Callable[[Problem], Tensor]
 

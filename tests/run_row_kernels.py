@@ -85,7 +85,7 @@ def check_attention(
     results = []
     for backend in ("eager", "triton"):
         output, lse = attend_packed(
-            *inputs, selected, key_group, sizes,
+            *inputs, selected, plan_slots(key_group, sizes),
             row_tiles=(2 * heads * len(sizes), heads * len(sizes)), heads=(heads, heads // 2),
             scale=scale, backend=backend, group_keys=group_keys,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from block_masks import plan_slots, row_steps, slot_mask
+from block_masks.slots import SLOT_TENSORS
 from tests.paths import (
     assert_equals_dense_masked_attention,
     assert_within_budget,
@@ -29,7 +30,7 @@ from tests.test_reference import is_softmax
 from tests.test_rows import RowProblem, row_problems
 from tests.test_selection import own_blocks
 from tests.test_shared import exact_means
-from tests.test_slots import SLOT_TENSORS, slot_problems
+from tests.test_slots import slot_problems
 from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_attention, vmoba_mask, vmoba_selection
 from vmoba_flex.dispatch import choose_backend
 from vmoba_flex.gate import block_means, gate
@@ -39,7 +40,7 @@ from vmoba_flex.rules import POOLS, Rule
 from vmoba_flex.selection import select
 from vmoba_flex.warmup import warmed
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flash_at_any_size")]
 
 GRID = (5, 14, 18)
 CASES = {

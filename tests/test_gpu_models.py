@@ -15,7 +15,7 @@ import diffusers
 
 from vmoba_flex import AboutBlocks, Threshold, VMoBAConfig, apply_vmoba
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flash_at_any_size")]
 
 # More than 4,096 rows: where Inductor's mix-order reductions come in, see docs/models/README.md.
 GRID = (8, 24, 24)

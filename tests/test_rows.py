@@ -1,7 +1,6 @@
 """Packed rows: the plan, its mask, and attention over rows."""
 
 import dataclasses
-from unittest import mock
 
 import pytest
 import torch
@@ -41,18 +40,16 @@ class RowProblem:
         return plan_slots(self.key_group, self.group_sizes, self.tile_size)
 
     def attend(self, *tensors: Tensor, scale: float = 0.5, backend: str = "eager") -> tuple[Tensor, Tensor]:
-        with mock.patch("block_masks.packed.TILE", self.tile_size):
-            return attend_packed(
-                *(tensors or (self.query, self.key, self.value)),
-                self.selected,
-                self.key_group,
-                self.group_sizes,
-                row_tiles=(self.row_tiles, self.row_tiles),
-                heads=(self.heads, self.heads),
-                scale=scale,
-                backend=backend,
-                group_keys=self.group_keys,
-            )
+        return attend_packed(
+            *(tensors or (self.query, self.key, self.value)),
+            self.selected,
+            self.slots(),
+            row_tiles=(self.row_tiles, self.row_tiles),
+            heads=(self.heads, self.heads),
+            scale=scale,
+            backend=backend,
+            group_keys=self.group_keys,
+        )
 
     def expected(self, *tensors: Tensor, scale: float = 0.5) -> Tensor:
         """Dense masked attention in float64, zero where a query chose nothing."""
@@ -205,11 +202,11 @@ def test_a_nan_group_reaches_the_queries_that_chose_it_alone(bad: int):
 def test_registered_ops_are_well_formed():
     problem = _problem(torch.ones(2, 5, 2, dtype=torch.bool))
     leaves = [x.requires_grad_() for x in (problem.query, problem.key, problem.value)]
-    ops, tail = torch.ops.block_masks, (problem.group_sizes, [8, 4], [2, 1], 0.5, "eager")
-    torch.library.opcheck(ops.attend_packed, (*leaves, problem.selected, problem.key_group, None, *tail))
+    ops, tail = torch.ops.block_masks, (*problem.slots().flat, [16, 8], [2, 1], 0.5, "eager")
+    torch.library.opcheck(ops.attend_packed, (*leaves, problem.selected, None, *tail))
     output, lse = problem.attend()
     inputs = [x.detach() for x in (output, *leaves)]
-    saved = (problem.selected, problem.key_group, None, output.detach(), lse.detach())
+    saved = (problem.selected, None, output.detach(), lse.detach())
     torch.library.opcheck(ops.attend_packed_backward, (*inputs, *saved, *tail))
     torch.library.opcheck(ops.pack_bits, (problem.selected,))
     torch.library.opcheck(ops.tile_lists, (problem.selected,))

@@ -25,7 +25,7 @@ from tests.paths import (
 )
 from tests.strategies import Problem, problems, rules
 from vmoba_flex import BlockPartition, Threshold, TopK, reference, shared, vmoba_attention, vmoba_selection
-from vmoba_flex.shared import block_slots
+from vmoba_flex.mask import block_slots
 
 TILE_SIZES = st.sampled_from([1, 3, 4, 128])
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from block_masks import attend_slots, from_slots, plan_slots, row_steps, slot_steps, to_slots
 from tests.strategies import generators
-from tests.test_slots import SLOT_TENSORS, SlotProblem, slot_problems
+from tests.test_slots import SlotProblem, slot_problems
 
 
 def inputs(problem: SlotProblem, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -126,7 +126,4 @@ def test_the_registered_op_is_well_formed():
     problem = lone([100, 60])
     slots = problem.plan()
     query, key, value, _ = (to_slots(x, slots).requires_grad_() for x in inputs(problem, torch.Generator()))
-    tensors = [getattr(slots, name) for name in SLOT_TENSORS]
-    torch.library.opcheck(
-        torch.ops.block_masks.attend_slots, (query, key, value, problem.selected, tensors, [100, 60], 128, 0.5)
-    )
+    torch.library.opcheck(torch.ops.block_masks.attend_slots, (query, key, value, problem.selected, *slots.flat, 0.5))

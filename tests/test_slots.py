@@ -12,8 +12,6 @@ from block_masks import Slots, from_slots, live_slots, plan_slots, slot_mask, sl
 from tests.strategies import generators
 from tests.test_block_masks import INDEX_TENSORS
 
-SLOT_TENSORS = [field.name for field in dataclasses.fields(Slots) if field.type is Tensor]
-
 
 @dataclasses.dataclass
 class SlotProblem:

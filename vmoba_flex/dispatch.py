@@ -12,13 +12,16 @@ DISPATCHES = ("auto", "tiles", "packed", "shared", "dense")
 BACKENDS = ("auto", "triton", "flash")
 
 
-# Times on one H200 that "auto" goes by (bench/NOTES.md). The fastest dense peer runs at _DENSE_RATE, and its forward +
-# backward takes _BACKWARD times as long. "packed" takes the share of that which _SHARE gives (a constant, and a factor
-# on the density), but at least the seconds of _LAUNCHES, in which the host launches it: forward, forward + backward.
+# Times on one H200 or H100 that "auto" goes by (bench/NOTES.md). The fastest dense peer runs at _DENSE_RATE, and its
+# forward + backward takes _BACKWARD times as long. "packed" takes the share of that which _SHARE gives (a constant, and
+# a factor on the density), but at least the seconds of _LAUNCHES, in which the host launches it: forward, forward +
+# backward. FlashAttention-4 is launched in twice as many steps as our own kernels, and gains no time until the dense
+# peer would take the seconds of _FLASH_FROM.
 _DENSE_RATE = 6.5e14
 _BACKWARD = 3.5
 _SHARE = (0.12, 1.3)
-_LAUNCHES = (5.5e-3, 12e-3)
+_LAUNCHES = (3e-3, 6e-3)
+_FLASH_FROM = (10e-3, 18e-3)
 
 
 def choose_dispatch(
@@ -39,16 +42,21 @@ def choose_dispatch(
     """
     if not query.is_cuda or query.dtype == torch.float64 or max(query.shape[-1], value.shape[-1]) > 256:
         return "tiles"
-    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    batch, heads, _, head_dim = query.shape
-    operations = 4 * batch * heads * partition.num_tokens**2 * head_dim / ranks
-    dense = operations / _DENSE_RATE * (_BACKWARD if backward else 1)
+    dense, backward = _dense_seconds(query, key, value, partition)
+    dense /= ranks
     constant, factor = _SHARE
     share = constant + factor * _largest_density(rule, partition.num_blocks)
-    if max(_LAUNCHES[int(backward)], share * dense) >= dense:
+    if max(_LAUNCHES[backward], share * dense) >= dense:
         return "dense"
     unbounded = isinstance(rule, Threshold) and rule.max_density is None
     return "tiles" if unbounded and torch.compiler.is_compiling() else "packed"
+
+
+def _dense_seconds(query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition) -> tuple[float, bool]:
+    """What the fastest dense peer takes for all tokens and these heads, and whether with backward."""
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    operations = 4 * query.shape[0] * query.shape[1] * partition.num_tokens**2 * query.shape[-1]
+    return operations / _DENSE_RATE * (_BACKWARD if backward else 1), backward
 
 
 def _largest_density(rule: Rule, blocks: int) -> float:
@@ -80,7 +88,8 @@ def choose_backend(
         if backend != "auto":
             raise ValueError(f"backend must be 'auto' for dispatch='packed' and dtype torch.float64, got {backend!r}")
         return "eager"
-    if backend == "triton":
+    dense, backward = _dense_seconds(query, key, value, partition)
+    if backend == "triton" or (backend == "auto" and dense < _FLASH_FROM[backward]):
         return "triton"
     refusal = _flash_refusal(dispatch, query, key, value, partition, padded)
     if backend == "flash" and refusal:

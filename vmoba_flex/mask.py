@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from block_masks import TileMap, group_mask, group_tiles
+from block_masks import Slots, TileMap, group_mask, group_tiles, plan_slots
+from block_masks.rows import TILE
 from vmoba_flex.inputs import check_choice, check_positive, check_query_key, check_text_lengths
+from vmoba_flex.kept import kept
 from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
@@ -100,6 +102,11 @@ def _ordered_groups(selection: Tensor, partition: BlockPartition, token_order: s
 
 
 def key_groups(selection: Tensor, partition: BlockPartition, queries: Queries | None = None) -> tuple[Tensor, Tensor]:
+    """``with_text``, and the group of each key, int64 ``(S,)``, both in raster order."""
+    return with_text(selection, partition, queries), group_of_key(partition, selection.device)
+
+
+def with_text(selection: Tensor, partition: BlockPartition, queries: Queries | None = None) -> Tensor:
     """Extends a selection by prefix and suffix, which attend all and which all attend, as one more group of keys.
 
     Args:
@@ -108,14 +115,13 @@ def key_groups(selection: Tensor, partition: BlockPartition, queries: Queries | 
         queries: which queries there are; None for all.
 
     Returns:
-        bool ``(B, H, queries, G)`` and the group of each key, int64 ``(S,)``, both in raster order.
+        bool ``(B, H, queries, G)``.
     """
-    groups = group_of_key(partition, selection.device)
     if not partition.prefix + partition.suffix:
-        return selection, groups
+        return selection
     before, _, _, behind = queries or Queries.of(partition)
     # Padded the other way round, so that queries stay contiguous if they are.
-    return F.pad(selection.mT, (before, behind, 0, 1), value=True).mT, groups
+    return F.pad(selection.mT, (before, behind, 0, 1), value=True).mT
 
 
 def keys_there(partition: BlockPartition, text_lengths: Tensor | None) -> Tensor | None:
@@ -132,9 +138,18 @@ def keys_there(partition: BlockPartition, text_lengths: Tensor | None) -> Tensor
     return torch.cat([text[:, : partition.prefix], video, text[:, partition.prefix :]], 1)
 
 
+@kept
 def group_of_key(partition: BlockPartition, device: torch.device) -> Tensor:
     """The block of each video token, and ``num_blocks`` for prefix and suffix; int64 ``(S,)`` in raster order."""
     return F.pad(partition.block_ids(device), (partition.prefix, partition.suffix), value=partition.num_blocks)
+
+
+@kept
+def block_slots(partition: BlockPartition, device: torch.device, tile_size: int = TILE) -> Slots:
+    """The slots of a partition's tokens: its blocks, then prefix and suffix together, each in whole tiles."""
+    # Slabs of frames, with no text before them, are in block order as they come.
+    in_order = partition.block[1:] == partition.grid[1:] and not partition.prefix
+    return plan_slots(group_of_key(partition, device), group_sizes(partition), tile_size, sorted_keys=in_order)
 
 
 def group_sizes(partition: BlockPartition) -> list[int]:

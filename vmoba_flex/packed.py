@@ -7,7 +7,7 @@ from torch import Tensor
 
 from block_masks import attend_packed
 from block_masks.rows import TILE
-from vmoba_flex.mask import group_sizes, key_groups
+from vmoba_flex.mask import block_slots, group_sizes, with_text
 from vmoba_flex.part import Part, Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
@@ -56,7 +56,7 @@ def packed_attention(
     batch, heads, _, head_dim = query.shape
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     queries = Queries.of(partition) if part is None else part.queries
-    selected, key_group = key_groups(selection, partition, queries)
+    selected = with_text(selection, partition, queries)
     group_keys = None
     if text_lengths is not None:
         sizes = partition.block_sizes(query.device).expand(batch, -1)
@@ -70,7 +70,7 @@ def packed_attention(
     )
     query, key, value = (x.flatten(0, 1) for x in (query, key, value))
     output, _ = attend_packed(
-        query, key, value, selected, key_group, group_sizes(partition), heads=(forward[0], backward[0]),
+        query, key, value, selected, block_slots(partition, query.device), heads=(forward[0], backward[0]),
         row_tiles=(forward[1], backward[1]), scale=scale, backend=backend, group_keys=group_keys,
     )  # fmt: skip
     return output.unflatten(0, (batch, heads))

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from block_masks import Slots, attend_slots, from_slots, live_slots, plan_slots, realize, slot_mask, to_slots
+from block_masks import Slots, attend_slots, from_slots, live_slots, realize, slot_mask, to_slots
 from block_masks.rows import TILE
 from vmoba_flex.chunked import chunked_attention
 from vmoba_flex.compiled import compiled_flex_attention, has_flex_kernel
 from vmoba_flex.gate import block_means
-from vmoba_flex.mask import group_of_key, group_sizes, keys_there
+from vmoba_flex.mask import block_slots, group_of_key, keys_there
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
@@ -80,13 +80,6 @@ def shared_attention(
     mask = slot_mask(selected, slots, live_slots(slots, live))
     output = compiled_flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=enable_gqa)
     return from_slots(output, slots), selected, slots
-
-
-def block_slots(partition: BlockPartition, device: torch.device, tile_size: int = TILE) -> Slots:
-    """The slots of a partition's tokens: its blocks, then prefix and suffix together, each in whole tiles."""
-    # Slabs of frames, with no text before them, are in block order as they come.
-    in_order = partition.block[1:] == partition.grid[1:] and not partition.prefix
-    return plan_slots(group_of_key(partition, device), group_sizes(partition), tile_size, sorted_keys=in_order)
 
 
 @torch.no_grad()
