@@ -117,8 +117,8 @@ def vmoba_attention(
             ``"dense"`` is ``scaled_dot_product_attention`` over everything, by cuDNN where it can and the call is large
             enough to ask for it; it ignores ``rule``. ``"auto"`` takes
             ``"packed"`` on a GPU where measured times say that it beats the fastest dense kernels, and ``"dense"``
-            elsewhere: with ``Threshold(0.25, max_density=0.25)``, head dim 128 and 12 heads, below about 24,000 tokens,
-            or 19,000 with gradients. It takes ``"tiles"`` instead of ``"packed"`` inside ``torch.compile`` for a
+            elsewhere: with ``Threshold(0.25, max_density=0.25)``, head dim 128 and 12 heads, below about 18,000 tokens,
+            or 13,500 with gradients. It takes ``"tiles"`` instead of ``"packed"`` inside ``torch.compile`` for a
             ``Threshold`` without ``max_density``, and for float64 and head dims above 256; on a CPU always; and
             ``"shared"`` never. The stats tell full attention by its density of 1.
         backend: kernels on a GPU, but for ``"dense"``, which takes what torch takes. ``"triton"``: the same inputs give
@@ -127,7 +127,8 @@ def vmoba_attention(
             gradient of query may differ in the last bits from run to run. It must be installed in the version that this
             package was tried with, and come out right on a small problem, which the first call for each dispatch, dtype
             and head dim runs and reads back: call once before capturing a graph. ``"auto"`` is ``"flash"`` where that
-            can run, and else ``"triton"``.
+            can run and the call is large enough for its gain to outweigh its launches, which are twice as many: from
+            about 32,500 tokens on with head dim 128 and 12 heads, or 23,000 with gradients. Else it is ``"triton"``.
         return_stats: also return ``AttentionStats``; with a group, not inside ``torch.compile``.
         max_row_bytes: for ``"packed"``, what the rows of the heads worked on together may take; at least one head is,
             and all are for pools that span heads.
