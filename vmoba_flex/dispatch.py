@@ -46,7 +46,7 @@ def choose_dispatch(
     dense /= ranks
     constant, factor = _SHARE
     share = constant + factor * _largest_density(rule, partition.num_blocks)
-    if max(_LAUNCHES[backward], share * dense) >= dense:
+    if max(_LAUNCHES[int(backward)], share * dense) >= dense:
         return "dense"
     unbounded = isinstance(rule, Threshold) and rule.max_density is None
     return "tiles" if unbounded and torch.compiler.is_compiling() else "packed"
@@ -89,7 +89,7 @@ def choose_backend(
             raise ValueError(f"backend must be 'auto' for dispatch='packed' and dtype torch.float64, got {backend!r}")
         return "eager"
     dense, backward = _dense_seconds(query, key, value, partition)
-    if backend == "triton" or (backend == "auto" and dense < _FLASH_FROM[backward]):
+    if backend == "triton" or (backend == "auto" and dense < _FLASH_FROM[int(backward)]):
         return "triton"
     refusal = _flash_refusal(dispatch, query, key, value, partition, padded)
     if backend == "flash" and refusal:
