@@ -1,8 +1,9 @@
-"""A model of what attention over several GPUs costs: pairs, bytes and links.
+"""A model of what attention over several GPUs costs: pairs, tokens, bytes, links and launches.
 
-Each GPU attends ``heads / gpus`` heads of all tokens, as even as can be, at a rate that does not depend on how many
-GPUs there are. Forward sends query, key, value and output once, backward their gradients: of its part of such a tensor
-each GPU sends ``(gpus - 1) / gpus``, over the links of its node to the GPUs there and over its network link to others.
+Each GPU attends ``heads / gpus`` heads of all tokens, as even as can be. Each pair and each token of a head costs a
+time that does not depend on how many GPUs there are, and a call at least what the host needs to launch it. Forward
+sends query, key, value and output once, backward their gradients: of its part of such a tensor each GPU sends
+``(gpus - 1) / gpus``, over the links of its node to the GPUs there and over its network link to others.
 Where GPUs exceed heads, queries stay and each GPU receives all keys and values instead, and sends back gradients of as
 many; its share of the queries is ``1 / gpus``.
 """
@@ -17,6 +18,8 @@ FORWARD_BACKWARD = 3.5
 # Exchanges of one call: query, key, value, output; backward the same again.
 EXCHANGES = {"forward": 4, "forward_backward": 8}
 MODES = tuple(EXCHANGES)
+# Of a call over several GPUs; measured (NOTES.md).
+LAUNCHES = {"forward": 4.5e-3, "forward_backward": 8e-3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Machine:
 
     Attributes:
         rates: products of queries and keys, and of weights and values, in FLOP/s, by attention and mode.
-        overheads: seconds of a call that do not shrink with its size, likewise.
+        tokens: seconds for each token of a head, beside its pairs, likewise.
+        launches: seconds in which the host launches a call of ours, by mode.
         link: bytes that a GPU sends in a second to the others of its node.
         latency: seconds of an exchange of nothing.
         network: bytes that a GPU sends in a second to GPUs of other nodes.
@@ -33,8 +37,9 @@ class Machine:
     """
 
     rates: Mapping[tuple[str, str], float]
-    overheads: Mapping[tuple[str, str], float]
+    tokens: Mapping[tuple[str, str], float]
     link: float
+    launches: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(LAUNCHES))
     latency: float = 30e-6
     network: float = 50e9
     node: int = 8
@@ -92,19 +97,21 @@ def exchange_s(call: Call, gpus: int, mode: str, machine: Machine) -> float:
 def compute_s(call: Call, gpus: int, mode: str, machine: Machine) -> float:
     """Seconds of the busiest GPU's own work."""
     key = call.attention, mode
-    return machine.overheads[key] + work(call, mode) * share(call, gpus) / machine.rates[key]
+    whole = work(call, mode) / machine.rates[key] + call.tokens * call.heads * machine.tokens[key]
+    return whole * share(call, gpus)
 
 
 def predict_s(call: Call, gpus: int, mode: str, machine: Machine) -> float:
-    """Seconds of a call: work and exchanges one after another."""
-    return compute_s(call, gpus, mode, machine) + exchange_s(call, gpus, mode, machine)
+    """Seconds of a call: work and exchanges one after another, or its launches where they take longer."""
+    total = compute_s(call, gpus, mode, machine) + exchange_s(call, gpus, mode, machine)
+    return total if call.attention == "dense" else max(total, machine.launches[mode])
 
 
 def fit(rows: Iterable[Mapping[str, Any]], **assumed: Any) -> Machine:
     """A machine from measured rows: rates from those on one GPU, links from those on the fewest others.
 
-    Rates and overheads are the line through the two one-GPU rows with the most and the fewest tokens; with one row, the
-    line through zero. Rows on more GPUs than that stay for checking what is predicted.
+    Pairs and tokens cost what explains the two one-GPU rows with the most and the fewest tokens; with one row, pairs
+    alone. Rows on more GPUs than that stay for checking what is predicted.
 
     Raises:
         ValueError: if there are no rows on one GPU.
@@ -113,26 +120,31 @@ def fit(rows: Iterable[Mapping[str, Any]], **assumed: Any) -> Machine:
     alone = [row for row in done if row["gpus"] == 1]
     if not alone:
         raise ValueError("rows must hold some on one GPU, got none")
-    rates, overheads = {}, {}
+    rates, tokens = {}, {}
     for attention in dict.fromkeys(row["attention"] for row in alone):
+        its = [row for row in alone if row["attention"] == attention]
+        ends = min(its, key=_tokens), max(its, key=_tokens)
         for mode in MODES:
-            points = sorted(
-                (work(call_of(row), mode), row[f"{mode}_ms"] / 1e3) for row in alone if row["attention"] == attention
+            (pairs, lengths, first), (most, longest, last) = (
+                (work(call_of(row), mode), row["tokens"] * row["heads"], row[f"{mode}_ms"] / 1e3) for row in ends
             )
-            (few, first), (many, last) = points[0], points[-1]
-            slope = (last - first) / (many - few) if many > few else 0.0
-            overhead = first - slope * few
-            if slope <= 0 or overhead < 0:
-                slope, overhead = last / many, 0.0
-            rates[attention, mode], overheads[attention, mode] = 1 / slope, overhead
+            # first = pairs * pair + lengths * token, and the same of the last.
+            scale = pairs * longest - most * lengths
+            token = (pairs * last - most * first) / scale if scale else 0.0
+            tokens[attention, mode] = token = max(token, 0.0)
+            rates[attention, mode] = most / (last - longest * token)
     several = [row for row in done if row["gpus"] > 1]
     few = min((row["gpus"] for row in several), default=0)
     # By the most bytes, at which latency counts least.
-    largest = max((row for row in several if row["gpus"] == few), key=lambda row: row["tokens"], default=None)
+    largest = max((row for row in several if row["gpus"] == few), key=_tokens, default=None)
     link = 300e9
     if largest is not None:
         link = sent(call_of(largest), few, "forward") / (largest["forward_exchange_ms"] / 1e3)
-    return Machine(rates, overheads, link, **assumed)
+    return Machine(rates, tokens, link, **assumed)
+
+
+def _tokens(row: Mapping[str, Any]) -> int:
+    return row["tokens"]
 
 
 def call_of(row: Mapping[str, Any]) -> Call:

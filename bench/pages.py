@@ -144,15 +144,25 @@ def _models(data: Row) -> list[str]:
 
 
 def _distributed(data: Row) -> list[str]:
+    rows = [row for row in data["rows"] if row["status"] == "ok" and not row["model"]]
     lines = []
-    for row in data["rows"]:
-        if row["status"] != "ok":
-            continue
+    for row in sorted(rows, key=lambda row: (row["attention"] == "dense", row["tokens"], row["gpus"])):
         cells = [f"{row[f'{mode}_ms']:.1f} ({row[f'{mode}_speed_up']:.2f}x)" for mode in MODES]
         parts = [number(row.get(f"forward_backward_{name}_ms"), 1) for name in ("compute", "exchange", "predicted")]
-        lines.append([f"{row['tokens']:,}", str(row["gpus"]), *cells, *parts])
-    names = ["tokens", "GPUs", "forward ms", "forward + backward ms", "computing", "exchanging", "predicted"]
+        lines.append([f"`{row['attention']}`", f"{row['tokens']:,}", str(row["gpus"]), *cells, *parts])
+    names = ["", "tokens", "GPUs", "forward ms", "forward + backward ms", "computing", "exchanging", "predicted"]
     return table(names, lines)
+
+
+def _distributed_steps(data: Row) -> list[str]:
+    rows = [row for row in data["rows"] if row["status"] == "ok" and row["model"]]
+    rows.sort(key=lambda row: (row["attention"] == "dense", row["tokens"], row["gpus"]))
+    lines = [
+        [f"`{row['attention']}`", f"{row['tokens']:,}", str(row["gpus"]), f"{row['forward_backward_ms'] / 1000:.2f}"]
+        + [number(row[f"forward_backward_{name}"], 2) for name in ("speed_up", "over_dense")]
+        for row in rows
+    ]
+    return table(["", "tokens", "GPUs", "s", "speed-up", "against full attention"], lines)
 
 
 _PARTS: dict[str, Callable[[Row], str | list[str]]] = {
@@ -169,6 +179,7 @@ _PARTS: dict[str, Callable[[Row], str | list[str]]] = {
     "smooth": _smooth,
     "models": _models,
     "distributed": _distributed,
+    "distributed_steps": _distributed_steps,
     "training_where": tables.where,
     "training": tables.summary,
     "training_aims": tables.aims,

@@ -47,8 +47,8 @@ def row_of(attention: str, tokens: int, gpus: int, forward: float, backward: flo
 def test_a_machine_is_found_in_rows_that_its_costs_made(bench):  # noqa: F811
     cost = bench("distributed_cost")
     rates = {("packed", "forward"): 4e14, ("packed", "forward_backward"): 3e14}
-    overheads = {("packed", "forward"): 2e-3, ("packed", "forward_backward"): 5e-3}
-    machine = cost.Machine(rates, overheads, link=200e9, latency=0.0)
+    per_token = {("packed", "forward"): 3e-9, ("packed", "forward_backward"): 8e-9}
+    machine = cost.Machine(rates, per_token, link=200e9, latency=0.0)
     rows = []
     for tokens in (55296, 110592, 221184):
         for gpus in (1, 2, 4):
@@ -58,7 +58,7 @@ def test_a_machine_is_found_in_rows_that_its_costs_made(bench):  # noqa: F811
             rows[-1]["forward_exchange_ms"] = 1e3 * cost.exchange_s(call, gpus, "forward", machine)
     found = cost.fit(rows, latency=0.0)
     assert found.link == pytest.approx(machine.link)
-    assert dict(found.rates) == pytest.approx(rates) and dict(found.overheads) == pytest.approx(overheads)
+    assert dict(found.rates) == pytest.approx(rates) and dict(found.tokens) == pytest.approx(per_token)
     for row in rows:
         for mode in cost.MODES:
             assert 1e3 * cost.predict_s(cost.call_of(row), row["gpus"], mode, found) == pytest.approx(row[f"{mode}_ms"])
@@ -86,7 +86,12 @@ def test_rows_that_are_missing(bench):  # noqa: F811
     cost = bench("distributed_cost")
     with pytest.raises(ValueError, match="rows must hold some on one GPU, got none"):
         cost.fit([row_of("packed", 55296, 2, 5.0, 15.0, 1.0)])
-    # One row gives a rate, and no overhead.
+    # One row gives a rate, and no time for tokens.
     found = cost.fit([row_of("packed", 55296, 1, 5.0, 15.0)])
-    assert found.overheads["packed", "forward"] == 0
+    assert found.tokens["packed", "forward"] == 0
     assert cost.predict_s(cost.Call(55296, 12, 128, 0.2, "packed"), 1, "forward", found) == pytest.approx(5e-3)
+    # However many GPUs, a call of ours takes its launches.
+    for attention, floor in (("packed", found.launches["forward"]), ("dense", 0.0)):
+        found.rates[attention, "forward"], found.tokens[attention, "forward"] = 1e30, 0.0
+        call = cost.Call(128, 12, 128, 0.2, attention)
+        assert cost.predict_s(call, 4, "forward", found) == max(floor, cost.exchange_s(call, 4, "forward", found))
