@@ -126,8 +126,9 @@ def _paper(data: Row) -> list[str]:
 
 
 def _smooth(data: Row) -> list[str]:
+    tokens = _rows(data, "main")[0]["tokens"]
     rows = [row for row in _rows(data, "auto", inputs="smooth") if row["attention"] in ("packed", "tiles")]
-    rows.sort(key=lambda row: (row["attention"], row["blocks"]))
+    rows = sorted((row for row in rows if row["tokens"] == tokens), key=lambda row: (row["attention"], row["blocks"]))
     lines = [[f"`{row['attention']}`", _blocks(row), *_density_and_times(row)] for row in rows]
     return table(["dispatch", "blocks", "density", "forward ms", "forward + backward ms"], lines)
 

@@ -89,7 +89,7 @@ def attend_tiles(
     from flash_attn.cute.interface import _flash_attn_fwd
 
     output, lse, *_ = _flash_attn_fwd(
-        *(x.transpose(1, 2) for x in (query, key, value)), softmax_scale=scale, return_lse=True,
+        *(_aligned(x).transpose(1, 2) for x in (query, key, value)), softmax_scale=scale, return_lse=True,
         block_sparse_tensors=BlockSparseTensorsTorch(*lists, block_size=(tile_size, tile_size)),
     )  # fmt: skip
     return output.transpose(1, 2), lse
@@ -104,7 +104,7 @@ def attend_tiles_backward(
     from flash_attn.cute.interface import _flash_attn_bwd
 
     grad_query, grad_key, grad_value, *_ = _flash_attn_bwd(
-        *(x.transpose(1, 2) for x in (query, key, value, output, grad)), lse, softmax_scale=scale,
+        *(_aligned(x).transpose(1, 2) for x in (query, key, value, output, grad)), lse, softmax_scale=scale,
         block_sparse_tensors=BlockSparseTensorsTorch(*transposed, block_size=(tile_size, tile_size)),
     )  # fmt: skip
     grad_query, grad_key, grad_value = (x.transpose(1, 2).contiguous() for x in (grad_query, grad_key, grad_value))
@@ -113,11 +113,17 @@ def attend_tiles_backward(
 
 def _of_section(x: Tensor, query: Tensor, plan: RowPlan, section: int) -> Tensor:
     """Keys or values ``(heads, slots, D)`` of each query head of a section."""
+    x = _aligned(x)
     heads = len(query) // len(plan.row_pool)
     part = slice(section * heads, (section + 1) * heads)
     if len(x) == len(query):
         return x[part]
     return x.repeat_interleave(len(query) // len(x), 0)[part].contiguous()
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """A tensor that starts at a multiple of 16 bytes, as its kernels expect; keys in place may come from anywhere."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _packed_slots(slots: Slots) -> Tensor:

@@ -74,9 +74,15 @@ def check_attention(
     scale: float,
     shift: float = 0,
     short: bool = False,
+    in_order: bool = False,
 ) -> None:
-    """Forward and backward of ``attend_packed``; ``shift`` makes all scores negative, ``short`` leaves keys out."""
+    """Forward and backward of ``attend_packed``.
+
+    ``shift`` makes all scores negative, ``short`` leaves keys out, and ``in_order`` has each key in its slot already.
+    """
     selected, key_group = problem(heads, 150, sizes, 0.5)
+    slots = plan_slots(key_group.sort().values if in_order else key_group, sizes, sorted_keys=in_order)
+    assert slots.in_place == in_order
     query, grad = torch.randn(heads, 150, dims[0]), torch.randn(heads, 150, dims[1])
     keys = (torch.randn(heads // repeats, len(key_group), dim) for dim in dims)
     key, value = keys
@@ -85,7 +91,7 @@ def check_attention(
     results = []
     for backend in ("eager", "triton"):
         output, lse = attend_packed(
-            *inputs, selected, plan_slots(key_group, sizes),
+            *inputs, selected, slots,
             row_tiles=(2 * heads * len(sizes), heads * len(sizes)), heads=(heads, heads // 2),
             scale=scale, backend=backend, group_keys=group_keys,
         )  # fmt: skip
@@ -127,6 +133,8 @@ if __name__ == "__main__":
     check_attention(4, 2, [200, 31, 1], (16, 40), 0.2, short=True)
     check_attention(2, 1, [70, 64], (16, 16), 0.0)
     check_attention(2, 1, [70, 64], (16, 16), 1.0, shift=4)  # a filling slot's score of 0 would weigh e^200
+    check_attention(4, 1, [128, 256], (16, 40), 0.3, in_order=True)
+    check_attention(4, 2, [256, 128], (24, 24), 0.3, in_order=True)
     check_leave_out(1, [1], (16, 16), 1)
     check_leave_out(3, [100, 256, 129], (24, 40), 128)
     check_leave_out(2, [3] * 18, (72, 128), 1)  # more groups than are looked at at once

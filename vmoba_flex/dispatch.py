@@ -15,8 +15,8 @@ BACKENDS = ("auto", "triton", "flash")
 # Times on one H200 or H100 that "auto" goes by (bench/NOTES.md). The fastest dense peer runs at _DENSE_RATE, and its
 # forward + backward takes _BACKWARD times as long. "packed" takes the share of that which _SHARE gives (a constant, and
 # a factor on the density), but at least the seconds of _LAUNCHES, in which the host launches it: forward, forward +
-# backward. FlashAttention-4 is launched in twice as many steps as our own kernels, and gains no time until the dense
-# peer would take the seconds of _FLASH_FROM.
+# backward. FlashAttention-4 takes the host up to twice as long to launch as our own kernels, and gains no time until
+# the dense peer would take the seconds of _FLASH_FROM.
 _DENSE_RATE = 6.5e14
 _BACKWARD = 3.5
 _SHARE = (0.12, 1.3)

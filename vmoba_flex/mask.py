@@ -10,7 +10,6 @@ from torch.nn.attention.flex_attention import BlockMask
 from block_masks import Slots, TileMap, group_mask, group_tiles, plan_slots
 from block_masks.rows import TILE
 from vmoba_flex.inputs import check_choice, check_positive, check_query_key, check_text_lengths
-from vmoba_flex.kept import kept
 from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
@@ -138,13 +137,11 @@ def keys_there(partition: BlockPartition, text_lengths: Tensor | None) -> Tensor
     return torch.cat([text[:, : partition.prefix], video, text[:, partition.prefix :]], 1)
 
 
-@kept
 def group_of_key(partition: BlockPartition, device: torch.device) -> Tensor:
     """The block of each video token, and ``num_blocks`` for prefix and suffix; int64 ``(S,)`` in raster order."""
     return F.pad(partition.block_ids(device), (partition.prefix, partition.suffix), value=partition.num_blocks)
 
 
-@kept
 def block_slots(partition: BlockPartition, device: torch.device, tile_size: int = TILE) -> Slots:
     """The slots of a partition's tokens: its blocks, then prefix and suffix together, each in whole tiles."""
     # Slabs of frames, with no text before them, are in block order as they come.

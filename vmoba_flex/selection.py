@@ -8,9 +8,8 @@ from torch import Tensor
 from block_masks.device import on_device
 from vmoba_flex.gate import gate
 from vmoba_flex.inputs import check_query_key
-from vmoba_flex.kept import kept
 from vmoba_flex.mass import block_mass
-from vmoba_flex.part import Part, Queries
+from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold
 from vmoba_flex.warmup import WarmedThreshold
@@ -52,16 +51,13 @@ def choose_blocks(
     query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, part: Part | None = None
 ) -> Tensor:
     """``vmoba_selection`` of inputs that have been checked, or of the part of a call that lies here."""
-    queries = Queries.of(partition) if part is None else part.queries
+    ids, queries = partition.block_ids(query.device), None
+    if part is not None:
+        queries = part.queries
+        ids = ids[queries.first : queries.first + queries.video]
+    blocks = torch.arange(partition.num_blocks, device=query.device)
     scores = ranked(gate(query, key, partition, queries), partition, rule, query.shape[-1])
-    return select(scores, own_pairs(partition, query.device, queries), rule, part)
-
-
-@kept
-def own_pairs(partition: BlockPartition, device: torch.device, queries: Queries) -> Tensor:
-    """True at the own block of each of these video queries, bool ``(video queries, N)``; block by block in memory."""
-    blocks = torch.arange(partition.num_blocks, device=device)
-    return (blocks[:, None] == partition.block_ids(device)[queries.first : queries.first + queries.video]).mT
+    return select(scores, (blocks[:, None] == ids).mT, rule, part)
 
 
 def ranked(scores: Tensor, partition: BlockPartition, rule: Rule, head_dim: int) -> Tensor:

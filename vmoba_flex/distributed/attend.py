@@ -58,6 +58,8 @@ def attend_across(
     ranks = layout.ranks
     if dispatch == "auto":
         dispatch = choose_dispatch(query, key, value, partition, rule, ranks.size)
+    # By the whole call, so that all ranks take the same kernels, and those that one GPU would.
+    kernels = choose_backend(backend, dispatch, query, key, value, partition, text_lengths is not None)
     of_keys = None
     if query.shape[1] >= ranks.size:
         repeats = query.shape[1] // key.shape[1]
@@ -77,7 +79,6 @@ def attend_across(
         heads = Heads((key.shape[1],) * ranks.size)
         repeated = [x.repeat(1, ranks.size, 1, 1) for x in (key, value)]
         key, value = to_heads(repeated, layout, (heads, heads))
-    kernels = choose_backend(backend, dispatch, query, key, value, partition, text_lengths is not None)
     attended = attend_here(
         query, key, value, partition, rule, scale, enable_gqa, dispatch, kernels, max_row_bytes, text_lengths, part
     )

@@ -75,7 +75,7 @@ class Heads(NamedTuple):
 
 
 def to_heads(tensors: Sequence[Tensor], layout: Layout, heads: Sequence[Heads]) -> list[Tensor]:
-    """Gives each rank all tokens of its heads; differentiable.
+    """Gives each rank all tokens of its heads; differentiable, once.
 
     All tensors go in one exchange. Of several, a compiler that sees other shapes on each rank may choose another order
     on each, and then they would wait for one another, or take one tensor for another.
@@ -107,7 +107,7 @@ def to_heads(tensors: Sequence[Tensor], layout: Layout, heads: Sequence[Heads]) 
 
 
 def to_tokens(x: Tensor, layout: Layout, heads: Heads) -> Tensor:
-    """The way back: gives each rank all heads of its tokens; differentiable.
+    """The way back: gives each rank all heads of its tokens; differentiable, once.
 
     Args:
         x: ``(B, heads of this rank, S, D)``.
@@ -129,7 +129,8 @@ _Counts = tuple[tuple[int, ...], ...]
 class _ToHeads(torch.autograd.Function):
     """The exchange of ``to_heads``, whose gradient goes the way back in one exchange too.
 
-    Autograd's own gradient of the slices that leave would write as many tensors of zeros, and add them up.
+    Autograd's own gradient of the slices that leave for each rank would write as many tensors of zeros, and add them
+    up.
     """
 
     @staticmethod
