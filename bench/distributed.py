@@ -23,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from attention import supervise
+from supervisor import script_parser, shown, stated_command, supervise
 
 
 def main() -> int:
@@ -43,23 +43,14 @@ def main() -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; ``command`` is the one to state beside the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__, row_limit_s=60)
     add = parser.add_argument
-    add("--output", type=Path, required=True, help="the JSON file; the table is written beside it as .md")
     add("--gpus", type=lambda text: sorted({int(n) for n in text.split(",")}), default=[1, 2], help="such as 1,2,4")
-    add("--only", action="append", default=[], metavar="WORDS", help="rows named by all of these, split at commas")
-    add("--device", choices=("cuda", "cpu"), default="cuda")
-    add("--small", action="store_true", help="tiny shapes in float32, to try the script out")
-    add("--budget-s", type=float, default=float("inf"), help="start no more rows after this many seconds")
-    add("--row-limit-s", type=float, default=60, help="give a row up after this many seconds (default 60)")
-    add("--add", action="store_true", help="keep the good rows of an existing file and measure the others")
-    add("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if any(n < 1 or max(args.gpus) % n for n in args.gpus):
         parser.error(f"--gpus must divide the most of them, got {args.gpus}")
-    shown = [f"--gpus {','.join(map(str, args.gpus))}", *(f'--only "{words}"' for words in args.only)]
-    shown += ["--device cpu"] * (args.device == "cpu") + ["--small"] * args.small
-    args.command = " ".join([f"python bench/distributed.py --output bench/results/{args.output.name}", *shown])
+    gpus = f"--gpus {','.join(map(str, args.gpus))}"
+    args.command = stated_command("distributed", args.output.name, [gpus, *shown(args)])
     return args
 
 

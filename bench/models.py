@@ -32,9 +32,8 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-from attention import supervise
+from supervisor import script_parser, shown, stated_command, supervise
 
 
 def main() -> int:
@@ -62,27 +61,16 @@ def main() -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; ``command`` is the one to state beside the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__, row_limit_s=240)
     add = parser.add_argument
-    add("--output", type=Path, required=True, help="the JSON file; the table is written beside it as .md")
-    add("--only", action="append", default=[], metavar="WORDS", help="rows named by all of these, split at commas")
-    add("--device", choices=("cuda", "cpu"), default="cuda")
-    add("--small", action="store_true", help="tiny shapes in float32, to try the script out")
-    add("--budget-s", type=float, default=float("inf"), help="start no more rows after this many seconds")
-    add("--row-limit-s", type=float, default=240, help="give a row up after this many seconds (default 240)")
     add("--compile-ahead-s", type=float, default=0, help="compile side by side for this many seconds before measuring")
-    add("--add", action="store_true", help="keep the good rows of an existing file and measure the others")
     add("--gpus", type=int, default=1, help="measure on so many GPUs at once (default 1)")
     add("--share", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
-    add("--worker", action="store_true", help=argparse.SUPPRESS)
     add("--ahead", type=int, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    shown = [f'--only "{words}"' for words in args.only]
-    shown += ["--device cpu"] * (args.device == "cpu") + ["--small"] * args.small
     index, count = args.share
-    shown += [f"--gpus {count}"] * (count > 1)
     name = args.output.name.replace(f"_gpu{index}.", ".") if count > 1 else args.output.name
-    args.command = " ".join([f"python bench/models.py --output bench/results/{name}", *shown])
+    args.command = stated_command("models", name, shown(args) + [f"--gpus {count}"] * (count > 1))
     return args
 
 

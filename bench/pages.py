@@ -145,9 +145,8 @@ def _models(data: Row) -> list[str]:
 
 
 def _distributed(data: Row) -> list[str]:
-    rows = [row for row in data["rows"] if row["status"] == "ok" and not row["model"]]
     lines = []
-    for row in sorted(rows, key=lambda row: (row["attention"] == "dense", row["tokens"], row["gpus"])):
+    for row in _over_gpus(data, steps=False):
         cells = [f"{row[f'{mode}_ms']:.1f} ({row[f'{mode}_speed_up']:.2f}x)" for mode in MODES]
         parts = [number(row.get(f"forward_backward_{name}_ms"), 1) for name in ("compute", "exchange", "predicted")]
         lines.append([f"`{row['attention']}`", f"{row['tokens']:,}", str(row["gpus"]), *cells, *parts])
@@ -156,14 +155,18 @@ def _distributed(data: Row) -> list[str]:
 
 
 def _distributed_steps(data: Row) -> list[str]:
-    rows = [row for row in data["rows"] if row["status"] == "ok" and row["model"]]
-    rows.sort(key=lambda row: (row["attention"] == "dense", row["tokens"], row["gpus"]))
     lines = [
         [f"`{row['attention']}`", f"{row['tokens']:,}", str(row["gpus"]), f"{row['forward_backward_ms'] / 1000:.2f}"]
         + [number(row[f"forward_backward_{name}"], 2) for name in ("speed_up", "over_dense")]
-        for row in rows
+        for row in _over_gpus(data, steps=True)
     ]
     return table(["", "tokens", "GPUs", "s", "speed-up", "against full attention"], lines)
+
+
+def _over_gpus(data: Row, steps: bool) -> list[Row]:
+    """Whole training steps, or attention alone, over several GPUs."""
+    rows = [row for row in data["rows"] if row["status"] == "ok" and bool(row["model"]) == steps]
+    return sorted(rows, key=lambda row: (row["attention"] == "dense", row["tokens"], row["gpus"]))
 
 
 _PARTS: dict[str, Callable[[Row], str | list[str]]] = {
