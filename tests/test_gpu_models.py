@@ -83,3 +83,17 @@ def test_compiled_forwards_equal_uncompiled_ones(dispatch: str):
         handle.set_enabled(enabled)
         # Pairs at the cut may flip where the compiled gate rounds otherwise.
         assert (model(**inputs(torch.float32)).sample - expected).norm() <= 5e-4 * full.norm()
+
+
+@torch.no_grad()
+def test_cuda_graphs_serve_dense_and_sparse_steps():
+    torch.compiler.reset()
+    model, stock = build(torch.float32), build(torch.float32)
+    handle = apply_vmoba(model, dataclasses.replace(CONFIG, dispatch="packed"))
+    full, sparse = (x(**inputs(torch.float32)).sample for x in (stock, model))
+    model.compile_repeated_blocks(fullgraph=True, dynamic=False, mode="reduce-overhead")
+    for enabled in (True, True, True, False, False, False, True, True):
+        handle.set_enabled(enabled)
+        torch.compiler.cudagraph_mark_step_begin()
+        expected = sparse if enabled else full
+        assert (model(**inputs(torch.float32)).sample - expected).norm() <= 5e-4 * full.norm()

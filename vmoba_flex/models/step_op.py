@@ -59,7 +59,8 @@ def attend_at_step(
     )  # fmt: skip
 
 
-@torch.library.custom_op("vmoba_flex::attend_at_step", mutates_args=("density",))
+# A CUDA graph would keep the step that it was captured in.
+@torch.library.custom_op("vmoba_flex::attend_at_step", mutates_args=("density",), tags=(torch.Tag.cudagraph_unsafe,))
 def _attend_at_step(
     query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None, dense: Tensor, density: Tensor,
     grid: list[int], block: list[int], text: list[int],
