@@ -94,12 +94,13 @@ def to_heads(tensors: Sequence[Tensor], layout: Layout, heads: Sequence[Heads]) 
         for x, one in zip(tensors, heads, strict=True)
     ]
     counts = tuple([one.counts for one in heads])
-    if layout.own == layout.runs:
+    rank = layout.ranks.rank
+    own = sum(lengths(layout.own[rank]))
+    if own == layout.tokens:
         return list(_ToHeads.apply(layout.ranks, layout.runs, counts, *mine))
     # Replicated tokens stay: of this rank's heads they are here.
-    rank = layout.ranks.rank
     before = sum([length for start, length in layout.here if start < layout.own[rank][0][0]])
-    behind = before + sum(lengths(layout.own[rank]))
+    behind = before + own
     runs = tuple([tuple([(start - before, length) for start, length in of_rank]) for of_rank in layout.own])
     video = _ToHeads.apply(layout.ranks, runs, counts, *[x[:, :, before:behind] for x in mine])
     text = [x.split(one, 1)[rank] for x, one in zip(mine, counts, strict=True)]
@@ -192,7 +193,7 @@ def _exchange(
     sent = [sum([piece.numel() for piece in pieces]) for pieces in leaving]
     sizes = [[math.prod(shape) for shape in of_rank] for of_rank in shapes]
     pieces = [piece for of_rank in leaving for piece in of_rank]
-    if len({piece.shape[1:] for piece in pieces}) == 1:  # one copy, whatever their strides
+    if all(piece.shape[1:] == pieces[0].shape[1:] for piece in pieces):  # one copy, whatever their strides
         flat = _cat(pieces).view(-1)
     else:
         flat = torch.cat([piece.reshape(-1) for piece in pieces])
