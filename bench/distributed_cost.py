@@ -19,7 +19,12 @@ FORWARD_BACKWARD = 3.5
 EXCHANGES = {"forward": 4, "forward_backward": 8}
 MODES = tuple(EXCHANGES)
 # Of a call over several GPUs; measured (NOTES.md).
-LAUNCHES = {"forward": 4.5e-3, "forward_backward": 8e-3}
+LAUNCHES = {
+    ("packed", "forward"): 4.8e-3,
+    ("packed", "forward_backward"): 8e-3,
+    ("shared", "forward"): 7e-3,
+    ("shared", "forward_backward"): 8e-3,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Machine:
     Attributes:
         rates: products of queries and keys, and of weights and values, in FLOP/s, by attention and mode.
         tokens: seconds for each token of a head, beside its pairs, likewise.
-        launches: seconds in which the host launches a call of ours, by mode.
+        launches: seconds in which the host launches a call, likewise; 0 where they are not there.
         link: bytes that a GPU sends in a second to the others of its node.
         latency: seconds of an exchange of nothing.
         network: bytes that a GPU sends in a second to GPUs of other nodes.
@@ -39,7 +44,7 @@ class Machine:
     rates: Mapping[tuple[str, str], float]
     tokens: Mapping[tuple[str, str], float]
     link: float
-    launches: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(LAUNCHES))
+    launches: Mapping[tuple[str, str], float] = dataclasses.field(default_factory=lambda: dict(LAUNCHES))
     latency: float = 30e-6
     network: float = 50e9
     node: int = 8
@@ -104,7 +109,7 @@ def compute_s(call: Call, gpus: int, mode: str, machine: Machine) -> float:
 def predict_s(call: Call, gpus: int, mode: str, machine: Machine) -> float:
     """Seconds of a call: work and exchanges one after another, or its launches where they take longer."""
     total = compute_s(call, gpus, mode, machine) + exchange_s(call, gpus, mode, machine)
-    return total if call.attention == "dense" else max(total, machine.launches[mode])
+    return max(total, machine.launches.get((call.attention, mode), 0.0))
 
 
 def fit(rows: Iterable[Mapping[str, Any]], **assumed: Any) -> Machine:

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from distributed_cost import MODES, Call, call_of, compute_s, exchange_s, fit, predict_s
+from distributed_cost import MODES, Call, call_of, exchange_s, fit, predict_s
 from report import Report, Row, number, table
 
 STEP = "step"
@@ -88,8 +88,7 @@ def _predictions(rows: list[Row]) -> list[str]:
             call = Call(tokens, row["heads"], row["head_dim"], row["density"], attention, row["bytes_each"])
             times = []
             for gpus in _GPUS:
-                exchange = exchange_s(call, gpus, "forward_backward", machine)
-                total = compute_s(call, gpus, "forward_backward", machine) + exchange
+                total, exchange = (f(call, gpus, "forward_backward", machine) for f in (predict_s, exchange_s))
                 times.append(f"{1e3 * total:.3g} ({1e3 * exchange:.2g})")
             cases.append([attention, str(tokens), f"{row['density']:.2f}", *times])
     return lines + table(["attention", "tokens", "density", *(f"{gpus} GPUs" for gpus in _GPUS)], cases)

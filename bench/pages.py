@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from quality import tables
 from report import MODES, Row, number, table
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
 _MARK = re.compile(r"(<!-- results: (\w+) ([\w.-]+) -->).*?(<!-- end -->)", re.DOTALL)
 _KINDS = {"1D": "slabs (1D)", "2D": "windows (2D)", "3D": "cubes (3D)"}
+_DISPATCHES = ["packed", "shared", "tiles", "dense"]
 _BACKENDS = {"flash": "FlashAttention-4", "triton": "Triton"}
 
 
@@ -80,8 +82,7 @@ def _dense(data: Row) -> list[str]:
 
 def _ours(data: Row) -> list[str]:
     rows = [row for row in _rows(data, "main") if _paper_rule(row) and row["backend"] in _BACKENDS]
-    order = ["packed", "shared", "tiles"]
-    rows.sort(key=lambda row: (order.index(row["attention"]), row["backend"], row["blocks"]))
+    rows.sort(key=lambda row: (_DISPATCHES.index(row["attention"]), row["backend"], row["blocks"]))
     lines = [
         [f"`{row['attention']}`, {_BACKENDS[row['backend']]}", _blocks(row), *_density_and_times(row), _memory(row)]
         for row in rows
@@ -134,14 +135,41 @@ def _smooth(data: Row) -> list[str]:
 
 
 def _models(data: Row) -> list[str]:
-    rows = [row for row in data["rows"] if "speed_up" in row]
-    rows.sort(key=lambda row: (row["mode"], -row["tokens"], -row["ms"]))
-    lines = [
-        [row["mode"], f"{row['tokens']:,}", row["attention"], number(row.get("density"), 3), f"{row['ms'] / 1000:.2f}"]
-        + [number(row[name], digits) for name, digits in (("speed_up", 2), ("peak_gb", 1))]
+    rows = [row for row in data["rows"] if row["model"] == "Wan 1.3B"]
+    return table(["Wan 1.3B", "tokens", *_MODEL_COLUMNS, "peak GB"], [line[1:] for line in _model_lines(rows)])
+
+
+def _large_models(data: Row) -> list[str]:
+    """Without memory, which is that of the few layers measured."""
+    rows = [row for row in data["rows"] if row["model"] != "Wan 1.3B"]
+    return table(["model", "mode", "tokens", *_MODEL_COLUMNS], [line[:-1] for line in _model_lines(rows)])
+
+
+_MODEL_COLUMNS = ["attention", "density", "s", "speed-up", "over cuDNN"]
+
+
+def _model_lines(rows: list[Row]) -> list[list[str]]:
+    def problem(row: Row) -> tuple[Any, ...]:
+        return row["model"], row["mode"], row["tokens"]
+
+    ours = {problem(row) for row in rows if "density" in row}
+    rows = [row for row in rows if "speed_up" in row and problem(row) in ours]
+    rows.sort(key=lambda row: (row["model"], row["mode"], -row["tokens"], -row["ms"]))
+    cudnn = {problem(row): row["ms"] for row in rows if row["attention"] == "cuDNN"}
+    return [
+        [
+            row["model"],
+            row["mode"],
+            f"{row['tokens']:,}",
+            row["attention"],
+            number(row.get("density"), 3),
+            f"{row['ms'] / 1000:.2f}",
+            number(row["speed_up"], 2),
+            number(cudnn[problem(row)] / row["ms"], 2),
+            number(row["peak_gb"], 1),
+        ]
         for row in rows
     ]
-    return table(["Wan 1.3B", "tokens", "attention", "density", "s", "speed-up", "peak GB"], lines)
 
 
 def _distributed(data: Row) -> list[str]:
@@ -157,7 +185,7 @@ def _distributed(data: Row) -> list[str]:
 def _distributed_steps(data: Row) -> list[str]:
     lines = [
         [f"`{row['attention']}`", f"{row['tokens']:,}", str(row["gpus"]), f"{row['forward_backward_ms'] / 1000:.2f}"]
-        + [number(row[f"forward_backward_{name}"], 2) for name in ("speed_up", "over_dense")]
+        + [number(row.get(f"forward_backward_{name}"), 2) for name in ("speed_up", "over_dense")]
         for row in _over_gpus(data, steps=True)
     ]
     return table(["", "tokens", "GPUs", "s", "speed-up", "against full attention"], lines)
@@ -166,7 +194,7 @@ def _distributed_steps(data: Row) -> list[str]:
 def _over_gpus(data: Row, steps: bool) -> list[Row]:
     """Whole training steps, or attention alone, over several GPUs."""
     rows = [row for row in data["rows"] if row["status"] == "ok" and bool(row["model"]) == steps]
-    return sorted(rows, key=lambda row: (row["attention"] == "dense", row["tokens"], row["gpus"]))
+    return sorted(rows, key=lambda row: (_DISPATCHES.index(row["attention"]), row["tokens"], row["gpus"]))
 
 
 _PARTS: dict[str, Callable[[Row], str | list[str]]] = {
@@ -182,6 +210,7 @@ _PARTS: dict[str, Callable[[Row], str | list[str]]] = {
     "paper": _paper,
     "smooth": _smooth,
     "models": _models,
+    "large_models": _large_models,
     "distributed": _distributed,
     "distributed_steps": _distributed_steps,
     "training_where": tables.where,

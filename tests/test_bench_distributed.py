@@ -91,7 +91,7 @@ def test_rows_that_are_missing(bench):  # noqa: F811
     assert found.tokens["packed", "forward"] == 0
     assert cost.predict_s(cost.Call(55296, 12, 128, 0.2, "packed"), 1, "forward", found) == pytest.approx(5e-3)
     # However many GPUs, a call of ours takes its launches.
-    for attention, floor in (("packed", found.launches["forward"]), ("dense", 0.0)):
+    for attention, floor in (("packed", found.launches["packed", "forward"]), ("dense", 0.0)):
         found.rates[attention, "forward"], found.tokens[attention, "forward"] = 1e30, 0.0
         call = cost.Call(128, 12, 128, 0.2, attention)
         assert cost.predict_s(call, 4, "forward", found) == max(floor, cost.exchange_s(call, 4, "forward", found))
