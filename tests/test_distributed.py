@@ -263,8 +263,10 @@ def test_a_group_of_one(rank_pool):
     assert all(rank_pool.run(alone, problem(RULES[5], 2)))
 
 
-def compiled(problem: Problem, size: int, backend: str, options: dict[str, Any]) -> tuple[int, bool] | None:
-    """How many graphs two calls with gradients took, and whether they equal eager ones, on a rank."""
+def eager_and_compiled(
+    problem: Problem, size: int, device: str, backend: str, options: dict[str, Any]
+) -> tuple[int, list[list[Tensor]]] | None:
+    """How many graphs two calls took, and output and gradients of an eager call and of these, on a rank."""
     group, shards = group_of(size), options.get("shards")
     if dist.get_rank() >= size:
         return None
@@ -276,13 +278,23 @@ def compiled(problem: Problem, size: int, backend: str, options: dict[str, Any])
         return vmoba_attention(query, key, value, problem.partition, problem.rule, **fixed)
 
     graph = torch.compile(call, backend=counter, fullgraph=True, dynamic=False)
-    tensors = (problem.query, problem.key, problem.value)
+    full = problem.to(torch.device(device))
+    tensors = (full.query, full.key, full.value)
     local = [here(x, shards, problem.partition, group).requires_grad_() for x in tensors]
     results = []
     for one in (call, graph, graph):
         output = one(*local)
-        results.append([output, *torch.autograd.grad(output.square().sum(), local)])
-    return counter.frame_count, all(map(torch.equal, results[0], results[2]))
+        results.append([output.detach(), *torch.autograd.grad(output.square().sum(), local)])
+    return counter.frame_count, results
+
+
+def compiled(problem: Problem, size: int, backend: str, options: dict[str, Any]) -> tuple[int, bool] | None:
+    """How many graphs two calls with gradients took, and whether they equal eager ones, on a rank."""
+    found = eager_and_compiled(problem, size, "cpu", backend, options)
+    if found is None:
+        return None
+    graphs, (eager, _, second) = found
+    return graphs, all(map(torch.equal, eager, second))
 
 
 @pytest.mark.parametrize(("rule", "dispatch"), [(RULES[6], "packed"), (RULES[8], "tiles")], ids=["head", "global"])

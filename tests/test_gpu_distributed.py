@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from tests.ranks import RankPool
 from tests.strategies import Problem
-from tests.test_distributed import RULES, group_of, here, problem, put_together, shared_out, whole
-from vmoba_flex import BlockPartition, vmoba_attention
+from tests.test_distributed import RULES, eager_and_compiled, problem, put_together, shared_out, whole
+from vmoba_flex import BlockPartition
 from vmoba_flex.distributed import TokenShards
 
 pytestmark = [
@@ -74,31 +72,19 @@ def test_float32(pool):
     assert_equals_one_gpu(pool, RULES[6], 6, dtype=torch.float32, dispatch="packed")
 
 
-def compiled_errors(case: Problem) -> list[float]:
-    """How far output and gradients of a compiled call are from an uncompiled one's, each of two calls, on a rank."""
-    group = group_of(2)
-    torch.compiler.reset()
-    tensors = (case.query.cuda(), case.key.cuda(), case.value.cuda())
-    local = [here(x, None, PARTITION, group).requires_grad_() for x in tensors]
-
-    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return vmoba_attention(
-            query, key, value, PARTITION, case.rule, scale=case.scale, dispatch="packed", backend="triton", group=group
-        )
-
-    def step(attention: Any) -> list[Tensor]:
-        output = attention(*local)
-        return [output.detach().clone(), *torch.autograd.grad(output.square().sum(), local)]
-
-    expected = step(call)
-    graph = torch.compile(call, fullgraph=True, dynamic=False)
-    results = [step(graph) for _ in range(2)]
-    dist.barrier()
-    return [float((x - y).norm() / y.norm()) for actual in results for x, y in zip(actual, expected, strict=True)]
+def compiled_errors(case: Problem) -> tuple[int, list[float]] | None:
+    """How many graphs two calls took, and how far their outputs and gradients are from eager ones, on a rank."""
+    found = eager_and_compiled(case, 2, "cuda", "inductor", {"dispatch": "packed", "backend": "triton"})
+    if found is None:
+        return None
+    graphs, (eager, *results) = found
+    pairs = [pair for actual in results for pair in zip(actual, eager, strict=True)]
+    return graphs, [float((x - y).norm() / y.norm()) for x, y in pairs]
 
 
 @pytest.mark.parametrize("rule", [RULES[6], RULES[8]], ids=["head", "global"])
 def test_compiled(pool, rule):
     case = problem(rule, 6, partition=PARTITION, head_dim=64).to(torch.bfloat16)
-    for errors in pool.run(compiled_errors, case, limit_s=300):
+    for graphs, errors in pool.run(compiled_errors, case, limit_s=300)[:2]:
+        assert graphs == 1
         assert max(errors) <= 2 * torch.finfo(torch.bfloat16).eps, errors

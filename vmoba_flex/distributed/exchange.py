@@ -96,7 +96,7 @@ def to_heads(tensors: Sequence[Tensor], layout: Layout, heads: Sequence[Heads]) 
     counts = tuple([one.counts for one in heads])
     rank = layout.ranks.rank
     own = sum(lengths(layout.own[rank]))
-    if own == layout.tokens:
+    if own == layout.tokens:  # numbers: torch.compile of torch 2.11 cannot compare the runs themselves
         return list(_ToHeads.apply(layout.ranks, layout.runs, counts, *mine))
     # Replicated tokens stay: of this rank's heads they are here.
     before = sum([length for start, length in layout.here if start < layout.own[rank][0][0]])
