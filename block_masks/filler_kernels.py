@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from block_masks.attend_kernels import dot_width
+from block_masks.launch import QuickLaunch
 from block_masks.row_kernels import share_left, take_slots
 
 __all__ = ["filler_lse", "leave_out", "take_slots"]
@@ -14,6 +15,7 @@ __all__ = ["filler_lse", "leave_out", "take_slots"]
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
+@QuickLaunch
 @triton.jit
 def _filler_lse_kernel(
     query, last_keys, fillers, selected, filler_lse,
@@ -61,6 +63,7 @@ def filler_lse(
     return result
 
 
+@QuickLaunch
 @triton.jit
 def _leave_out_kernel(
     output, lse, filler_lse, kept, kept_lse, heads, rows, batch_step, head_step, row_step,

@@ -10,7 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from block_masks.launch import QuickLaunch
 
+
+@QuickLaunch
 @triton.jit
 def _take_kernel(
     source, row_query, row_pool, target, fill, TILE: tl.constexpr, CLEAR_NEXT: tl.constexpr,
@@ -53,6 +56,7 @@ def take_rows(
     return target
 
 
+@QuickLaunch
 @triton.jit
 def _slots_kernel(
     source, index, target, places, length,
@@ -85,6 +89,7 @@ def take_slots(source: Tensor, index: Tensor, repeats: int = 1) -> Tensor:
     return target
 
 
+@QuickLaunch
 @triton.jit
 def _sum_kernel(
     rows, query_rows, query_count, total, queries, groups,
@@ -122,6 +127,7 @@ def share_left(lse, filler_lse):
     return 1 - tl.where(filler_lse == -float("inf"), 0.0, tl.exp(filler_lse - lse))
 
 
+@QuickLaunch
 @triton.jit
 def _merge_kernel(
     output, lse, query_rows, query_count, filler_lse, merged, merged_lse, queries, groups,
@@ -180,6 +186,7 @@ def merge_rows(
     )  # fmt: skip
 
 
+@QuickLaunch
 @triton.jit
 def _delta_kernel(grad, output, delta, rows, DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -87,12 +87,9 @@ def _plan_on_gpu(selected: Tensor, row_tiles: int, heads: int, tile_size: int) -
     from block_masks import plan_kernels
 
     sections = selected.shape[0] // heads
-    counts = plan_kernels.count_pairs(selected)
-    before = counts.cumsum(1, dtype=torch.int32)
-    first, tiles = _pool_tiles(before[:, -1], sections, row_tiles, tile_size)
-    before -= counts
-    placed = plan_kernels.place_rows(selected, before, first, row_tiles, heads, tile_size)
-    return [*placed, first, tiles]
+    counted = plan_kernels.count_pairs(selected).cumsum(1, dtype=torch.int32)
+    first, tiles = plan_kernels.pool_tiles(counted, sections, row_tiles, tile_size)
+    return [*plan_kernels.place_rows(selected, counted, first, row_tiles, heads, tile_size), first, tiles]
 
 
 def _pool_tiles(pairs: Tensor, sections: int, row_tiles: int, tile_size: int) -> tuple[Tensor, Tensor]:

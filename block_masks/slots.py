@@ -110,7 +110,6 @@ def plan_slots(key_group: Tensor, group_sizes: list[int], tile_size: int = TILE,
 
 # Opaque to Inductor: it scans and scatters, and its results are captured by a mask_mod.
 @torch.library.custom_op("block_masks::plan_slots", mutates_args=())
-@on_device
 def _plan_slots(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) -> list[Tensor]:
     # Slots are the rows of keys that each chose their own group.
     chosen = torch.arange(groups, device=key_group.device)[:, None] == key_group
@@ -129,6 +128,14 @@ def _plan_slots(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) 
         first_slot,
         group_keys,
     ]
+
+
+@_plan_slots.register_kernel("cuda")
+@on_device
+def _(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) -> list[Tensor]:
+    from block_masks import plan_kernels
+
+    return plan_kernels.place_keys(key_group.contiguous(), groups, num_tiles, tile_size)
 
 
 @_plan_slots.register_fake

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from block_masks.device import on_device
+
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -42,6 +44,10 @@ def tile_lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
 # Opaque to Inductor, whose scans on torch 2.11 fail to compile when fused with what makes the tile map.
 @torch.library.custom_op("block_masks::tile_lists", mutates_args=())
 def _tile_lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    return _list_tiles(tiles)
+
+
+def _list_tiles(tiles: Tensor) -> tuple[Tensor, Tensor]:
     seen = tiles.cumsum(-1)
     counts = seen[..., -1:]
     columns = torch.arange(tiles.shape[-1], device=tiles.device)
@@ -50,6 +56,16 @@ def _tile_lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
     listed = torch.zeros(tiles.shape, dtype=torch.int32, device=tiles.device)
     listed.scatter_(-1, place, columns.to(torch.int32).expand(tiles.shape))
     return counts.squeeze(-1).to(torch.int32), listed
+
+
+@_tile_lists.register_kernel("cuda")
+@on_device
+def _(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    from block_masks import plan_kernels
+
+    if tiles.shape[-1] > plan_kernels.LONGEST_LIST:
+        return _list_tiles(tiles)
+    return plan_kernels.list_tiles(tiles)
 
 
 @_tile_lists.register_fake

@@ -6,8 +6,19 @@ compute-sanitizer --tool memcheck python -m tests.run_row_kernels        # on a 
 
 import torch
 
-from block_masks import RowPlan, attend_packed, filler_kernels, plan_slots, row_kernels, row_steps, slot_steps
+from block_masks import (
+    RowPlan,
+    attend_packed,
+    filler_kernels,
+    plan_kernels,
+    plan_slots,
+    row_kernels,
+    row_steps,
+    slot_steps,
+    tile_lists,
+)
 from block_masks.rows import _plan, _plan_on_gpu
+from block_masks.slots import SLOT_TENSORS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -50,6 +61,28 @@ def check_plan(heads: int, queries: int, sizes: list[int], density: float, toget
         steps.merge_rows(output, lse, *lists, merged, merged_lse, fillers)
         results[-1] += [merged, merged_lse]
     torch.testing.assert_close(*results)
+
+
+def check_slots(sizes: list[int], tile_size: int) -> None:
+    """The plan of slots."""
+    _, key_group = problem(1, 1, sizes, 1.0)
+    tiles = sum(-(-size // tile_size) for size in sizes)
+    expected = plan_slots(key_group.cpu(), sizes, tile_size)
+    for name, actual in zip(
+        SLOT_TENSORS, plan_kernels.place_keys(key_group, len(sizes), tiles, tile_size), strict=True
+    ):
+        assert actual.dtype == getattr(expected, name).dtype, name
+        assert torch.equal(actual.cpu(), getattr(expected, name)), name
+
+
+def check_lists(shape: tuple[int, ...]) -> None:
+    """Lists of tiles, of rows and of columns."""
+    tiles = torch.rand(shape) < torch.rand(*shape[:-1], 1)
+    for one in (tiles, tiles.mT):
+        for actual, expected in zip(plan_kernels.list_tiles(one), tile_lists(one.cpu()), strict=True):
+            assert actual.dtype == expected.dtype
+            assert actual.is_contiguous()
+            assert torch.equal(actual.cpu(), expected)
 
 
 def check_take(plan: RowPlan, queries: int) -> None:
@@ -128,6 +161,12 @@ if __name__ == "__main__":
     check_plan(2, 700, [3, 200], 0.8, 2, room=7)  # too little
     check_plan(1, 129, [2], 1.0, 1)  # one row in the last tile
     check_plan(1, 40, [2] * 20, 1.0, 1)  # more rows of a query than merge looks at at once
+    check_slots([1, 130, 40, 256], 128)
+    check_slots([3, 1, 700, 5], 3)  # many tiles of few slots
+    check_slots([1] * 70, 1)
+    check_slots([900, 1, 1500], 64)  # several programs for a group's keys
+    check_lists((2, 3, 7, 130))
+    check_lists((5, 1))
     check_attention(4, 1, [100, 128, 3], (24, 24), 0.3)
     check_attention(4, 2, [200, 31], (16, 40), -0.2)
     check_attention(4, 2, [200, 31, 1], (16, 40), 0.2, short=True)

@@ -7,6 +7,7 @@ They share an int64 record per pool, ``state``, in which each leaves what the ne
 import triton
 import triton.language as tl
 
+from block_masks.launch import QuickLaunch
 from vmoba_flex.select_kernels import LARGEST, key_of, rest_of, scale_of, score_of, weight_of
 
 # What the kernels tell each other about a pool, int64, zero at first. Keys are counted from -2**31 here, and the
@@ -25,6 +26,7 @@ OPEN, EVERYTHING, NOTHING = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 KEYS = tl.constexpr(2**32 - 1)
 
 
+@QuickLaunch
 @triton.jit
 def range_kernel(scores, state, fields, length, chunk, parts, BLOCK: tl.constexpr):
     """Smallest and largest key of each pool."""
@@ -58,6 +60,7 @@ def _bin_key(slot, BIN_BITS: tl.constexpr):
     return (slot + (_ONE_BIN + 1 - (1 << BIN_BITS))) << _BIN_SHIFT
 
 
+@QuickLaunch
 @triton.jit
 def bin_kernel(
     scores, own, state, counts, fields, length, own_pools, chunk, parts, one_bits,
@@ -97,6 +100,7 @@ def bin_kernel(
         tl.atomic_add(here + OWN_WEIGHT, tl.sum(own_weight, 0), sem="relaxed")
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["max_pairs", "tau_bits"])
 def bracket_kernel(
     state, counts, fields, max_pairs, tau_bits, one_bits,
@@ -156,6 +160,7 @@ def bracket_kernel(
     tl.store(here + OUTCOME, outcome.to(tl.int64))
 
 
+@QuickLaunch
 @triton.jit
 def list_kernel(
     scores, own, state, listed, fields, length, own_pools, chunk, parts, one_bits,

@@ -4,6 +4,7 @@
 import triton
 import triton.language as tl
 
+from block_masks.launch import QuickLaunch
 from vmoba_flex.bracket_kernels import (
     ABOVE_COUNT,
     ABOVE_WEIGHT,
@@ -77,6 +78,7 @@ def _after_digit(
     return lowest, bits, pairs, rest
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["step"])
 def digit_kernel(
     scores, state, listed, counts, weights, fields, length, parts, place_bits, one_bits, step, pools,
@@ -126,6 +128,7 @@ def digit_kernel(
                 tl.atomic_add(weights + now + digit, weight_of(score, low, unit), mask=live, sem="relaxed")
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["step"])
 def take_kernel(scores, own, state, taken, fields, step, length, own_pools, place_bits, blocks, BLOCK: tl.constexpr):
     """Takes own pairs, and all from the cut on."""

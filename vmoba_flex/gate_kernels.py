@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from block_masks.launch import QuickLaunch
 from vmoba_flex.partition import BlockPartition
 
 _CHUNK = 256  # tokens of a block that one program adds up
 
 
+@QuickLaunch
 @triton.jit
 def _sum_kernel(
     key, sums, stride_batch, stride_head, stride_token, stride_dim, heads, prefix, frames, height, width, bt, bh, bw,
@@ -42,6 +44,7 @@ def _sum_kernel(
     tl.store(sums + program * D + dim, tl.sum(total, 0), mask=dim < D)
 
 
+@QuickLaunch
 @triton.jit
 def _mean_kernel(
     sums, means, parts, frames, height, width, bt, bh, bw, cells_y, cells_x, blocks, chunks, part_stride,
@@ -80,6 +83,7 @@ def _dot(rows, part, total, WIDE: tl.constexpr):
     return tl.dot(rows, tl.trans(part), total)
 
 
+@QuickLaunch
 @triton.jit
 def _score_kernel(
     query, parts, scores, stride_batch, stride_head, stride_token, stride_dim, heads, repeats, prefix, tokens, blocks,

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from block_masks.launch import QuickLaunch
+
 SHORT = 1024
 # No score has this key: it stands for pairs that do not compete.
 _NO_KEY = tl.constexpr(-(2**31))
@@ -67,6 +69,7 @@ def bits_of(tau: float | None) -> int:
     return struct.unpack("<q", struct.pack("<d", tau or 0.0))[0]
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["max_pairs", "tau_bits"])
 def _short_kernel(
     scores, own, taken, inner, length, stride_outer, stride_inner, stride_entry, own_inner, own_entry,
