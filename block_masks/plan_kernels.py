@@ -222,7 +222,8 @@ def list_tiles(tiles: Tensor) -> tuple[Tensor, Tensor]:
     count, rows, columns = maps.shape
     counts = torch.empty(tiles.shape[:-1], dtype=torch.int32, device=tiles.device)
     listed = torch.empty(tiles.shape, dtype=torch.int32, device=tiles.device)
+    padded = triton.next_power_of_2(columns)
     _list_kernel[count * rows,](
-        maps, counts, listed, rows, columns, *maps.stride(), COLUMNS=triton.next_power_of_2(columns)
+        maps, counts, listed, rows, columns, *maps.stride(), COLUMNS=padded, num_warps=max(1, min(16, padded // 256))
     )
     return counts, listed
