@@ -271,6 +271,6 @@ def specs(sizes: ModelSizes, device: str) -> Iterator[Spec]:
             yield from rows(model, grid, training, everything)
             yield from rows(model, grid, (FORWARD,), everything)
     # Where "auto" stays dense.
-    yield from rows(wan, few, (FORWARD,), (PACKED,))
+    yield from rows(wan, few, (*training, FORWARD), (PACKED,))
     for grid in (more, large, most):
         yield from rows(wan, grid, (PLAIN,), everything)

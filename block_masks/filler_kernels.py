@@ -66,30 +66,25 @@ def filler_lse(
 @QuickLaunch
 @triton.jit
 def _leave_out_kernel(
-    output, lse, filler_lse, kept, kept_lse, heads, rows, batch_step, head_step, row_step,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(1).to(tl.int64)
+    output, lse, filler_lse, kept, kept_lse, rows, DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
-    place = head * rows + row
     dim = tl.arange(0, BLOCK_DV)[None, :]
-    mask = inside[:, None] & (dim < DV)
-    source = output + head // heads * batch_step + head % heads * head_step + row[:, None] * row_step
-    x = tl.load(source + dim, mask=mask, other=0.0).to(tl.float32)
-    whole = tl.load(lse + place, mask=inside, other=0.0)
-    left = share_left(whole, tl.load(filler_lse + place, mask=inside, other=0.0))
-    tl.store(kept + place[:, None] * DV + dim, (x / left[:, None]).to(kept.dtype.element_ty), mask=mask)
-    tl.store(kept_lse + place, whole + tl.log(left), mask=inside)
+    place, mask = row[:, None] * DV + dim, inside[:, None] & (dim < DV)
+    x = tl.load(output + place, mask=mask, other=0.0).to(tl.float32)
+    whole = tl.load(lse + row, mask=inside, other=0.0)
+    left = share_left(whole, tl.load(filler_lse + row, mask=inside, other=0.0))
+    tl.store(kept + place, (x / left[:, None]).to(kept.dtype.element_ty), mask=mask)
+    tl.store(kept_lse + row, whole + tl.log(left), mask=inside)
 
 
 def leave_out(output: Tensor, lse: Tensor, filler_lse: Tensor) -> tuple[Tensor, Tensor]:
     """See ``slot_steps.leave_out``."""
-    batch, heads, rows, dim = output.shape
+    dim = output.shape[-1]
     kept, kept_lse = output.new_empty(output.shape), lse.new_empty(lse.shape)
-    assert output.stride(3) == 1  # its other dims come as the kernel before left them
-    _leave_out_kernel[triton.cdiv(rows, 32), batch * heads](
-        output, lse.contiguous(), filler_lse, kept, kept_lse, heads, rows, *output.stride()[:3],
+    _leave_out_kernel[triton.cdiv(lse.numel(), 32),](
+        output.contiguous(), lse.contiguous(), filler_lse, kept, kept_lse, lse.numel(),
         DV=dim, BLOCK_DV=triton.next_power_of_2(dim), ROWS=32,
     )  # fmt: skip
     return kept, kept_lse

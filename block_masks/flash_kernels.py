@@ -84,15 +84,17 @@ def backward(
 def attend_tiles(
     query: Tensor, key: Tensor, value: Tensor, lists: list[Tensor], scale: float, tile_size: int
 ) -> tuple[Tensor, Tensor]:
-    """See ``slot_steps.attend_tiles``; tokens of the output stand before heads in memory."""
+    """See ``slot_steps.attend_tiles``."""
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    output, lse, *_ = _flash_attn_fwd(
+    output = query.new_empty(*query.shape[:3], value.shape[-1])
+    _, lse, *_ = _flash_attn_fwd(
         *(_aligned(x).transpose(1, 2) for x in (query, key, value)), softmax_scale=scale, return_lse=True,
         block_sparse_tensors=BlockSparseTensorsTorch(*lists, block_size=(tile_size, tile_size)),
+        out=output.transpose(1, 2),
     )  # fmt: skip
-    return output.transpose(1, 2), lse
+    return output, lse
 
 
 def attend_tiles_backward(

@@ -64,8 +64,7 @@ def _attend(
     attend, fillers = _modules(query)
     lists = _whole_tiles(selected.index_select(-1, slots.tile_group))
     if slots.whole:
-        output, lse = attend.attend_tiles(query, key, value, lists, scale, tile_size)
-        return output.contiguous(), lse
+        return attend.attend_tiles(query, key, value, lists, scale, tile_size)
     copied = fillers.take_slots(key.flatten(0, 1).contiguous(), slots.held_slot).view(key.shape)
     output, lse = attend.attend_tiles(query, copied, value, lists, scale, tile_size)
     last_keys = key[:, :, slots.last_slot]

@@ -135,11 +135,11 @@ def check_attention(
 
 
 def check_leave_out(heads: int, sizes: list[int], dims: tuple[int, int], together: int) -> None:
-    """Filling slots taken out of an output whose tokens stand before heads in memory, as after FlashAttention-4."""
+    """Filling slots taken out of an output."""
     queries, groups = 300, len(sizes)
     query, last_keys = torch.randn(2, heads, queries, dims[0]), torch.randn(2, 1, groups, dims[0])
     query[0, 0, 7] *= 100  # scores of some hundreds
-    output = torch.randn(2, queries, heads, dims[1]).transpose(1, 2)
+    output = torch.randn(2, heads, queries, dims[1])
     fillers = -torch.tensor(sizes, dtype=torch.int32) % 128
     selected = torch.rand(2, heads, groups, -(-queries // together)).mT < 0.5
     arguments = query, last_keys, fillers, selected, 0.2, together

@@ -117,8 +117,8 @@ def vmoba_attention(
             ``"dense"`` is ``scaled_dot_product_attention`` over everything, by cuDNN where it can and the call is large
             enough to ask for it; it ignores ``rule``. ``"auto"`` takes
             ``"packed"`` on a GPU where measured times say that it beats the fastest dense kernels, and ``"dense"``
-            elsewhere: with ``Threshold(0.25, max_density=0.25)``, head dim 128 and 12 heads, below about 16,300 tokens,
-            or 12,300 with gradients. It takes ``"tiles"`` instead of ``"packed"`` inside ``torch.compile`` for a
+            elsewhere: with ``Threshold(0.25, max_density=0.25)``, head dim 128 and 12 heads, below about 19,300 tokens,
+            or 15,600 with gradients. It takes ``"tiles"`` instead of ``"packed"`` inside ``torch.compile`` for a
             ``Threshold`` without ``max_density``, and for float64 and head dims above 256; on a CPU always; and
             ``"shared"`` never. The stats tell full attention by its density of 1.
         backend: kernels on a GPU, but for ``"dense"``, which takes what torch takes. ``"triton"``: the same inputs give

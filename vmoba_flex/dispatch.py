@@ -20,7 +20,7 @@ BACKENDS = ("auto", "triton", "flash")
 _DENSE_RATE = 6.5e14
 _BACKWARD = 3.5
 _SHARE = (0.12, 1.3)
-_LAUNCHES = (2.5e-3, 5e-3)
+_LAUNCHES = (3.5e-3, 8e-3)
 _FLASH_FROM = (10e-3, 18e-3)
 
 
