@@ -22,7 +22,7 @@ MODES = tuple(EXCHANGES)
 LAUNCHES = {
     ("packed", "forward"): 4.8e-3,
     ("packed", "forward_backward"): 8e-3,
-    ("shared", "forward"): 7e-3,
+    ("shared", "forward"): 6e-3,
     ("shared", "forward_backward"): 8e-3,
 }
 
