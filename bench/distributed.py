@@ -33,7 +33,7 @@ def main() -> int:
         return start_ranks(args)
     from distributed_report import DistributedReport
 
-    DistributedReport.begin(args.output, args.add)
+    DistributedReport.begin(args.output, args.add, args.only)
     command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
     status = supervise(command, args.output, args.budget_s, args.row_limit_s, DistributedReport)
     if status == 0:

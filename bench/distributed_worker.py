@@ -20,7 +20,7 @@ import torch.distributed as dist
 from distributed_report import HEADER, STEP, DistributedReport, line
 from distributed_step import Step
 from machine import error_text, print_trace, run_facts
-from report import DEVICE_LOST, Row
+from report import DEVICE_LOST, Row, is_wanted
 from shapes import Sizes3
 from timing import batches
 from torch import Tensor
@@ -163,11 +163,7 @@ class Bench:
         self.report = report = DistributedReport.load(args.output) if args.add else DistributedReport(args.output)
         run = report.start_run(run_facts(args.device, args.command, PACKAGES))
         print(HEADER, flush=True)
-        wanted = [
-            spec
-            for spec in self.specs.values()
-            if not args.only or any(all(word in spec.id for word in words.split(",")) for words in args.only)
-        ]
+        wanted = [spec for spec in self.specs.values() if is_wanted(spec.id, args.only)]
         rows = (
             (self._describe(spec, run), functools.partial(self._measure_all, spec))
             for spec in wanted

@@ -231,10 +231,6 @@ class Spec:
         """Rows for which this is the same share their compiled blocks."""
         return self.model.name, self.grid, self.attention, self.mode == FORWARD
 
-    def wanted(self, only: list[str]) -> bool:
-        """Whether it is among the rows asked for: all words of one of the lists occur in its id."""
-        return not only or any(all(word in self.id for word in words.split(",")) for words in only)
-
 
 def shared_out(rows: Iterable[Spec], index: int, count: int) -> list[Spec]:
     """Of all rows the ``index``-th of ``count`` shares: those of a model and grid stay together."""

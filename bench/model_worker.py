@@ -15,7 +15,7 @@ from machine import error_text, free_memory, print_trace, run_facts
 from model_dense import attending
 from model_report import CHECKPOINTED, FORWARD, HEADER, ModelReport, line
 from model_shapes import FULL, NONE, SMALL, STOCK, ModelSizes, Part, Spec, shared_out, specs
-from report import Row
+from report import Row, is_wanted
 from timing import batches
 from torch import Tensor
 from torch._inductor import config as inductor_config
@@ -39,19 +39,17 @@ def work(args: Namespace) -> int:
     facts = run_facts(device, args.command, PACKAGES)
     run = report.start_run(facts)
     print(HEADER, flush=True)
-    wanted = [spec for spec in shared_out(specs(sizes, device), *args.share) if spec.wanted(args.only)]
-    wanted = [spec for spec in wanted if not report.has(spec.id)]
+    wanted = _wanted(args, report, sizes)
     rows = ((_describe(spec, sizes, device, run), functools.partial(bench.measure, spec)) for spec in wanted)
     return report.fill(rows, started + args.budget_s, line)
 
 
 def compile_ahead(args: Namespace) -> int:
-    """Compiles the blocks of every n-th group of rows and runs them once, for Inductor's cache; measures nothing."""
+    """Compiles the blocks of every n-th group of rows and runs them once, for the caches on disk; measures nothing."""
     started = time.monotonic()
     sizes, device = _prepare(args)
     report = ModelReport.load(args.output) if args.add else ModelReport(args.output)
-    wanted = [spec for spec in shared_out(specs(sizes, device), *args.share) if spec.wanted(args.only)]
-    wanted = [spec for spec in wanted if not report.has(spec.id)]
+    wanted = _wanted(args, report, sizes)
     groups = {spec.compiled_as: spec for spec in reversed(wanted)}  # the most urgent of each group
     urgent = [spec for spec in wanted if groups[spec.compiled_as] is spec]
     first, step = args.ahead
@@ -68,6 +66,12 @@ def compile_ahead(args: Namespace) -> int:
             free_memory(device)
             torch.compiler.reset()
     return 0
+
+
+def _wanted(args: Namespace, report: ModelReport, sizes: ModelSizes) -> list[Spec]:
+    """This GPU's share of the rows asked for, but for those that are there."""
+    wanted = (spec for spec in specs(sizes, args.device) if is_wanted(spec.id, args.only))
+    return [spec for spec in shared_out(wanted, *args.share) if not report.has(spec.id)]
 
 
 def _prepare(args: Namespace) -> tuple[ModelSizes, str]:
@@ -280,7 +284,10 @@ class Bench:
 
     def _measure(self, spec: Spec, row: Row) -> None:
         total = 0.0
-        for index, part in enumerate(spec.model.parts):
+        parts = list(enumerate(spec.model.parts))
+        if self.setup is not None and self.setup[0] == (*spec.compiled_as, parts[-1][0]):
+            parts.reverse()  # the blocks of the last one are still compiled
+        for index, part in parts:
             began = time.monotonic()
             setup = self._setup_of(spec, index, part)
             setup.warm_up(spec.mode)
@@ -309,9 +316,11 @@ class Bench:
         key = *spec.compiled_as, index
         if self.setup is None or self.setup[0] != key:
             self._close()
-            shape = spec.model.name, spec.grid, index
+            grid = spec.model.name, spec.grid
+            shape = *grid, index
             if spec.attention != NONE and shape not in self.stock:
-                self.stock = {shape: StockOutput(spec, part, self.sizes, self.device)}
+                self.stock = {other: kept for other, kept in self.stock.items() if other[:-1] == grid}
+                self.stock[shape] = StockOutput(spec, part, self.sizes, self.device)
                 free_memory(self.device)
             stock = None if spec.attention == NONE else self.stock[shape]
             self.setup = key, Setup(spec, part, self.sizes, self.device, stock)

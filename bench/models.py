@@ -14,7 +14,7 @@ without gradient checkpointing, and an inference forward; the attentions
 
 Blocks are compiled by compile_repeated_blocks. Before a row is timed, its model switched to full attention must equal
 the stock one, and its outputs and gradients must be finite. The most urgent rows come first. Compiling takes most of
-the time: `--compile-ahead-s` lets several processes compile side by side first, for Inductor's cache.
+the time: `--compile-ahead-s` lets several processes compile side by side first, for the caches on disk.
 
 Several GPUs (`--gpus`) share the rows, all rows of one model and number of tokens on the same one.
 
@@ -48,10 +48,10 @@ def main() -> int:
     if args.gpus > 1:
         return spread(args)
     started = time.monotonic()
-    ModelReport.begin(args.output, args.add)
+    ModelReport.begin(args.output, args.add, args.only)
     command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
     if args.compile_ahead_s:
-        compile_side_by_side(command, args.compile_ahead_s)
+        compile_side_by_side(command, args.compile_ahead_s, args.ahead_processes)
     budget_s = args.budget_s - (time.monotonic() - started)
     status = supervise(command, args.output, budget_s, args.row_limit_s, ModelReport)
     if status == 0:
@@ -64,6 +64,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = script_parser(__doc__, row_limit_s=240)
     add = parser.add_argument
     add("--compile-ahead-s", type=float, default=0, help="compile side by side for this many seconds before measuring")
+    add("--ahead-processes", type=int, default=6, help="as many at most, each with a few layers in memory (default 6)")
     add("--gpus", type=int, default=1, help="measure on so many GPUs at once (default 1)")
     add("--share", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     add("--ahead", type=int, nargs=2, help=argparse.SUPPRESS)
@@ -103,10 +104,10 @@ def spread(args: argparse.Namespace) -> int:
     return max(statuses)
 
 
-def compile_side_by_side(command: list[str], seconds: float) -> None:
+def compile_side_by_side(command: list[str], seconds: float, most: int) -> None:
     """Runs processes that compile every n-th group of rows; what goes wrong there goes wrong again when measured."""
     cores = len(os.sched_getaffinity(0))
-    count = max(1, min(6, cores // 2))
+    count = max(1, min(most, cores // 2))
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, cores // count))}
     deadline = time.monotonic() + seconds + 60  # each ends what it has begun
     commands = [[*command, "--ahead", str(first), str(count)] for first in range(count)]

@@ -43,11 +43,17 @@ class Report:
         return cls(path, json.loads(path.read_text()))
 
     @classmethod
-    def begin(cls, path: Path, add: bool) -> None:
-        """Clears the way for a run: without the rows of the one before, or to measure again what went wrong in it."""
+    def begin(cls, path: Path, add: bool, only: Iterable[str] = ()) -> None:
+        """Clears the way for a run: without the rows of the one before, or to measure again what went wrong in it.
+
+        Args:
+            path: of the file.
+            add: whether to keep the rows that are there.
+            only: rows asked for, as in ``is_wanted``; a failure among the others is kept.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         if add:
-            cls.load(path).reopen()
+            cls.load(path).reopen(only)
         else:
             path.unlink(missing_ok=True)
 
@@ -63,10 +69,10 @@ class Report:
             partial.write_text(text)
             os.replace(partial, path)
 
-    def reopen(self) -> None:
-        """Lets a new run measure again what went wrong in the one before."""
+    def reopen(self, only: Iterable[str] = ()) -> None:
+        """Lets a new run measure again what went wrong in the one before, of the rows asked for."""
         for row in self.rows.values():
-            if row["status"] != "ok":
+            if row["status"] != "ok" and is_wanted(row["id"], only):
                 row["status"] = "not run"
         self.save()
 
@@ -154,6 +160,12 @@ class Report:
             if row.get("stages"):
                 lines += ["", f"## {row['id']}", "", *(f"- {text}" for text in _stages(row))]
         return "\n".join(lines) + "\n"
+
+
+def is_wanted(row_id: str, only: Iterable[str]) -> bool:
+    """Whether a row is asked for: all words, split at commas, of one of ``only`` occur in its id, or there are none."""
+    only = list(only)
+    return not only or any(all(word in row_id for word in words.split(",")) for words in only)
 
 
 def table(names: Iterable[str], rows: Iterable[list[str]]) -> list[str]:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from report import DEVICE_LOST, Report
 
+# FlashAttention-4 keeps its compiled kernels on disk only where this is set, and each process compiles them otherwise.
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+
 
 def script_parser(description: str | None, row_limit_s: int, only: bool = True) -> argparse.ArgumentParser:
     """The options that all of them take.

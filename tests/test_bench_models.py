@@ -129,6 +129,36 @@ def test_rows_that_fail_or_lie_are_recorded_and_the_others_go_on(bench, monkeypa
     assert "ms" not in rows["shared"]
 
 
+def test_a_new_run_tries_again_what_failed_of_the_rows_it_is_asked_for(bench, tmp_path):  # noqa: F811
+    report = bench("model_report").ModelReport
+    row = {"mode": MODES[0], "model": "Wan", "dense": True, "attention": "SDPA", "parts": [{"layers": 1, "of": 1}]}
+    kept = report(tmp_path / "x.json")
+    kept.start_run({"device": "a GPU", "date": "today", "versions": {}, "command": "a command"})
+    for tokens in (72, 144):
+        name = f"Wan | {tokens} tokens"
+        kept.rows[name] = row | {"id": name, "tokens": tokens, "status": "out of memory", "error": "too much", "run": 0}
+    kept.save()
+    report.begin(kept.path, add=True, only=["Wan,144 tokens"])
+    statuses = {row["tokens"]: row["status"] for row in report.load(kept.path).rows.values()}
+    assert statuses == {72: "out of memory", 144: "not run"}
+
+
+def test_a_part_still_compiled_is_not_built_again(bench, monkeypatch, tmp_path):  # noqa: F811
+    worker, built = bench("model_worker"), []
+    setup = worker.Setup
+    monkeypatch.setattr(worker, "Setup", lambda spec, part, *rest: built.append(part.of) or setup(spec, part, *rest))
+    output, grids = tmp_path / "x.json", (*[(3, 4, 6)], *[(2, 4, 6)] * 4)
+    sizes = bench("model_shapes").SMALL
+    monkeypatch.setattr(worker, "SMALL", worker.dataclasses.replace(sizes, grids=grids))
+    only = ["--only", "HunyuanVideo,72 tokens,training,SDPA"]
+    arguments = ["--device", "cpu", "--small", *only, "--output", str(output)]
+    assert worker.work(bench("models").parse(arguments)) == 0
+    assert built == [6, 9, 6]  # with checkpointing first the dual layers; without, first the single ones
+    for row in rows_of(output).values():
+        assert row["status"] == "ok"
+        assert row["ms"] == pytest.approx(2 * row["parts"][0]["ms"] + 3 * row["parts"][1]["ms"])
+
+
 def test_no_row_starts_without_budget(bench, tmp_path):  # noqa: F811
     output = tmp_path / "x.json"
     arguments = ["--device", "cpu", "--small", "--output", str(output), "--budget-s", "-1"]
