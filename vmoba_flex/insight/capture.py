@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vmoba_flex.inputs import check_count, check_positive
 from vmoba_flex.insight.records import Record, save
-from vmoba_flex.models.apply import VMoBAHandle
+from vmoba_flex.models.handle import VMoBAHandle
 from vmoba_flex.models.processor import VMoBAProcessor
 from vmoba_flex.models.run import Run
 from vmoba_flex.partition import BlockPartition

@@ -1,17 +1,27 @@
-"""What each model family of diffusers is: its layers, its grid, and how a layer makes query, key and value."""
+"""How a model takes VMoBA: the adapter of its class, one of diffusers' model families or one that was registered."""
 
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from vmoba_flex.models.families import (
+    CogVideoXProcessor,
+    Grid,
+    HunyuanVideo15Processor,
+    HunyuanVideoProcessor,
+    LTXProcessor,
+    MochiProcessor,
+    WanProcessor,
+    cogvideox_grid,
+    ltx_grid,
+    patched_grid,
+    refuse_block_causal,
+)
 from vmoba_flex.models.processor import VMoBAProcessor
-
-Grid = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +43,54 @@ class Adapter:
     refuse: Callable[[Any], str | None] = lambda model: None
 
 
-_ADAPTERS: dict[str, Adapter] = {}
+def _attention_of(*path: str) -> Callable[[nn.Module], list[tuple[str, Any]]]:
+    """The layers ``model.<blocks>[i].<attention>``, for each ``blocks.attention`` of ``path`` in turn."""
+
+    def layers(model: nn.Module) -> list[tuple[str, Any]]:
+        names = [one.split(".") for one in path]
+        return [
+            (f"{blocks}.{i}.{attention}", getattr(block, attention))
+            for blocks, attention in names
+            for i, block in enumerate(getattr(model, blocks))
+        ]
+
+    return layers
+
+
+_ADAPTERS: dict[str, Adapter] = {
+    "WanTransformer3DModel": Adapter(WanProcessor, ("WanAttnProcessor",), _attention_of("blocks.attn1"), patched_grid),
+    "SkyReelsV2Transformer3DModel": Adapter(
+        WanProcessor,
+        ("SkyReelsV2AttnProcessor",),
+        _attention_of("blocks.attn1"),
+        patched_grid,
+        refuse=refuse_block_causal,
+    ),
+    "HunyuanVideoTransformer3DModel": Adapter(
+        HunyuanVideoProcessor,
+        ("HunyuanVideoAttnProcessor2_0",),
+        _attention_of("transformer_blocks.attn", "single_transformer_blocks.attn"),
+        patched_grid,
+    ),
+    "HunyuanVideo15Transformer3DModel": Adapter(
+        HunyuanVideo15Processor,
+        ("HunyuanVideo15AttnProcessor2_0",),
+        _attention_of("transformer_blocks.attn"),
+        patched_grid,
+    ),
+    "CogVideoXTransformer3DModel": Adapter(
+        CogVideoXProcessor,
+        ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
+        _attention_of("transformer_blocks.attn1"),
+        cogvideox_grid,
+    ),
+    "LTXVideoTransformer3DModel": Adapter(
+        LTXProcessor, ("LTXVideoAttnProcessor",), _attention_of("transformer_blocks.attn1"), ltx_grid
+    ),
+    "MochiTransformer3DModel": Adapter(
+        MochiProcessor, ("MochiAttnProcessor2_0",), _attention_of("transformer_blocks.attn1"), patched_grid
+    ),
+}
 
 
 def register_adapter(class_name: str, adapter: Adapter) -> None:
@@ -56,14 +113,19 @@ def register_adapter(class_name: str, adapter: Adapter) -> None:
     _ADAPTERS[class_name] = adapter
 
 
-def find_adapter(model: object) -> Adapter | None:
-    """The adapter of a model's class, or of the nearest one that it derives from."""
-    return next((_ADAPTERS[c.__name__] for c in type(model).__mro__ if c.__name__ in _ADAPTERS), None)
+def find_adapter(model: object) -> Adapter:
+    """The adapter of a model's class, or of the nearest one that it derives from.
 
-
-def supported() -> list[str]:
-    """Names of the classes that have an adapter."""
-    return sorted(_ADAPTERS)
+    Raises:
+        TypeError: if none has one.
+    """
+    for cls in type(model).__mro__:
+        if cls.__name__ in _ADAPTERS:
+            return _ADAPTERS[cls.__name__]
+    raise TypeError(
+        f"pipe_or_model must be one of {', '.join(sorted(_ADAPTERS))}, or of a class given to register_adapter, got "
+        f"{type(model).__name__}"
+    )
 
 
 def forward_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -74,250 +136,3 @@ def forward_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 @functools.cache
 def _signature(cls: type[nn.Module]) -> inspect.Signature:
     return inspect.signature(cls.forward)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates neighbouring pairs of channels: rotary position embedding (arXiv 2104.09864), in float32.
-
-    Args:
-        x: ``(..., channels)``.
-        cos: broadcast against x, equal on both channels of a pair.
-        sin: likewise.
-    """
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((-odd, even), -1).flatten(-2)
-    return (x.float() * cos + turned.float() * sin).to(x.dtype)
-
-
-def _split_heads(attn: Any, x: Tensor) -> Tensor:
-    """``(B, tokens, H * D)`` -> ``(B, H, tokens, D)``."""
-    return x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
-
-
-def _project(attn: Any, x: Tensor, fused: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value ``(B, tokens, H * D)``."""
-    return attn.to_qkv(x).chunk(3, dim=-1) if fused else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
-
-
-def _normalized_heads(
-    attn: Any, projected: Iterable[Tensor], norm_q: nn.Module | None, norm_k: nn.Module | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(B, H, tokens, D)`` of what was projected, query and key normalised within a head."""
-    query, key, value = (_split_heads(attn, x) for x in projected)
-    return query if norm_q is None else norm_q(query), key if norm_k is None else norm_k(key), value
-
-
-def _project_out(attn: Any, x: Tensor) -> Tensor:
-    linear, dropout = attn.to_out
-    return dropout(linear(x))
-
-
-class WanProcessor(VMoBAProcessor):
-    """Wan 2.1 and 2.2, SkyReels-V2: normalised over all heads, then rotated; text in a layer of its own."""
-
-    def sparse(self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any) -> Tensor:
-        """See ``VMoBAProcessor.sparse``."""
-        if mask is not None:
-            raise ValueError("attention_mask must be None with VMoBA applied (no block-causal mode), got a mask")
-        query, key, value = _project(attn, video, attn.fused_projections)
-        query, key, value = (_split_heads(attn, x) for x in (attn.norm_q(query), attn.norm_k(key), value))
-        # Cosines stand at even, sines at odd channels of (1, tokens, 1, D).
-        cos, sin = (x.transpose(1, 2)[..., i::2].repeat_interleave(2, -1) for i, x in enumerate(rotary))
-        return _project_out(attn, self.attend(rotate(query, cos, sin), rotate(key, cos, sin), value))
-
-
-class LTXProcessor(VMoBAProcessor):
-    """LTX: rotated before the heads are split; text in a layer of its own."""
-
-    def sparse(self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any) -> Tensor:
-        """See ``VMoBAProcessor.sparse``."""
-        if mask is not None:
-            raise ValueError("attention_mask must be None in self-attention with VMoBA applied, got a mask")
-        query, key, value = _project(attn, video)
-        query, key = rotate(attn.norm_q(query), *rotary), rotate(attn.norm_k(key), *rotary)
-        query, key, value = (_split_heads(attn, x) for x in (query, key, value))
-        return _project_out(attn, self.attend(query, key, value))
-
-
-class CogVideoXProcessor(VMoBAProcessor):
-    """CogVideoX: text before the video, through the same projections."""
-
-    joint: ClassVar[bool] = True
-
-    def sparse(
-        self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any
-    ) -> tuple[Tensor, Tensor]:
-        """See ``VMoBAProcessor.sparse``."""
-        if text is None or mask is not None:
-            raise ValueError("attention_mask must be None, and text given, with VMoBA applied to CogVideoX")
-        length = text.shape[1]
-        fused = type(self.stock).__name__.startswith("Fused")  # as diffusers itself tells them apart
-        projected = _project(attn, torch.cat([text, video], 1), fused)
-        query, key, value = _normalized_heads(attn, projected, attn.norm_q, attn.norm_k)
-        if rotary is not None:
-            query, key = (torch.cat([x[:, :, :length], rotate(x[:, :, length:], *rotary)], 2) for x in (query, key))
-        output = _project_out(attn, self.attend(query, key, value, prefix=length))
-        return output[:, length:], output[:, :length]
-
-
-class _SuffixProcessor(VMoBAProcessor):
-    """Text behind the video, some of it padding that nobody attends."""
-
-    joint: ClassVar[bool] = True
-
-    def sparse(
-        self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any
-    ) -> tuple[Tensor, Tensor]:
-        """See ``VMoBAProcessor.sparse``."""
-        if text is None or mask is None:
-            raise ValueError("encoder_hidden_states and attention_mask must be given with VMoBA applied, got None")
-        length = text.shape[1]
-        there = self.text_mask(mask, length)
-        # Text has no positions here: what exists goes first.
-        order = there.sort(stable=True, dim=1, descending=True).indices
-        query, key, value = self.project(attn, video, _reorder(text, order), rotary)
-        output = self.attend(query, key, value, suffix=length, text_lengths=there.sum(1))
-        video, text = output.split([output.shape[1] - length, length], 1)
-        return self.finish(attn, video, _reorder(text, order.argsort(1)), there)
-
-    def project(self, attn: Any, video: Tensor, text: Tensor, rotary: Any) -> list[Tensor]:
-        """Query, key and value ``(B, H, S, D)``, text by projections of its own."""
-        query, key, value = _normalized_heads(attn, _project(attn, video), attn.norm_q, attn.norm_k)
-        if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
-        added = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
-        added = _normalized_heads(attn, added, attn.norm_added_q, attn.norm_added_k)
-        return [torch.cat(pair, 2) for pair in zip((query, key, value), added, strict=True)]
-
-    def text_mask(self, mask: Tensor, length: int) -> Tensor:
-        """Which text tokens exist, bool ``(B, text tokens)``."""
-        return mask.bool()
-
-    def finish(self, attn: Any, video: Tensor, text: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-        """Projects both streams out."""
-        return _project_out(attn, video), attn.to_add_out(text)
-
-
-def _reorder(text: Tensor, order: Tensor) -> Tensor:
-    """Reorders tokens ``(B, tokens, channels)`` by ``order`` ``(B, tokens)``."""
-    return text.gather(1, order[..., None].expand_as(text))
-
-
-class HunyuanVideoProcessor(_SuffixProcessor):
-    """HunyuanVideo: two streams in dual layers, one in single layers; the mask is over video and text."""
-
-    def project(self, attn: Any, video: Tensor, text: Tensor, rotary: Any) -> list[Tensor]:
-        """See ``_SuffixProcessor``; single layers project both streams as one, and rotate the video's tokens."""
-        if attn.add_q_proj is not None:
-            return super().project(attn, video, text, rotary)
-        tokens, length = torch.cat([video, text], 1), video.shape[1]
-        query, key, value = _normalized_heads(attn, _project(attn, tokens), attn.norm_q, attn.norm_k)
-        query, key = (torch.cat([rotate(x[:, :, :length], *rotary), x[:, :, length:]], 2) for x in (query, key))
-        return [query, key, value]
-
-    def text_mask(self, mask: Tensor, length: int) -> Tensor:
-        """The end of the model's mask ``(B, 1, 1, S)``."""
-        return mask[:, 0, 0, -length:].bool()
-
-    def finish(self, attn: Any, video: Tensor, text: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-        """Single layers have no projections here."""
-        out, add_out = getattr(attn, "to_out", None), getattr(attn, "to_add_out", None)
-        return video if out is None else _project_out(attn, video), text if add_out is None else add_out(text)
-
-
-class HunyuanVideo15Processor(_SuffixProcessor):
-    """HunyuanVideo-1.5: two streams; the mask is over the text. The stock processor makes tokens x tokens of it."""
-
-    has_dense: ClassVar[bool] = True
-
-
-class MochiProcessor(_SuffixProcessor):
-    """Mochi: two streams; cosines and sines for each head and pair; padding comes out as zero."""
-
-    def project(self, attn: Any, video: Tensor, text: Tensor, rotary: Any) -> list[Tensor]:
-        """See ``_SuffixProcessor``; ``rotary``: cosines and sines ``(video tokens, H, D / 2)``."""
-        return super().project(attn, video, text, [x.transpose(0, 1).repeat_interleave(2, -1) for x in rotary])
-
-    def finish(self, attn: Any, video: Tensor, text: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-        """The last layer projects no text."""
-        text = text * there[..., None]
-        return _project_out(attn, video), attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
-
-
-def _attention_of(*path: str) -> Callable[[nn.Module], list[tuple[str, Any]]]:
-    """The layers ``model.<blocks>[i].<attention>``, for each ``blocks.attention`` of ``path`` in turn."""
-
-    def layers(model: nn.Module) -> list[tuple[str, Any]]:
-        names = [one.split(".") for one in path]
-        return [
-            (f"{blocks}.{i}.{attention}", getattr(block, attention))
-            for blocks, attention in names
-            for i, block in enumerate(getattr(model, blocks))
-        ]
-
-    return layers
-
-
-def _patched_grid(model: Any, arguments: dict[str, Any]) -> Grid:
-    """Of latents ``(B, C, frames, height, width)``."""
-    frames, height, width = arguments["hidden_states"].shape[2:]
-    patch = model.config.patch_size
-    if isinstance(patch, int):
-        patch = (getattr(model.config, "patch_size_t", 1), patch, patch)
-    return frames // patch[0], height // patch[1], width // patch[2]
-
-
-def _cogvideox_grid(model: Any, arguments: dict[str, Any]) -> Grid:
-    """Of latents ``(B, frames, C, height, width)``."""
-    _, frames, _, height, width = arguments["hidden_states"].shape
-    patch, patch_t = model.config.patch_size, model.config.patch_size_t or 1
-    return -(-frames // patch_t), height // patch, width // patch
-
-
-def _ltx_grid(model: Any, arguments: dict[str, Any]) -> Grid:
-    """As the caller gives it: the latents come as tokens."""
-    sizes: list[Any] = [arguments.get(name) for name in ("num_frames", "height", "width")]
-    if None in sizes:
-        raise ValueError(f"num_frames, height and width must be given with VMoBA applied to LTX, got {sizes}")
-    return int(sizes[0]), int(sizes[1]), int(sizes[2])
-
-
-def _refuse_block_causal(model: Any) -> str | None:
-    count = model.config.num_frame_per_block
-    return f"num_frame_per_block must be 1 (no block-causal mode), got {count}" if count > 1 else None
-
-
-_ADAPTERS |= {
-    "WanTransformer3DModel": Adapter(WanProcessor, ("WanAttnProcessor",), _attention_of("blocks.attn1"), _patched_grid),
-    "SkyReelsV2Transformer3DModel": Adapter(
-        WanProcessor,
-        ("SkyReelsV2AttnProcessor",),
-        _attention_of("blocks.attn1"),
-        _patched_grid,
-        refuse=_refuse_block_causal,
-    ),
-    "HunyuanVideoTransformer3DModel": Adapter(
-        HunyuanVideoProcessor,
-        ("HunyuanVideoAttnProcessor2_0",),
-        _attention_of("transformer_blocks.attn", "single_transformer_blocks.attn"),
-        _patched_grid,
-    ),
-    "HunyuanVideo15Transformer3DModel": Adapter(
-        HunyuanVideo15Processor,
-        ("HunyuanVideo15AttnProcessor2_0",),
-        _attention_of("transformer_blocks.attn"),
-        _patched_grid,
-    ),
-    "CogVideoXTransformer3DModel": Adapter(
-        CogVideoXProcessor,
-        ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
-        _attention_of("transformer_blocks.attn1"),
-        _cogvideox_grid,
-    ),
-    "LTXVideoTransformer3DModel": Adapter(
-        LTXProcessor, ("LTXVideoAttnProcessor",), _attention_of("transformer_blocks.attn1"), _ltx_grid
-    ),
-    "MochiTransformer3DModel": Adapter(
-        MochiProcessor, ("MochiAttnProcessor2_0",), _attention_of("transformer_blocks.attn1"), _patched_grid
-    ),
-}
