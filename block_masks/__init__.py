@@ -12,7 +12,8 @@ from block_masks.realize import realize
 from block_masks.row_masks import row_mask
 from block_masks.rows import RowPlan, plan_rows
 from block_masks.slot_attention import attend_slots
-from block_masks.slots import Slots, from_slots, live_slots, plan_slots, slot_mask, slot_tile_map, to_slots
+from block_masks.slot_masks import live_slots, slot_mask, slot_tile_map
+from block_masks.slots import Slots, from_slots, plan_slots, to_slots
 from block_masks.tiles import TileMap, block_mask_from_tiles, tile_lists
 
 __all__ = [
