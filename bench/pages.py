@@ -165,7 +165,7 @@ def _model_lines(rows: list[Row]) -> list[list[str]]:
             number(row.get("density"), 3),
             f"{row['ms'] / 1000:.2f}",
             number(row["speed_up"], 2),
-            number(cudnn[problem(row)] / row["ms"], 2),
+            number(cudnn[problem(row)] / row["ms"] if problem(row) in cudnn else None, 2),
             number(row["peak_gb"], 1),
         ]
         for row in rows
