@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,7 +43,7 @@ class Report:
         return cls(path, json.loads(path.read_text()))
 
     @classmethod
-    def begin(cls, path: Path, add: bool, only: Iterable[str] = ()) -> None:
+    def begin(cls, path: Path, add: bool, only: Sequence[str] = ()) -> None:
         """Clears the way for a run: without the rows of the one before, or to measure again what went wrong in it.
 
         Args:
@@ -69,7 +69,7 @@ class Report:
             partial.write_text(text)
             os.replace(partial, path)
 
-    def reopen(self, only: Iterable[str] = ()) -> None:
+    def reopen(self, only: Sequence[str]) -> None:
         """Lets a new run measure again what went wrong in the one before, of the rows asked for."""
         for row in self.rows.values():
             if row["status"] != "ok" and is_wanted(row["id"], only):
@@ -162,9 +162,8 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
-def is_wanted(row_id: str, only: Iterable[str]) -> bool:
+def is_wanted(row_id: str, only: Sequence[str]) -> bool:
     """Whether a row is asked for: all words, split at commas, of one of ``only`` occur in its id, or there are none."""
-    only = list(only)
     return not only or any(all(word in row_id for word in words.split(",")) for words in only)
 
 
