@@ -44,10 +44,6 @@ def tile_lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
 # Opaque to Inductor, whose scans on torch 2.11 fail to compile when fused with what makes the tile map.
 @torch.library.custom_op("block_masks::tile_lists", mutates_args=())
 def _tile_lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    return _list_tiles(tiles)
-
-
-def _list_tiles(tiles: Tensor) -> tuple[Tensor, Tensor]:
     seen = tiles.cumsum(-1)
     counts = seen[..., -1:]
     columns = torch.arange(tiles.shape[-1], device=tiles.device)
@@ -63,8 +59,6 @@ def _list_tiles(tiles: Tensor) -> tuple[Tensor, Tensor]:
 def _(tiles: Tensor) -> tuple[Tensor, Tensor]:
     from block_masks import plan_kernels
 
-    if tiles.shape[-1] > plan_kernels.LONGEST_LIST:
-        return _list_tiles(tiles)
     return plan_kernels.list_tiles(tiles)
 
 

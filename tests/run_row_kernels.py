@@ -75,14 +75,14 @@ def check_slots(sizes: list[int], tile_size: int) -> None:
         assert torch.equal(actual.cpu(), getattr(expected, name)), name
 
 
-def check_lists(shape: tuple[int, ...]) -> None:
-    """Lists of tiles, of rows and of columns."""
+def check_lists(shape: tuple[int, ...], by_columns: bool) -> None:
+    """Lists of the tiles of each row, where maps lie in memory row by row, or column by column."""
     tiles = torch.rand(shape) < torch.rand(*shape[:-1], 1)
-    for one in (tiles, tiles.mT):
-        for actual, expected in zip(plan_kernels.list_tiles(one), tile_lists(one.cpu()), strict=True):
-            assert actual.dtype == expected.dtype
-            assert actual.is_contiguous()
-            assert torch.equal(actual.cpu(), expected)
+    tiles = tiles.mT.contiguous().mT if by_columns else tiles
+    for actual, expected in zip(plan_kernels.list_tiles(tiles), tile_lists(tiles.cpu()), strict=True):
+        assert actual.dtype == expected.dtype
+        assert actual.is_contiguous()
+        assert torch.equal(actual.cpu(), expected)
 
 
 def check_take(plan: RowPlan, queries: int) -> None:
@@ -165,8 +165,12 @@ if __name__ == "__main__":
     check_slots([3, 1, 700, 5], 3)  # many tiles of few slots
     check_slots([1] * 70, 1)
     check_slots([900, 1, 1500], 64)  # several programs for a group's keys
-    check_lists((2, 3, 7, 130))
-    check_lists((5, 1))
+    for by_columns in (False, True):
+        check_lists((2, 3, 7, 130), by_columns)
+        check_lists((2, 3, 13, 7), by_columns)
+        check_lists((5, 1), by_columns)
+        check_lists((1, 130), by_columns)
+        check_lists((3, 9000), by_columns)  # several chunks of columns, the last one cut short
     check_attention(4, 1, [100, 128, 3], (24, 24), 0.3)
     check_attention(4, 2, [200, 31], (16, 40), -0.2)
     check_attention(4, 2, [200, 31, 1], (16, 40), 0.2, short=True)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from block_masks import plan_slots, row_steps, slot_mask
+from block_masks import plan_slots, row_steps, slot_mask, tile_lists
 from block_masks.slots import SLOT_TENSORS
 from tests.paths import (
     assert_equals_dense_masked_attention,
@@ -166,6 +166,14 @@ def test_slots_equal_the_cpu_ones(slots):
     masks = slot_mask(slots.selected.cuda(), on_gpu), slot_mask(slots.selected, slots.plan())
     for name in INDEX_TENSORS:
         assert torch.equal(getattr(masks[0], name).cpu(), getattr(masks[1], name)), name
+
+
+@pytest.mark.parametrize("columns", [1, 130, 432, 2000, 4096, 4097, 9000])
+def test_lists_of_tiles_equal_the_cpu_ones(columns: int):
+    tiles = torch.rand(2, 3, 9, columns, generator=torch.Generator()) < torch.linspace(0, 1, 9)[:, None]
+    for one in (tiles, tiles.mT, tiles.mT.contiguous().mT):
+        for actual, expected in zip(tile_lists(one.cuda()), tile_lists(one), strict=True):
+            assert torch.equal(actual.cpu(), expected)
 
 
 @given(problems(exact=True), st.sampled_from([1, 3, 4, 128]))
