@@ -66,7 +66,7 @@ def filler_lse(
 @QuickLaunch
 @triton.jit
 def _leave_out_kernel(
-    output, lse, filler_lse, kept, kept_lse, rows, DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr
+    output, lse, filler_lse, kept_lse, rows, DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -75,16 +75,19 @@ def _leave_out_kernel(
     x = tl.load(output + place, mask=mask, other=0.0).to(tl.float32)
     whole = tl.load(lse + row, mask=inside, other=0.0)
     left = share_left(whole, tl.load(filler_lse + row, mask=inside, other=0.0))
-    tl.store(kept + place, (x / left[:, None]).to(kept.dtype.element_ty), mask=mask)
+    tl.store(output + place, (x / left[:, None]).to(output.dtype.element_ty), mask=mask)
     tl.store(kept_lse + row, whole + tl.log(left), mask=inside)
 
 
-def leave_out(output: Tensor, lse: Tensor, filler_lse: Tensor) -> tuple[Tensor, Tensor]:
+def leave_out(output: Tensor, lse: Tensor, filler_lse: Tensor) -> Tensor:
     """See ``slot_steps.leave_out``."""
-    dim = output.shape[-1]
-    kept, kept_lse = output.new_empty(output.shape), lse.new_empty(lse.shape)
+    assert output.is_contiguous()
+    assert lse.is_contiguous()
+    # In place only what one thread reads and writes. Several threads read the log-sum-exp of a row, and one might write
+    # it before another has read it. So it would be with values, were there fewer in a program than threads.
+    dim, kept_lse = output.shape[-1], torch.empty_like(lse)
     _leave_out_kernel[triton.cdiv(lse.numel(), 32),](
-        output.contiguous(), lse.contiguous(), filler_lse, kept, kept_lse, lse.numel(),
-        DV=dim, BLOCK_DV=triton.next_power_of_2(dim), ROWS=32,
+        output, lse, filler_lse, kept_lse, lse.numel(),
+        DV=dim, BLOCK_DV=max(8, triton.next_power_of_2(dim)), ROWS=32,
     )  # fmt: skip
-    return kept, kept_lse
+    return kept_lse

@@ -69,7 +69,7 @@ def _attend(
     output, lse = attend.attend_tiles(query, copied, value, lists, scale, tile_size)
     last_keys = key[:, :, slots.last_slot]
     of_fillers = fillers.filler_lse(query, last_keys, slots.fillers, selected, scale, tile_size)
-    return fillers.leave_out(output, lse, of_fillers)
+    return output, fillers.leave_out(output, lse, of_fillers)
 
 
 @_attend.register_fake

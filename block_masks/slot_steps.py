@@ -82,19 +82,20 @@ def filler_lse(
     return scores.masked_fill(~chosen, -torch.inf).logsumexp(-1)
 
 
-def leave_out(output: Tensor, lse: Tensor, filler_lse: Tensor) -> tuple[Tensor, Tensor]:
+def leave_out(output: Tensor, lse: Tensor, filler_lse: Tensor) -> Tensor:
     """Takes filling slots out of attention in which each one had a value of zero.
 
     Args:
-        output: ``(B, H, S, value dim)``, filling slots included.
-        lse: ``(B, H, S)``, likewise.
-        filler_lse: ``(B, H, S)``, theirs.
+        output: ``(B, H, S, value dim)``, filling slots included; contiguous. They are taken out in place.
+        lse: ``(B, H, S)``, filling slots included; contiguous.
+        filler_lse: ``(B, H, S)``, theirs; contiguous.
 
     Returns:
-        Output and log-sum-exp without them, both contiguous.
+        The log-sum-exp without them.
     """
     left = share_left(lse, filler_lse)
-    return (output / left[..., None]).to(output.dtype).contiguous(), lse + left.log()
+    output /= left[..., None]
+    return lse + left.log()
 
 
 def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
