@@ -19,7 +19,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _filler_lse_kernel(
     query, last_keys, fillers, selected, filler_lse,
-    scale, heads, rows, groups, repeats, together, batch_step, head_step, row_step, group_step,
+    scale, heads, rows, groups, repeats, together, alike, batch_step, head_step, row_step, group_step,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
@@ -30,6 +30,7 @@ def _filler_lse_kernel(
     q = tl.load(query + place[:, None] * D + dim, mask=inside[:, None] & (dim < D), other=0.0)
     choices = selected + head // heads * batch_step + head % heads * head_step + (row // together * row_step)[:, None]
     last_keys += head // repeats * groups * D
+    fillers += head // alike * groups
     top = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     for start in range(0, groups, GROUPS):
@@ -55,8 +56,9 @@ def filler_lse(
     batch, heads, rows, dim = query.shape
     result = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     _filler_lse_kernel[triton.cdiv(rows, 128), batch * heads](
-        query.contiguous(), last_keys.contiguous(), fillers, selected, result,
-        scale, heads, rows, selected.shape[-1], heads // last_keys.shape[1], together, *selected.stride(),
+        query.contiguous(), last_keys.contiguous(), fillers.contiguous(), selected, result,
+        scale, heads, rows, selected.shape[-1], heads // last_keys.shape[1], together,
+        batch * heads // len(fillers), *selected.stride(),
         D=dim, BLOCK_D=dot_width(dim), ROWS=128, GROUPS=16,
         PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee", num_warps=8,
     )  # fmt: skip

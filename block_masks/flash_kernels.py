@@ -37,7 +37,7 @@ def forward(
 
     rows = row_kernels.take_rows(query.flatten(0, 1), plan.row_query[section], plan.row_pool[section])
     keys, values = (_of_section(x, query, plan, section) for x in (keys, values))
-    lists = (x[None, None].contiguous() for x in key_tile_lists(plan, slots, section, whole=True))
+    lists = (x[None, None].contiguous() for x in key_tile_lists(plan, slots, pool_keys, section, whole=True))
     output, lse, *_ = _flash_attn_fwd(
         *(x.reshape(1, -1, 1, x.shape[-1]) for x in (rows, keys, values)),
         softmax_scale=scale, return_lse=True,

@@ -20,7 +20,7 @@ from torch import Tensor
 from block_masks import row_steps
 from block_masks.device import on_device
 from block_masks.rows import plan_rows
-from block_masks.slots import Slots
+from block_masks.slots import HeldKeys, Slots, take_last
 
 
 def attend_packed(
@@ -50,17 +50,21 @@ def attend_packed(
         scale: factor on the scores.
         backend: ``"eager"``, ``"triton"`` or ``"flash"``.
         group_keys: int32 ``(H, G)``: how many of a group's keys, the first ones, the queries of a head attend; all if
-            None. At least one where a query chose the group. Not for ``"flash"``.
+            None. At least one where a query chose the group. For ``"flash"`` the same in all heads that share a key
+            head.
 
     Returns:
         The output ``(H, S, value dim)``, 0 where a query chose nothing, and the natural log-sum-exp of each query's
-        scores ``(H, S)``, float32, or float64 for float64 inputs. Gradients flow through the output alone.
+        scores ``(H, S)``, float32, or float64 for float64 inputs. Gradients flow through the output alone; those of key
+        and value are zero at keys that ``group_keys`` leaves out. With it and ``"flash"`` they are not finite where all
+        scores of a query lie below -80.
 
     Raises:
-        ValueError: if ``backend`` is ``"flash"`` and ``group_keys`` is given.
+        ValueError: if ``backend`` is ``"flash"``, ``group_keys`` is given and the dtype is float16, in which
+            ``exp(-lse)`` overflows.
     """
-    if backend == "flash" and group_keys is not None:
-        raise ValueError("group_keys must be None for backend='flash', got a tensor")
+    if backend == "flash" and group_keys is not None and query.dtype == torch.float16:
+        raise ValueError("query must not be float16 for backend='flash' with group_keys, got torch.float16")
     return _attend(query, key, value, selected, group_keys, *slots.flat, list(row_tiles), list(heads), scale, backend)
 
 
@@ -73,16 +77,19 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     move, attend = _modules(backend)
     slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
-    query, keys, values = query.contiguous(), _in_slots(key, slots, move), _in_slots(value, slots, move)
+    held = _held(group_keys, slots, len(query) // len(key), backend)
+    query = query.contiguous()
+    keys, values = (_in_slots(x, slots, move, held) for x in (key, value))
     plan = plan_rows(selected, row_tiles[0], heads[0], tile_size)
     pool_keys = _pool_keys(group_keys, slots, len(query))
     of_fillers = None
-    if backend == "flash" and not slots.whole:
+    if backend == "flash" and not (slots.whole and held is None):
         from block_masks import filler_kernels
 
-        last_keys = keys[None, :, slots.last_slot]
-        of_fillers = filler_kernels.filler_lse(query[None], last_keys, slots.fillers, selected[None], scale, 1)[0]
-        keys = move.take_slots(keys, slots.held_slot)
+        held = held or slots.keys_from(slots.group_keys[None])
+        last_keys = take_last(keys, held)[None]
+        of_fillers = filler_kernels.filler_lse(query[None], last_keys, held.fillers, selected[None], scale, 1)[0]
+        keys = move.take_slots(keys, held.copied(slots))
     output, lse = query.new_empty(*query.shape[:2], value.shape[-1]), _like_lse(query)
     for section in range(len(plan.row_pool)):
         rows = attend.forward(query, keys, values, plan, slots, pool_keys, section, scale)
@@ -107,8 +114,9 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     move, attend = _modules(backend)
     slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
+    held = _held(group_keys, slots, len(query) // len(key), backend)
     grad, query = grad.contiguous(), query.contiguous()
-    keys, values = _in_slots(key, slots, move), _in_slots(value, slots, move)
+    keys, values = (_in_slots(x, slots, move, held) for x in (key, value))
     plan = plan_rows(selected, row_tiles[1], heads[1], tile_size)
     pool_keys = _pool_keys(group_keys, slots, len(query))
     delta = move.delta(grad, output)
@@ -123,9 +131,10 @@ def _attend_backward(
         move.sum_rows(rows, plan.query_rows[part], plan.query_count[part], grad_query[part])
         del rows
     repeats = len(query) // len(key)
-    if slots.in_place and repeats == 1:
+    if slots.in_place and repeats == 1 and held is None:
         return grad_query, grad_keys, grad_values
-    grad_key, grad_value = (move.take_slots(x, slots.key_slot, repeats) for x in (grad_keys, grad_values))
+    key_slot = slots.key_slot if held is None else held.key_slot(slots)
+    grad_key, grad_value = (move.take_slots(x, key_slot, repeats) for x in (grad_keys, grad_values))
     return grad_query, grad_key, grad_value
 
 
@@ -150,9 +159,17 @@ def _backward_of_attend(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
 _attend.register_autograd(_backward_of_attend, setup_context=_save)
 
 
-def _in_slots(x: Tensor, slots: Slots, move: ModuleType) -> Tensor:
-    """Keys or values ``(key heads, keys, D)`` in slots, contiguous."""
-    return x.contiguous() if slots.in_place else move.take_slots(x.contiguous(), slots.slot_key)
+def _held(group_keys: Tensor | None, slots: Slots, repeats: int, backend: str) -> HeldKeys | None:
+    """For each key head the keys that are there; None where all are, or where the kernels themselves count them."""
+    return None if group_keys is None or backend != "flash" else slots.keys_from(group_keys[::repeats])
+
+
+def _in_slots(x: Tensor, slots: Slots, move: ModuleType, held: HeldKeys | None) -> Tensor:
+    """Keys or values ``(key heads, keys, D)`` in slots, contiguous; zero in those of keys that are not there."""
+    x = x.contiguous()
+    if held is not None:
+        return move.take_slots(x, held.slot_key(slots))
+    return x if slots.in_place else move.take_slots(x, slots.slot_key)
 
 
 def _pool_keys(group_keys: Tensor | None, slots: Slots, heads: int) -> Tensor:

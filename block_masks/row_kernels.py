@@ -59,14 +59,14 @@ def take_rows(
 @QuickLaunch
 @triton.jit
 def _slots_kernel(
-    source, index, target, places, length,
+    source, index, target, places, length, together,
     REPEATS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(places, ROWS)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     place = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, BLOCK_D)[None, :]
-    where = tl.load(index + place, mask=place < places, other=-1)[:, None]
+    where = tl.load(index + head // together * places + place, mask=place < places, other=-1)[:, None]
     there = (where >= 0) & (dim < D)
     total = tl.load(source + (head * REPEATS * length + where) * D + dim, mask=there, other=0.0)
     if REPEATS > 1:
@@ -81,9 +81,10 @@ def _slots_kernel(
 def take_slots(source: Tensor, index: Tensor, repeats: int = 1) -> Tensor:
     """See ``slots.take_slots``."""
     heads, length, dim = source.shape[0] // repeats, source.shape[1], source.shape[2]
-    target = source.new_empty(heads, len(index), dim)
-    _slots_kernel[heads * triton.cdiv(len(index), 32),](
-        source, index, target, len(index), length,
+    places = index.shape[-1]
+    target = source.new_empty(heads, places, dim)
+    _slots_kernel[heads * triton.cdiv(places, 32),](
+        source, index.contiguous(), target, places, length, heads * places // index.numel(),
         REPEATS=repeats, D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=32,
     )  # fmt: skip
     return target

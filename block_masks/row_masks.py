@@ -23,7 +23,8 @@ def row_mask(plan: RowPlan, slots: Slots, section: int = 0) -> BlockMask:
     tile, groups, head_slots = plan.tile_size, len(slots.group_keys), len(slots.slot_key)
     heads = len(plan.query_count) // len(plan.row_pool)
     device = plan.row_pool.device
-    cut, cut_list, full, full_list = key_tile_lists(plan, slots, section)
+    pool_keys = slots.group_keys.repeat(len(plan.query_count))
+    cut, cut_list, full, full_list = key_tile_lists(plan, slots, pool_keys, section)
     # Row tiles of each key tile: one contiguous range, full or cut like the key tile.
     head = section * heads + torch.arange(heads, device=device)[:, None]
     pools = (head * groups + slots.tile_group).flatten()
@@ -52,13 +53,14 @@ def row_mask(plan: RowPlan, slots: Slots, section: int = 0) -> BlockMask:
 
 
 def key_tile_lists(
-    plan: RowPlan, slots: Slots, section: int, whole: bool = False
+    plan: RowPlan, slots: Slots, pool_keys: Tensor, section: int, whole: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The tiles of slots that each tile of rows attends: those cut short, counted and listed, and the full ones.
 
     Args:
         plan: of the rows.
         slots: of the keys; the h-th head of the section holds the slots from ``h * slots`` on.
+        pool_keys: int32 ``(H * G,)``, the keys that the rows of each pool attend, the first ones of its group.
         section: which section's rows.
         whole: whether to count slots that only fill a tile as if they held a key, so that no tile is cut.
 
@@ -69,9 +71,11 @@ def key_tile_lists(
     tile, groups, head_tiles = plan.tile_size, len(slots.group_keys), len(slots.tile_group)
     heads = len(plan.query_count) // len(plan.row_pool)
     used = plan.row_pool[section] >= 0
-    pool = plan.row_pool[section].clamp(min=0) - section * heads * groups
-    pool = torch.where(used, pool, 0)
-    keys = (slots.group_keys + slots.fillers if whole else slots.group_keys)[pool % groups]
+    pool = torch.where(used, plan.row_pool[section], section * heads * groups)
+    keys = pool_keys[pool]
+    if whole:
+        keys = -(-keys // tile) * tile
+    pool = pool - section * heads * groups
     first = slots.first_slot[pool % groups] // tile + pool // groups * head_tiles
     full, cut = torch.where(used, keys // tile, 0), torch.where(used & (keys % tile > 0), 1, 0).int()
     last = heads * head_tiles - 1

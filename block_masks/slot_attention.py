@@ -8,6 +8,9 @@ to a query's sum of ``exp(score)`` as much as that key does. What all of them ad
 output is divided by the share that is left, and the logarithm of it added to the log-sum-exp. At least one in
 ``tile_size`` of a group's part in the sum is a key's own, so at least that share is left.
 
+A key that is not there, such as padding of text, is no other: its slot is a filling one. Those of a group stand behind
+its other keys, and tiles that hold no key at all are skipped.
+
 Backward. With the output and log-sum-exp so corrected, ``p = exp(score - lse)`` is right for each key. A filling slot
 holds a key of zeros here: it adds nothing to the gradient of query, and its own gradients are dropped. Its p is
 ``exp(-lse)``, which must stay finite.
@@ -22,11 +25,19 @@ import torch
 from torch import Tensor
 
 from block_masks.device import on_device
-from block_masks.slots import SLOT_TENSORS, Slots
+from block_masks.slots import Slots, take_last
 from block_masks.tiles import tile_lists
 
 
-def attend_slots(query: Tensor, key: Tensor, value: Tensor, selected: Tensor, slots: Slots, scale: float) -> Tensor:
+def attend_slots(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selected: Tensor,
+    slots: Slots,
+    scale: float,
+    group_keys: Tensor | None = None,
+) -> Tensor:
     """Attention of each tile of slots over the keys of the groups that it chose.
 
     On a GPU by FlashAttention-4, where ``flash_check.refusal`` has no objection; on a CPU by plain PyTorch that holds
@@ -34,41 +45,47 @@ def attend_slots(query: Tensor, key: Tensor, value: Tensor, selected: Tensor, sl
 
     Args:
         query: ``(B, H, slots, D)``.
-        key: ``(B, H, slots, D)``, zero in filling slots, as ``to_slots`` leaves it.
+        key: ``(B, H, slots, D)``, zero in slots that hold no key that is there, as ``to_slots`` leaves it.
         value: ``(B, H, slots, value dim)``, likewise.
-        selected: bool ``(B, H, tiles, G)``: which groups each tile of slots attends, at least one.
+        selected: bool ``(B, H, tiles, G)``: which groups each tile of slots attends, at least one with a key.
         slots: of these tiles and groups.
         scale: factor on the scores.
+        group_keys: int32 ``(B, G)``: how many of each group's keys, the first ones, are there; all if None.
 
     Returns:
-        ``(B, H, slots, value dim)``. Gradients of key and value mean nothing in filling slots. The gradient of query is
-        summed by atomics on a GPU: two runs may differ in the last bits. Where all scores of a query lie below -80, and
-        not all groups are whole tiles, gradients are not finite.
+        ``(B, H, slots, value dim)``. Gradients of key and value mean nothing in slots that hold no key. The gradient of
+        query is summed by atomics on a GPU: two runs may differ in the last bits. Where all scores of a query lie below
+        -80, and not all slots hold a key, gradients are not finite.
 
     Raises:
-        ValueError: if a group is no whole number of tiles and the dtype is float16, in which ``exp(-lse)`` overflows.
+        ValueError: if the dtype is float16, in which ``exp(-lse)`` overflows, and a group is no whole number of tiles
+            or ``group_keys`` is given.
     """
     if query.dtype == torch.float16 and not slots.whole:
         raise ValueError(f"query must not be float16 where groups are no whole tiles, got sizes {slots.group_sizes}")
-    output, _ = _attend(query, key, value, selected, *slots.flat, scale)
+    if query.dtype == torch.float16 and group_keys is not None:
+        raise ValueError("query must not be float16 with group_keys, got torch.float16")
+    output, _ = _attend(query, key, value, selected, group_keys, *slots.flat, scale)
     return output
 
 
 @torch.library.custom_op("block_masks::attend_slots", mutates_args=())
 @on_device
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, selected: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_keys: Tensor | None,
     slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
     attend, fillers = _modules(query)
-    lists = _whole_tiles(selected.index_select(-1, slots.tile_group))
-    if slots.whole:
+    lists = _whole_tiles(_live_tiles(selected, slots, group_keys))
+    if slots.whole and group_keys is None:
         return attend.attend_tiles(query, key, value, lists, scale, tile_size)
-    copied = fillers.take_slots(key.flatten(0, 1).contiguous(), slots.held_slot).view(key.shape)
+    held = slots.keys_from(slots.group_keys[None] if group_keys is None else group_keys)
+    keys = key.flatten(0, 1).contiguous()
+    copied = fillers.take_slots(keys, held.copied(slots)).view(key.shape)
     output, lse = attend.attend_tiles(query, copied, value, lists, scale, tile_size)
-    last_keys = key[:, :, slots.last_slot]
-    of_fillers = fillers.filler_lse(query, last_keys, slots.fillers, selected, scale, tile_size)
+    last_keys = take_last(keys, held).unflatten(0, key.shape[:2])
+    of_fillers = fillers.filler_lse(query, last_keys, held.fillers, selected, scale, tile_size)
     return output, fillers.leave_out(output, lse, of_fillers)
 
 
@@ -82,11 +99,13 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Te
 @torch.library.custom_op("block_masks::attend_slots_backward", mutates_args=())
 @on_device
 def _attend_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, output: Tensor, lse: Tensor,
-    tile_group: Tensor, tile_size: int, scale: float,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_keys: Tensor | None,
+    output: Tensor, lse: Tensor,
+    slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
     attend, _ = _modules(query)
-    lists = _whole_tiles(selected.index_select(-1, tile_group).mT)
+    lists = _whole_tiles(_live_tiles(selected, slots, group_keys).mT)
     return attend.attend_tiles_backward(grad, query, key, value, output, lse, lists, scale, tile_size)
 
 
@@ -96,19 +115,25 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tu
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    slot_tensors, _, tile_size, _, scale = inputs[4:]
-    tile_group = slot_tensors[SLOT_TENSORS.index("tile_group")]
-    ctx.save_for_backward(*inputs[:4], *output, tile_group)
+    ctx.save_for_backward(*inputs[:5], *output, *inputs[5])
     ctx.mark_non_differentiable(output[1])
-    ctx.settings = tile_size, scale
+    ctx.settings = inputs[6:]
 
 
 def _backward_of_attend(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    none = [None] * len(SLOT_TENSORS)
-    return *_attend_backward(grad, *ctx.saved_tensors, *ctx.settings), None, none, None, None, None, None
+    saved = ctx.saved_tensors  # a checkpoint gives them out once
+    slot_tensors = list(saved[7:])
+    grads = _attend_backward(grad, *saved[:7], slot_tensors, *ctx.settings)
+    return *grads, None, None, [None] * len(slot_tensors), *[None] * 4
 
 
 _attend.register_autograd(_backward_of_attend, setup_context=_save)
+
+
+def _live_tiles(selected: Tensor, slots: Slots, group_keys: Tensor | None) -> Tensor:
+    """The tiles of keys that each tile of slots attends: bool ``(B, H, tiles, tiles)``."""
+    tiles = selected.index_select(-1, slots.tile_group)
+    return tiles if group_keys is None else tiles & slots.keys_from(group_keys).live_tiles[:, None, None]
 
 
 def _whole_tiles(tiles: Tensor) -> list[Tensor]:

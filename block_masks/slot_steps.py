@@ -67,7 +67,7 @@ def filler_lse(
     Args:
         query: ``(B, H, S, D)``.
         last_keys: the last key of each group, ``(B, key heads, G, D)``.
-        fillers: filling slots of each group, int32 ``(G,)``.
+        fillers: filling slots of each group, int32 ``(rows, G)``, for as many of the ``B * H`` heads each.
         selected: bool ``(B, H, rows, G)``: which groups were attended by each ``together`` queries.
         scale: factor on the scores.
         together: queries to a row of ``selected``.
@@ -76,6 +76,8 @@ def filler_lse(
         The natural log-sum-exp of their scores ``(B, H, S)``, in float32 at least; -inf where there are none.
     """
     last_keys = last_keys.repeat_interleave(query.shape[1] // last_keys.shape[1], 1)
+    batch, heads = query.shape[:2]
+    fillers = fillers.repeat_interleave(batch * heads // len(fillers), 0).view(batch, heads, 1, -1)
     chosen = selected.repeat_interleave(together, 2)[:, :, : query.shape[2]] & (fillers > 0)
     scores = _scores(query, last_keys, scale)
     scores += fillers.clamp(min=1).to(scores.dtype).log()

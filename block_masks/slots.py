@@ -66,22 +66,49 @@ class Slots:
         """Whether each key is known to be in its slot already."""
         return self.whole and self.sorted_keys
 
-    @property
-    def last_slot(self) -> Tensor:
-        """The slot of each group's last key, int64 ``(G,)``."""
-        return (self.first_slot + self.group_keys - 1).long()
+    def keys_from(self, group_keys: Tensor) -> "HeldKeys":
+        """What the slots hold where only the first keys of each group are there, int32 ``(rows, G)`` of them."""
+        groups, size = self.tile_group, self.tile_size
+        first = torch.arange(len(groups), device=groups.device) * size - self.first_slot[groups]
+        tile_keys = group_keys[:, groups] - first
+        within = torch.arange(size, device=groups.device)
+        return HeldKeys(
+            live=(within < tile_keys[..., None]).flatten(1),
+            live_tiles=tile_keys > 0,
+            last=(self.first_slot + group_keys.clamp(min=1) - 1).long(),
+            fillers=-group_keys % size,
+        )
 
-    @property
-    def fillers(self) -> Tensor:
-        """Filling slots of each group, int32 ``(G,)``."""
-        return -self.group_keys % self.tile_size
 
-    @property
-    def held_slot(self) -> Tensor:
-        """Each slot itself, or where it only fills a tile, the slot of its group's last key: int64 ``(slots,)``."""
-        of_slot = torch.arange(len(self.slot_key), device=self.slot_key.device)
-        last = self.last_slot[self.tile_group].repeat_interleave(self.tile_size, output_size=len(of_slot))
-        return torch.where(self.slot_key >= 0, of_slot, last)
+@dataclasses.dataclass(frozen=True)
+class HeldKeys:
+    """Which keys are there, for each of some rows: samples, heads, or one row for all.
+
+    Attributes:
+        live: bool ``(rows, slots)``, whether the slot holds one of them.
+        live_tiles: bool ``(rows, tiles)``, whether any slot of the tile does.
+        last: int64 ``(rows, G)``, the slot of each group's last one; its first slot if it has none.
+        fillers: int32 ``(rows, G)``, the other slots of each group's tiles that hold one.
+    """
+
+    live: Tensor
+    live_tiles: Tensor
+    last: Tensor
+    fillers: Tensor
+
+    def slot_key(self, slots: Slots) -> Tensor:
+        """As in ``Slots``, but -1 at keys that are not there: int64 ``(rows, slots)``."""
+        return torch.where(self.live, slots.slot_key, -1)
+
+    def key_slot(self, slots: Slots) -> Tensor:
+        """As in ``Slots``, but -1 for keys that are not there: int64 ``(rows, keys)``."""
+        return torch.where(self.live[:, slots.key_slot], slots.key_slot, -1)
+
+    def copied(self, slots: Slots) -> Tensor:
+        """Each slot itself, or where it is a filling one, the slot of its group's last key: int64 ``(rows, slots)``."""
+        of_slot = torch.arange(len(slots.slot_key), device=self.live.device)
+        last = self.last[:, slots.tile_group].repeat_interleave(slots.tile_size, 1, output_size=len(of_slot))
+        return torch.where(self.live, of_slot, last)
 
 
 SLOT_TENSORS = [field.name for field in dataclasses.fields(Slots) if field.type is Tensor]
@@ -141,8 +168,19 @@ def _(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) -> list[Te
     ]  # fmt: skip
 
 
-def to_slots(x: Tensor, slots: Slots) -> Tensor:
-    """Tokens ``(B, H, keys, D)`` in slots ``(B, H, slots, D)``, zero in filling ones. Differentiable."""
+def to_slots(x: Tensor, slots: Slots, held: HeldKeys | None = None) -> Tensor:
+    """Tokens in slots. Differentiable.
+
+    Args:
+        x: ``(B, H, keys, D)``.
+        slots: of these keys.
+        held: which of each sample's keys are there; all if None.
+
+    Returns:
+        ``(B, H, slots, D)``, zero in filling slots and in those of keys that are not there.
+    """
+    if held is not None:
+        return _gather_slots(x, held.slot_key(slots), held.key_slot(slots))
     return x if slots.in_place else _gather_slots(x, slots.slot_key, slots.key_slot)
 
 
@@ -167,7 +205,7 @@ def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 @_gather_slots.register_fake
 def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:2], index.shape[0], x.shape[3])
+    return x.new_empty(*x.shape[:2], index.shape[-1], x.shape[3])
 
 
 def _save_slots(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -182,17 +220,33 @@ def _gather_slots_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 _gather_slots.register_autograd(_gather_slots_backward, setup_context=_save_slots)
 
 
+def take_last(keys: Tensor, held: HeldKeys) -> Tensor:
+    """The last key that is there of each group.
+
+    Args:
+        keys: ``(heads, slots, D)``.
+        held: of one or more rows, for as many heads each.
+
+    Returns:
+        ``(heads, G, D)``.
+    """
+    last = held.last.repeat_interleave(len(keys) // len(held.last), 0)
+    return keys.gather(1, last[..., None].expand(-1, -1, keys.shape[-1]))
+
+
 def take_slots(source: Tensor, index: Tensor, repeats: int = 1) -> Tensor:
     """Reorders the tokens of each head, and adds up ``repeats`` neighbouring heads.
 
     Args:
         source: ``(heads * repeats, length, D)``.
-        index: int64 ``(places,)``, -1 where the result is zero.
+        index: int64 ``(places,)`` or, for as many heads each, ``(rows, places)``; -1 where the result is zero.
         repeats: neighbouring heads to add up, in float32 at least.
 
     Returns:
         ``(heads, places, D)``.
     """
-    taken = torch.where((index >= 0)[:, None], source[:, index.clamp(min=0)], 0)
+    of_head = index.view(-1, index.shape[-1]).repeat_interleave(len(source) // (index.numel() // index.shape[-1]), 0)
+    of_head = of_head[..., None].expand(-1, -1, source.shape[-1])
+    taken = torch.where(of_head >= 0, source.gather(1, of_head.clamp(min=0)), 0)
     exact = torch.promote_types(source.dtype, torch.float32)
     return taken.unflatten(0, (-1, repeats)).sum(1, dtype=exact).to(source.dtype)

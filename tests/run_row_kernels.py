@@ -4,6 +4,8 @@ TRITON_INTERPRET=1 python -m tests.run_row_kernels                       # on a 
 compute-sanitizer --tool memcheck python -m tests.run_row_kernels        # on a GPU
 """
 
+from unittest import mock
+
 import torch
 
 from block_masks import (
@@ -17,6 +19,7 @@ from block_masks import (
     slot_steps,
     tile_lists,
 )
+from block_masks.row_masks import key_tile_lists
 from block_masks.rows import _plan, _plan_on_gpu
 from block_masks.slots import SLOT_TENSORS
 
@@ -45,9 +48,12 @@ def check_plan(heads: int, queries: int, sizes: list[int], density: float, toget
     x = torch.randn(heads, len(key_group), 5)
     padded = row_steps.take_slots(x, slots.slot_key)
     assert torch.equal(row_kernels.take_slots(x, slots.slot_key), padded)
-    for repeats in (1, heads):
-        expected = row_steps.take_slots(padded, slots.key_slot, repeats)
-        torch.testing.assert_close(row_kernels.take_slots(padded, slots.key_slot, repeats), expected)
+    held = slots.keys_from((torch.rand(heads, len(sizes)) * torch.tensor(sizes)).int())
+    of_head = held.slot_key(slots), held.key_slot(slots)
+    assert torch.equal(row_kernels.take_slots(x, of_head[0]), row_steps.take_slots(x, of_head[0]))
+    for repeats, index in ((1, slots.key_slot), (heads, slots.key_slot), (1, of_head[1]), (heads, of_head[1][:1])):
+        expected = row_steps.take_slots(padded, index, repeats)
+        torch.testing.assert_close(row_kernels.take_slots(padded, index, repeats), expected)
     query, output = torch.randn(heads, queries, 5), torch.randn(row_tiles * 128, 5)
     lse = torch.randn(row_tiles * 128)
     lists = plan.query_rows[:together], plan.query_count[:together]
@@ -134,13 +140,82 @@ def check_attention(
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
+class WholeTiles:
+    """What ``flash_kernels`` does with rows, in plain PyTorch: whole tiles forward, keys of a group backward."""
+
+    @staticmethod
+    def forward(query, keys, values, plan, slots, pool_keys, section, scale):
+        """Rows over the tiles in their lists."""
+        heads, tile = len(query) // len(plan.row_pool), plan.tile_size
+        keys, values = (x.repeat_interleave(len(query) // len(x), 0) for x in (keys, values))
+        keys, values = (x[section * heads :][:heads].reshape(-1, tile, x.shape[-1]) for x in (keys, values))
+        _, _, counts, listed = key_tile_lists(plan, slots, pool_keys, section, whole=True)
+        output = query.new_full((len(plan.row_query[section]), values.shape[-1]), torch.nan)
+        lse = output[:, 0].clone()
+        for i in (plan.row_pool[section] >= 0).nonzero().flatten().tolist():
+            rows, tiles = slice(i * tile, (i + 1) * tile), listed[i, : counts[i]].long()
+            q = query.flatten(0, 1)[plan.row_query[section][rows].clamp(min=0)]
+            scores = q @ keys[tiles].flatten(0, 1).mT * scale
+            output[rows], lse[rows] = scores.softmax(-1) @ values[tiles].flatten(0, 1), scores.logsumexp(-1)
+        return output, lse
+
+    @staticmethod
+    def backward(
+        query, grad, lse, delta, keys, values, grad_keys, grad_values, plan, slots, pool_keys, section, scale
+    ):  # fmt: skip
+        """Rows of each pool over all keys of its group; gradients of pools without rows are left as they were."""
+        heads, groups, repeats = len(query) // len(plan.row_pool), len(slots.group_keys), len(query) // len(keys)
+        grad_rows = query.new_full((len(plan.row_query[section]), query.shape[-1]), torch.nan)
+        grad_keys[section * heads :][:heads], grad_values[section * heads :][:heads] = torch.nan, torch.nan
+        row_pool = plan.row_pool[section].repeat_interleave(plan.tile_size)
+        for pool in row_pool[row_pool >= 0].unique().tolist():
+            rows = ((row_pool == pool) & (plan.row_query[section] >= 0)).nonzero().flatten()
+            place, (head, group) = plan.row_query[section][rows].long(), divmod(pool, groups)
+            held = slice(int(slots.first_slot[group]), int(slots.first_slot[group] + slots.group_keys[group]))
+            q, do, whole, mean = (x.flatten(0, 1)[place] for x in (query, grad, lse[..., None], delta[..., None]))
+            k, v = keys[head // repeats, held], values[head // repeats, held]
+            p = (q @ k.mT * scale - whole).exp()
+            ds = p * (do @ v.mT - mean) * scale
+            grad_rows[rows] = ds @ k
+            grad_keys[head, held], grad_values[head, held] = ds.mT @ q, p.mT @ do
+        return grad_rows
+
+
+def check_whole_tiles(heads: int, repeats: int, sizes: list[int], dims: tuple[int, int], short: bool) -> None:
+    """``attend_packed`` on kernels that know whole tiles alone, in which slots that hold no key are taken out."""
+    selected, key_group = problem(heads, 150, sizes, 0.5)
+    in_order = not any(size % 128 for size in sizes)
+    slots = plan_slots(key_group.sort().values if in_order else key_group, sizes, sorted_keys=in_order)
+    query, grad = torch.randn(heads, 150, dims[0]), torch.randn(heads, 150, dims[1])
+    key, value = (torch.randn(heads // repeats, len(key_group), dim) for dim in dims)
+    group_keys = None
+    if short:  # the same for heads that share a key head; some groups have none
+        group_keys = (torch.rand(heads // repeats, len(sizes)) * (torch.tensor(sizes) + 1)).int()
+        group_keys[:, -1] = 0
+        group_keys = group_keys.repeat_interleave(repeats, 0)
+        selected = selected & (group_keys > 0)[:, None]
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    results = []
+    for backend in ("eager", "flash"):
+        modules = (row_kernels, WholeTiles) if backend == "flash" else (row_steps, row_steps)
+        with mock.patch("block_masks.packed._modules", lambda backend, modules=modules: modules):
+            output, lse = attend_packed(
+                *inputs, selected, slots,
+                row_tiles=(2 * heads * len(sizes), heads * len(sizes)), heads=(heads, heads // 2),
+                scale=0.3, backend=backend, group_keys=group_keys,
+            )  # fmt: skip
+            results.append((output, lse, *torch.autograd.grad(output, inputs, grad)))
+    # What is left of a sum shows its rounding up to 128 times.
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
 def check_leave_out(heads: int, sizes: list[int], dims: tuple[int, int], together: int) -> None:
     """Filling slots taken out of an output."""
     queries, groups = 300, len(sizes)
     query, last_keys = torch.randn(2, heads, queries, dims[0]), torch.randn(2, 1, groups, dims[0])
     query[0, 0, 7] *= 100  # scores of some hundreds
     output = torch.randn(2, heads, queries, dims[1])
-    fillers = -torch.tensor(sizes, dtype=torch.int32) % 128
+    fillers = -torch.tensor([sizes, [max(size - 1, 0) for size in sizes]], dtype=torch.int32) % 128  # of each sample
     selected = torch.rand(2, heads, groups, -(-queries // together)).mT < 0.5
     arguments = query, last_keys, fillers, selected, 0.2, together
     of_fillers = slot_steps.filler_lse(*arguments)
@@ -180,6 +255,10 @@ if __name__ == "__main__":
     check_attention(2, 1, [70, 64], (16, 16), 1.0, shift=4)  # a filling slot's score of 0 would weigh e^200
     check_attention(4, 1, [128, 256], (16, 40), 0.3, in_order=True)
     check_attention(4, 2, [256, 128], (24, 24), 0.3, in_order=True)
+    for short in (False, True):
+        check_whole_tiles(4, 1, [100, 128, 3], (24, 24), short)
+        check_whole_tiles(4, 2, [200, 31, 300], (16, 40), short)
+        check_whole_tiles(2, 1, [128, 256], (16, 16), short)
     check_leave_out(1, [1], (16, 16), 1)
     check_leave_out(3, [100, 256, 129], (24, 40), 128)
     check_leave_out(2, [3] * 18, (72, 128), 1)  # more groups than are looked at at once

@@ -25,24 +25,39 @@ def chosen(problem: SlotProblem) -> SlotProblem:
     return SlotProblem(problem.key_group, problem.group_sizes, problem.tile_size, selected)
 
 
-def through_slots(problem: SlotProblem, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def through_slots(
+    problem: SlotProblem, query: Tensor, key: Tensor, value: Tensor, scale: float, group_keys: Tensor | None = None
+) -> Tensor:
     slots = problem.plan()
-    query, key, value = (to_slots(x, slots) for x in (query, key, value))
-    return from_slots(attend_slots(query, key, value, problem.selected, slots, scale), slots)
+    held = None if group_keys is None else slots.keys_from(group_keys)
+    query, key, value = to_slots(query, slots), to_slots(key, slots, held), to_slots(value, slots, held)
+    return from_slots(attend_slots(query, key, value, problem.selected, slots, scale, group_keys), slots)
 
 
-def masked(problem: SlotProblem, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def masked(
+    problem: SlotProblem, query: Tensor, key: Tensor, value: Tensor, scale: float, group_keys: Tensor | None = None
+) -> Tensor:
     slots = problem.plan()
     mask = problem.selected.index_select(2, slots.key_slot // slots.tile_size)[..., problem.key_group]
+    if group_keys is not None:
+        mask = mask & there(problem, group_keys)[:, None, None]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
-def assert_equal(problem: SlotProblem, tensors: list[Tensor], scale: float, tolerance: float) -> None:
+def there(problem: SlotProblem, group_keys: Tensor) -> Tensor:
+    """Which keys are among the first ones of their group, bool ``(B, keys)``."""
+    place = (problem.key_group[:, None] == problem.key_group).tril(-1).sum(1)
+    return place < group_keys[:, problem.key_group]
+
+
+def assert_equal(
+    problem: SlotProblem, tensors: list[Tensor], scale: float, tolerance: float, group_keys: Tensor | None = None
+) -> None:
     *leaves, grad = tensors
     results = []
     for way in (through_slots, masked):
         ready = [x.clone().requires_grad_() for x in leaves]
-        output = way(problem, *ready, scale)
+        output = way(problem, *ready, scale, group_keys)
         results.append([output.detach(), *torch.autograd.grad(output, ready, grad)])
     largest = max(expected.norm() for expected in results[1])  # where one key is all, the gradient of query is zero
     for actual, expected in zip(*results, strict=True):
@@ -53,6 +68,22 @@ def assert_equal(problem: SlotProblem, tensors: list[Tensor], scale: float, tole
 def test_equals_masked_attention(problem: SlotProblem, generator: torch.Generator, scale: float):
     problem = chosen(problem)
     assert_equal(problem, inputs(problem, generator), scale, 1e-9)
+
+
+@given(slot_problems(), generators(), st.sampled_from([0.5, -0.3]))
+def test_keys_that_are_not_there_are_not_attended(problem: SlotProblem, generator: torch.Generator, scale: float):
+    problem = chosen(problem)
+    sizes = torch.tensor(problem.group_sizes)
+    group_keys = (torch.rand((2, len(sizes)), generator=generator) * (sizes + 1)).int()  # some groups have none
+    group_keys[:, 0] = group_keys[:, 0].clamp(min=1)
+    problem.selected[..., 0] = True
+    tensors = inputs(problem, generator)
+    for x in tensors[1:3]:
+        x.masked_fill_(~there(problem, group_keys)[:, None, :, None], 1e3)
+    assert_equal(problem, tensors, scale, 1e-9, group_keys)
+    full = sizes.expand(2, -1).int()
+    ways = [through_slots(problem, *tensors[:3], scale, how_many) for how_many in (None, full)]
+    torch.testing.assert_close(*ways)
 
 
 def lone(sizes: list[int]) -> SlotProblem:
@@ -101,6 +132,8 @@ def test_float16_needs_whole_tiles():
     whole = plan_slots(torch.zeros(128, dtype=torch.int64), [128])
     query, key, value = (x[:, :, :128] for x in (query, key, value))
     assert attend_slots(query, key, value, problem.selected, whole, 0.5).isfinite().all()
+    with pytest.raises(ValueError, match=r"query must not be float16 with group_keys, got torch.float16"):
+        attend_slots(query, key, value, problem.selected, whole, 0.5, torch.full((2, 1), 100, dtype=torch.int32))
 
 
 def test_what_is_left_out_is_what_fillers_added():
@@ -109,7 +142,7 @@ def test_what_is_left_out_is_what_fillers_added():
     scores = query @ keys.mT
     scores = torch.cat([scores, scores[..., 3:], scores[..., 3:]], -1)
     values = torch.cat([value, torch.zeros_like(value[:, :, :2])], 2)
-    selected, fillers = torch.tensor([[[[True, False]]]]), torch.tensor([2, 5], dtype=torch.int32)
+    selected, fillers = torch.tensor([[[[True, False]]]]), torch.tensor([[2, 5]], dtype=torch.int32)
     last = torch.stack([keys[:, :, 3], keys[:, :, 0]], 2)
     output, lse = scores.softmax(-1) @ values, scores.logsumexp(-1)
     of_fillers = slot_steps.filler_lse(query, last, fillers, selected, 1, 4)
@@ -128,4 +161,6 @@ def test_the_registered_op_is_well_formed():
     problem = lone([100, 60])
     slots = problem.plan()
     query, key, value, _ = (to_slots(x, slots).requires_grad_() for x in inputs(problem, torch.Generator()))
-    torch.library.opcheck(torch.ops.block_masks.attend_slots, (query, key, value, problem.selected, *slots.flat, 0.5))
+    for group_keys in (None, torch.tensor([[100, 0], [3, 60]], dtype=torch.int32)):
+        arguments = query, key, value, problem.selected, group_keys, *slots.flat, 0.5
+        torch.library.opcheck(torch.ops.block_masks.attend_slots, arguments)

@@ -102,8 +102,8 @@ def _flash_refusal(
 ) -> str | None:
     if dispatch not in ("packed", "shared"):
         return f"dispatch={dispatch!r} has no kernels for it"
-    if padded:
-        return "text_lengths has no kernels for it"
+    if padded and query.dtype != torch.bfloat16:
+        return f"text_lengths has kernels for it in torch.bfloat16 alone, got {query.dtype}"
     if dispatch == "shared":
         if key.shape[1] != query.shape[1]:
             return "dispatch='shared' has no kernels for it with fewer key heads"

@@ -137,6 +137,17 @@ def keys_there(partition: BlockPartition, text_lengths: Tensor | None) -> Tensor
     return torch.cat([text[:, : partition.prefix], video, text[:, partition.prefix :]], 1)
 
 
+def keys_of_groups(partition: BlockPartition, text_lengths: Tensor) -> Tensor:
+    """How many keys of each group are there, the first ones: int32 ``(B, G)``.
+
+    Args:
+        partition: the blocks, with prefix or suffix.
+        text_lengths: int64 ``(B,)``, as in ``vmoba_attention``.
+    """
+    sizes = partition.block_sizes(text_lengths.device).expand(len(text_lengths), -1)
+    return torch.cat([sizes, text_lengths[:, None]], 1).int()
+
+
 def group_of_key(partition: BlockPartition, device: torch.device) -> Tensor:
     """The block of each video token, and ``num_blocks`` for prefix and suffix; int64 ``(S,)`` in raster order."""
     return F.pad(partition.block_ids(device), (partition.prefix, partition.suffix), value=partition.num_blocks)

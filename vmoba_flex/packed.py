@@ -7,7 +7,7 @@ from torch import Tensor
 
 from block_masks import attend_packed
 from block_masks.rows import TILE
-from vmoba_flex.mask import block_slots, group_sizes, with_text
+from vmoba_flex.mask import block_slots, group_sizes, keys_of_groups, with_text
 from vmoba_flex.part import Part, Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
@@ -47,7 +47,7 @@ def packed_attention(
         scale: ``1 / sqrt(D)`` if None.
         backend: ``"eager"``, ``"triton"`` or ``"flash"``.
         max_row_bytes: what the rows of the heads worked on together may take; at least one head is.
-        text_lengths: int64 ``(B,)``, as in ``vmoba_attention``; not for ``"flash"``.
+        text_lengths: int64 ``(B,)``, as in ``vmoba_attention``.
         part: the part of the call that lies here; None for all.
 
     Raises:
@@ -59,8 +59,7 @@ def packed_attention(
     selected = with_text(selection, partition, queries)
     group_keys = None
     if text_lengths is not None:
-        sizes = partition.block_sizes(query.device).expand(batch, -1)
-        group_keys = torch.cat([sizes, text_lengths[:, None]], 1).int().repeat_interleave(heads, 0)
+        group_keys = keys_of_groups(partition, text_lengths).repeat_interleave(heads, 0)
         selected = selected & (group_keys > 0).view(batch, heads, 1, -1)  # no row without a key
     selected = selected.flatten(0, 1)
     row_bytes = max(head_dim, value.shape[-1]) * query.element_size()

@@ -22,7 +22,7 @@ from block_masks.rows import TILE
 from vmoba_flex.chunked import chunked_attention
 from vmoba_flex.compiled import compiled_flex_attention, has_flex_kernel
 from vmoba_flex.gate import block_means
-from vmoba_flex.mask import block_slots, group_of_key, keys_there
+from vmoba_flex.mask import block_slots, group_of_key, keys_of_groups, keys_there
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
@@ -55,7 +55,7 @@ def shared_attention(
         backend: ``"flash"`` for FlashAttention-4, where key has query's heads; anything else for FlexAttention's own
             kernels.
         tile_size: tokens in a query tile. Compiled kernels on Hopper GPUs need a multiple of 128.
-        text_lengths: int64 ``(B,)``, as in ``vmoba_attention``; not for ``"flash"``.
+        text_lengths: int64 ``(B,)``, as in ``vmoba_attention``.
         part: the heads of the call that lie here; None for all.
 
     Returns:
@@ -71,12 +71,16 @@ def shared_attention(
         of_token = selected.index_select(2, slots.key_slot // tile_size)
         key_group = group_of_key(partition, query.device)
         return chunked_attention(query, key, value, of_token, key_group, scale, live), selected, slots
-    q, k, v = query_slots, to_slots(key, slots), to_slots(value, slots)
+    group_keys, held = None, None
+    if backend == "flash" and text_lengths is not None:
+        group_keys = keys_of_groups(partition, text_lengths)
+        held = slots.keys_from(group_keys)
+    q, k, v = query_slots, to_slots(key, slots, held), to_slots(value, slots, held)
     if not query.is_cuda:  # FlexAttention's kernel for CPUs reads no views of what an op made.
         q, k, v = map(realize, (q, k, v))
     if backend == "flash":
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        return from_slots(attend_slots(q, k, v, selected, slots, scale), slots), selected, slots
+        return from_slots(attend_slots(q, k, v, selected, slots, scale, group_keys), slots), selected, slots
     mask = slot_mask(selected, slots, live_slots(slots, live))
     output = compiled_flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=enable_gqa)
     return from_slots(output, slots), selected, slots
