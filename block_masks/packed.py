@@ -86,7 +86,7 @@ def _attend(
     if backend == "flash" and not (slots.whole and held is None):
         from block_masks import filler_kernels
 
-        held = held or slots.keys_from(slots.group_keys[None])
+        held = held or slots.held(slots.group_keys[None])
         last_keys = take_last(keys, held)[None]
         of_fillers = filler_kernels.filler_lse(query[None], last_keys, held.fillers, selected[None], scale, 1)[0]
         keys = move.take_slots(keys, held.copied(slots))
@@ -161,7 +161,7 @@ _attend.register_autograd(_backward_of_attend, setup_context=_save)
 
 def _held(group_keys: Tensor | None, slots: Slots, repeats: int, backend: str) -> HeldKeys | None:
     """For each key head the keys that are there; None where all are, or where the kernels themselves count them."""
-    return None if group_keys is None or backend != "flash" else slots.keys_from(group_keys[::repeats])
+    return None if group_keys is None or backend != "flash" else slots.held(group_keys[::repeats])
 
 
 def _in_slots(x: Tensor, slots: Slots, move: ModuleType, held: HeldKeys | None) -> Tensor:

@@ -59,14 +59,14 @@ def take_rows(
 @QuickLaunch
 @triton.jit
 def _slots_kernel(
-    source, index, target, places, length, together,
+    source, index, target, places, length, alike,
     REPEATS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(places, ROWS)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     place = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, BLOCK_D)[None, :]
-    where = tl.load(index + head // together * places + place, mask=place < places, other=-1)[:, None]
+    where = tl.load(index + head // alike * places + place, mask=place < places, other=-1)[:, None]
     there = (where >= 0) & (dim < D)
     total = tl.load(source + (head * REPEATS * length + where) * D + dim, mask=there, other=0.0)
     if REPEATS > 1:

@@ -80,7 +80,7 @@ def _attend(
     lists = _whole_tiles(_live_tiles(selected, slots, group_keys))
     if slots.whole and group_keys is None:
         return attend.attend_tiles(query, key, value, lists, scale, tile_size)
-    held = slots.keys_from(slots.group_keys[None] if group_keys is None else group_keys)
+    held = slots.held(slots.group_keys[None] if group_keys is None else group_keys)
     keys = key.flatten(0, 1).contiguous()
     copied = fillers.take_slots(keys, held.copied(slots)).view(key.shape)
     output, lse = attend.attend_tiles(query, copied, value, lists, scale, tile_size)
@@ -133,7 +133,7 @@ _attend.register_autograd(_backward_of_attend, setup_context=_save)
 def _live_tiles(selected: Tensor, slots: Slots, group_keys: Tensor | None) -> Tensor:
     """The tiles of keys that each tile of slots attends: bool ``(B, H, tiles, tiles)``."""
     tiles = selected.index_select(-1, slots.tile_group)
-    return tiles if group_keys is None else tiles & slots.keys_from(group_keys).live_tiles[:, None, None]
+    return tiles if group_keys is None else tiles & slots.held(group_keys).live_tiles[:, None, None]
 
 
 def _whole_tiles(tiles: Tensor) -> list[Tensor]:

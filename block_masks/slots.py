@@ -66,7 +66,7 @@ class Slots:
         """Whether each key is known to be in its slot already."""
         return self.whole and self.sorted_keys
 
-    def keys_from(self, group_keys: Tensor) -> "HeldKeys":
+    def held(self, group_keys: Tensor) -> "HeldKeys":
         """What the slots hold where only the first keys of each group are there, int32 ``(rows, G)`` of them."""
         groups, size = self.tile_group, self.tile_size
         first = torch.arange(len(groups), device=groups.device) * size - self.first_slot[groups]

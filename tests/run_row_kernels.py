@@ -48,7 +48,7 @@ def check_plan(heads: int, queries: int, sizes: list[int], density: float, toget
     x = torch.randn(heads, len(key_group), 5)
     padded = row_steps.take_slots(x, slots.slot_key)
     assert torch.equal(row_kernels.take_slots(x, slots.slot_key), padded)
-    held = slots.keys_from((torch.rand(heads, len(sizes)) * torch.tensor(sizes)).int())
+    held = slots.held((torch.rand(heads, len(sizes)) * torch.tensor(sizes)).int())
     of_head = held.slot_key(slots), held.key_slot(slots)
     assert torch.equal(row_kernels.take_slots(x, of_head[0]), row_steps.take_slots(x, of_head[0]))
     for repeats, index in ((1, slots.key_slot), (heads, slots.key_slot), (1, of_head[1]), (heads, of_head[1][:1])):

@@ -29,7 +29,7 @@ def through_slots(
     problem: SlotProblem, query: Tensor, key: Tensor, value: Tensor, scale: float, group_keys: Tensor | None = None
 ) -> Tensor:
     slots = problem.plan()
-    held = None if group_keys is None else slots.keys_from(group_keys)
+    held = None if group_keys is None else slots.held(group_keys)
     query, key, value = to_slots(query, slots), to_slots(key, slots, held), to_slots(value, slots, held)
     return from_slots(attend_slots(query, key, value, problem.selected, slots, scale, group_keys), slots)
 

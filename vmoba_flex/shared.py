@@ -74,7 +74,7 @@ def shared_attention(
     group_keys, held = None, None
     if backend == "flash" and text_lengths is not None:
         group_keys = keys_of_groups(partition, text_lengths)
-        held = slots.keys_from(group_keys)
+        held = slots.held(group_keys)
     q, k, v = query_slots, to_slots(key, slots, held), to_slots(value, slots, held)
     if not query.is_cuda:  # FlexAttention's kernel for CPUs reads no views of what an op made.
         q, k, v = map(realize, (q, k, v))
