@@ -20,7 +20,7 @@ from torch import Tensor
 from block_masks import row_steps
 from block_masks.device import on_device
 from block_masks.rows import plan_rows
-from block_masks.slots import HeldKeys, Slots, take_last
+from block_masks.slots import HeldKeys, Slots
 
 
 def attend_packed(
@@ -87,7 +87,7 @@ def _attend(
         from block_masks import filler_kernels
 
         held = held or slots.held(slots.group_keys[None])
-        last_keys = take_last(keys, held)[None]
+        last_keys = move.take_slots(keys, held.last)[None]
         of_fillers = filler_kernels.filler_lse(query[None], last_keys, held.fillers, selected[None], scale, 1)[0]
         keys = move.take_slots(keys, held.copied(slots))
     output, lse = query.new_empty(*query.shape[:2], value.shape[-1]), _like_lse(query)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from block_masks.device import on_device
-from block_masks.slots import Slots, take_last
+from block_masks.slots import Slots
 from block_masks.tiles import tile_lists
 
 
@@ -84,7 +84,7 @@ def _attend(
     keys = key.flatten(0, 1).contiguous()
     copied = fillers.take_slots(keys, held.copied(slots)).view(key.shape)
     output, lse = attend.attend_tiles(query, copied, value, lists, scale, tile_size)
-    last_keys = take_last(keys, held).unflatten(0, key.shape[:2])
+    last_keys = fillers.take_slots(keys, held.last).unflatten(0, key.shape[:2])
     of_fillers = fillers.filler_lse(query, last_keys, held.fillers, selected, scale, tile_size)
     return output, fillers.leave_out(output, lse, of_fillers)
 

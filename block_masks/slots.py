@@ -220,20 +220,6 @@ def _gather_slots_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 _gather_slots.register_autograd(_gather_slots_backward, setup_context=_save_slots)
 
 
-def take_last(keys: Tensor, held: HeldKeys) -> Tensor:
-    """The last key that is there of each group.
-
-    Args:
-        keys: ``(heads, slots, D)``.
-        held: of one or more rows, for as many heads each.
-
-    Returns:
-        ``(heads, G, D)``.
-    """
-    last = held.last.repeat_interleave(len(keys) // len(held.last), 0)
-    return keys.gather(1, last[..., None].expand(-1, -1, keys.shape[-1]))
-
-
 def take_slots(source: Tensor, index: Tensor, repeats: int = 1) -> Tensor:
     """Reorders the tokens of each head, and adds up ``repeats`` neighbouring heads.
 
