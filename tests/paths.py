@@ -50,13 +50,13 @@ def through_attention(dispatch: str, backend: str = "auto") -> Path:
     return path
 
 
-def through_shared(tile_size: int) -> Path:
+def through_shared(tile_size: int, backend: str = "eager") -> Path:
     """The dispatch ``"shared"`` with tiles small enough for several in a block."""
 
     def path(problem: Problem) -> Tensor:
         tensors = (problem.query, problem.key, problem.value)
-        arguments = (problem.partition, problem.rule, problem.scale, problem.gqa)
-        return shared_attention(*tensors, *arguments, tile_size=tile_size, text_lengths=problem.text_lengths)[0]
+        arguments = (problem.partition, problem.rule, problem.scale, problem.gqa, backend, tile_size)
+        return shared_attention(*tensors, *arguments, problem.text_lengths)[0]
 
     return path
 

@@ -92,3 +92,17 @@ def test_flash_where_it_saves_more_than_its_launches_cost(dispatch: str):
     assert (taken(28_000), taken(28_000, gradients=True)) == ("triton", "flash")
     assert taken(13_440, "flash") == "flash"
     assert taken(55_296, "triton") == "triton"
+
+
+@pytest.mark.parametrize("dispatch", ["packed", "shared"])
+def test_flash_takes_padding_in_bfloat16_alone(dispatch: str):
+    def taken(dtype: torch.dtype, backend: str = "auto") -> str:
+        partition = BlockPartition((1, 1, 55_296), (1, 1, 1152), suffix=256)
+        with FakeTensorMode(), mock.patch("vmoba_flex.dispatch._flash_cannot_run", return_value=None):
+            query = torch.empty(1, 12, partition.num_tokens, 128, device="cuda", dtype=dtype)
+            return choose_backend(backend, dispatch, query, query, query, partition, padded=True)
+
+    assert taken(torch.bfloat16) == "flash"
+    assert taken(torch.float16) == "triton"
+    with pytest.raises(ValueError, match=r"text_lengths has kernels for it in torch.bfloat16 alone, got torch.float16"):
+        taken(torch.float16, "flash")

@@ -55,6 +55,7 @@ CASES = {
     ),
     "padded": (BlockPartition(GRID, (2, 5, 7), prefix=20, suffix=290), Threshold(0.3), 4, 64, torch.bfloat16),
     "padded-gqa": (BlockPartition(GRID, (2, 5, 7), prefix=20, suffix=290), TopK(3), 2, 128, torch.bfloat16),
+    "padded-slabs": (BlockPartition.temporal((8, 8, 16), 1, suffix=256), TopK(3), 4, 128, torch.bfloat16),
     "many-blocks": (BlockPartition(GRID, (2, 3, 4)), TopK(density=0.2, pool="head"), 4, 64, torch.bfloat16),
     "420-blocks": (BlockPartition(GRID, (1, 1, 3)), Threshold(0.25, pool="query"), 4, 128, torch.bfloat16),
     "float32": (
@@ -76,7 +77,7 @@ def problem(case: str, seed: int = 0) -> Problem:
         return x.to("cuda", dtype)
 
     scale = {"temporal-gqa": 0.05, "many-blocks": 0.2}.get(case)
-    lengths = {"spatiotemporal-d64": [50, 0], "padded-gqa": [0, 150], "padded": [0, 150]}.get(case)
+    lengths = {"spatiotemporal-d64": [50, 0]}.get(case, [0, 150] if case.startswith("padded") else None)
     lengths = None if lengths is None else torch.tensor(lengths, device="cuda")
     return Problem(tensor(4), tensor(key_heads), tensor(key_heads), partition, rule, scale, lengths)
 

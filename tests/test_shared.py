@@ -104,6 +104,23 @@ def test_gpu_branch_equals_dense_masked_attention(problem: Problem, tile_size: i
     assert_equals_dense_masked_attention(path, problem, upstream, mask)
 
 
+def flash_branch(problem: Problem, tile_size: int) -> Tensor:
+    """What a GPU runs on FlashAttention-4, but for the kernels."""
+    with (
+        mock.patch.object(shared, "has_flex_kernel", return_value=True),
+        mock.patch.object(shared, "realize", lambda x: x),  # has no gradient, and is for a CPU alone
+    ):
+        return through_shared(tile_size, "flash")(problem)
+
+
+@given(problems(torch.float64, heads=2), st.sampled_from([1, 3, 4, 16]))
+def test_flash_branch_equals_dense_masked_attention(problem: Problem, tile_size: int):
+    mask = expected_mask(problem, tile_size)
+    upstream = torch.randn(problem.query.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    path = functools.partial(flash_branch, tile_size=tile_size)
+    assert_equals_dense_masked_attention(path, problem, upstream, mask)
+
+
 @given(problems(), TILE_SIZES)
 def test_slots_of_slabs_are_known_to_be_in_order(problem: Problem, tile_size: int):
     slots = block_slots(problem.partition, torch.device("cpu"), tile_size)
