@@ -54,7 +54,7 @@ def backward(
     from flash_attn.cute.interface import _flash_attn_bwd
 
     row_query, row_pool = plan.row_query[section], plan.row_pool[section]
-    # Its tiles of queries reach past the end of a sequence: zero times what stands in the next tile must be zero.
+    # Its tiles reach past the end of a sequence: zero times what stands there, queries or keys, must be zero.
     take = functools.partial(row_kernels.take_rows, row_query=row_query, row_pool=row_pool, clear_next=True)
     rows, grads = (take(x.flatten(0, 1))[:, None] for x in (query, grad))
     row_lse, row_delta = take(lse.flatten(), fill=torch.inf), take(delta.flatten())
@@ -63,21 +63,13 @@ def backward(
     outputs = values.new_zeros(1, 1, values.shape[-1]).expand(len(rows), -1, -1)
     keys, values = (_of_section(x, query, plan, section) for x in (keys, values))
     heads = len(keys)
-    targets = [x[section * heads : (section + 1) * heads] for x in (grad_keys, grad_values)]
-    packed, into = None, {}
-    if slots.whole:  # keys need no packing, nor do their gradients
-        into = {name: x.flatten(0, 1)[:, None] for name, x in zip(("dk", "dv"), targets, strict=True)}
-    else:
-        packed = _packed_slots(slots)
-        keys, values = (row_kernels.take_slots(x, packed) for x in (keys, values))
-    grad_rows, grad_key, grad_value, *_ = _flash_attn_bwd(
+    part = slice(section * heads, (section + 1) * heads)
+    # It writes to the slots of the keys that take part alone: what stands in the others is read by nobody.
+    grad_rows, *_ = _flash_attn_bwd(
         rows, *(x.flatten(0, 1)[:, None] for x in (keys, values)), outputs, grads, row_lse[None],
-        dlse=-row_delta[None], softmax_scale=scale, **into, **_lengths(plan, slots, section),
+        dlse=-row_delta[None], softmax_scale=scale, **_lengths(plan, slots, pool_keys, section),
+        **{name: x[part].flatten(0, 1)[:, None] for name, x in (("dk", grad_keys), ("dv", grad_values))},
     )  # fmt: skip
-    if packed is not None:
-        back = torch.full_like(slots.slot_key, -1).scatter_(0, packed, torch.arange(len(packed), device=packed.device))
-        for target, x in zip(targets, (grad_key, grad_value), strict=True):
-            target.copy_(row_kernels.take_slots(x.unflatten(0, (heads, -1))[:, :, 0], back))
     return grad_rows[:, 0]
 
 
@@ -128,24 +120,19 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _packed_slots(slots: Slots) -> Tensor:
-    """The slots that hold a key, in order, int64 ``(keys,)``."""
-    ends = slots.group_keys.cumsum(0)
-    shift = slots.first_slot - (ends - slots.group_keys)
-    count = len(slots.key_slot)
-    return torch.arange(count, device=ends.device) + shift.repeat_interleave(slots.group_keys, output_size=count)
-
-
-def _lengths(plan: RowPlan, slots: Slots, section: int) -> dict[str, object]:
-    """A section's pools as sequences: their rows, fillers included, and their keys."""
+def _lengths(plan: RowPlan, slots: Slots, pool_keys: Tensor, section: int) -> dict[str, object]:
+    """A section's pools as sequences: their rows, fillers included, and their slots, with the keys that take part."""
     groups, sections = len(slots.group_keys), len(plan.row_pool)
     heads = len(plan.query_count) // sections
     part = slice(section * heads * groups, (section + 1) * heads * groups)
     ends = plan.first_tile[part] + plan.tiles[part]
-    keys = slots.group_keys.repeat(heads).cumsum(0, dtype=torch.int32)
+    slot_ends = torch.cat([slots.first_slot[1:], slots.first_slot.new_full((1,), len(slots.slot_key))])
+    head = torch.arange(heads, dtype=torch.int32, device=ends.device)[:, None]
+    slot_ends = (slot_ends + head * len(slots.slot_key)).flatten()
     return {
         "cu_seqlens_q": torch.cat([torch.zeros_like(ends[:1]), ends * plan.tile_size]),
-        "cu_seqlens_k": torch.cat([torch.zeros_like(keys[:1]), keys]),
+        "cu_seqlens_k": torch.cat([torch.zeros_like(slot_ends[:1]), slot_ends]),
+        "seqused_k": pool_keys[part],
         "max_seqlen_q": -(-plan.query_rows.shape[-1] // plan.tile_size) * plan.tile_size,
         "max_seqlen_k": max(slots.group_sizes),
     }

@@ -56,15 +56,8 @@ def attend_packed(
     Returns:
         The output ``(H, S, value dim)``, 0 where a query chose nothing, and the natural log-sum-exp of each query's
         scores ``(H, S)``, float32, or float64 for float64 inputs. Gradients flow through the output alone; those of key
-        and value are zero at keys that ``group_keys`` leaves out. With it and ``"flash"`` they are not finite where all
-        scores of a query lie below -80.
-
-    Raises:
-        ValueError: if ``backend`` is ``"flash"``, ``group_keys`` is given and the dtype is float16, in which
-            ``exp(-lse)`` overflows.
+        and value are zero at keys that ``group_keys`` leaves out.
     """
-    if backend == "flash" and group_keys is not None and query.dtype == torch.float16:
-        raise ValueError("query must not be float16 for backend='flash' with group_keys, got torch.float16")
     return _attend(query, key, value, selected, group_keys, *slots.flat, list(row_tiles), list(heads), scale, backend)
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from block_masks.device import on_device
-from block_masks.slots import Slots
+from block_masks.slots import HeldKeys, Slots
 from block_masks.tiles import tile_lists
 
 
@@ -77,10 +77,10 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
     attend, fillers = _modules(query)
-    lists = _whole_tiles(_live_tiles(selected, slots, group_keys))
     if slots.whole and group_keys is None:
-        return attend.attend_tiles(query, key, value, lists, scale, tile_size)
+        return attend.attend_tiles(query, key, value, _whole_tiles(_key_tiles(selected, slots)), scale, tile_size)
     held = slots.held(slots.group_keys[None] if group_keys is None else group_keys)
+    lists = _whole_tiles(_key_tiles(selected, slots, held))
     keys = key.flatten(0, 1).contiguous()
     copied = fillers.take_slots(keys, held.copied(slots)).view(key.shape)
     output, lse = attend.attend_tiles(query, copied, value, lists, scale, tile_size)
@@ -105,7 +105,8 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
     attend, _ = _modules(query)
-    lists = _whole_tiles(_live_tiles(selected, slots, group_keys).mT)
+    tiles = _key_tiles(selected, slots, None if group_keys is None else slots.held(group_keys))
+    lists = _whole_tiles(tiles.mT)
     return attend.attend_tiles_backward(grad, query, key, value, output, lse, lists, scale, tile_size)
 
 
@@ -130,10 +131,10 @@ def _backward_of_attend(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
 _attend.register_autograd(_backward_of_attend, setup_context=_save)
 
 
-def _live_tiles(selected: Tensor, slots: Slots, group_keys: Tensor | None) -> Tensor:
+def _key_tiles(selected: Tensor, slots: Slots, held: HeldKeys | None = None) -> Tensor:
     """The tiles of keys that each tile of slots attends: bool ``(B, H, tiles, tiles)``."""
     tiles = selected.index_select(-1, slots.tile_group)
-    return tiles if group_keys is None else tiles & slots.held(group_keys).live_tiles[:, None, None]
+    return tiles if held is None else tiles & held.live_tiles[:, None, None]
 
 
 def _whole_tiles(tiles: Tensor) -> list[Tensor]:

@@ -94,15 +94,15 @@ def test_flash_where_it_saves_more_than_its_launches_cost(dispatch: str):
     assert taken(55_296, "triton") == "triton"
 
 
-@pytest.mark.parametrize("dispatch", ["packed", "shared"])
-def test_flash_takes_padding_in_bfloat16_alone(dispatch: str):
-    def taken(dtype: torch.dtype, backend: str = "auto") -> str:
+def test_flash_takes_padding_but_for_shared_in_float16():
+    def taken(dispatch: str, dtype: torch.dtype, backend: str = "auto") -> str:
         partition = BlockPartition((1, 1, 55_296), (1, 1, 1152), suffix=256)
         with FakeTensorMode(), mock.patch("vmoba_flex.dispatch._flash_cannot_run", return_value=None):
             query = torch.empty(1, 12, partition.num_tokens, 128, device="cuda", dtype=dtype)
             return choose_backend(backend, dispatch, query, query, query, partition, padded=True)
 
-    assert taken(torch.bfloat16) == "flash"
-    assert taken(torch.float16) == "triton"
-    with pytest.raises(ValueError, match=r"text_lengths has kernels for it in torch.bfloat16 alone, got torch.float16"):
-        taken(torch.float16, "flash")
+    for dispatch, dtype in (("packed", torch.bfloat16), ("packed", torch.float16), ("shared", torch.bfloat16)):
+        assert taken(dispatch, dtype) == "flash"
+    assert taken("shared", torch.float16) == "triton"
+    with pytest.raises(ValueError, match=r"kernels for it in torch.float16 where .* and text_lengths is None"):
+        taken("shared", torch.float16, "flash")

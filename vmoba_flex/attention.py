@@ -135,8 +135,8 @@ def vmoba_attention(
             and all are for pools that span heads.
         text_lengths: int64 ``(B,)``: of each sample's prefix and suffix tokens, prefix first, the first so many exist,
             and the others are padding that nobody attends; all exist if None. The values are not checked: they must lie
-            between 0 and prefix + suffix. Padding has outputs of its own, which mean nothing. ``"flash"``
-            takes them in bfloat16 alone.
+            between 0 and prefix + suffix. Padding has outputs of its own, which mean nothing. Not for
+            ``"shared"`` on ``"flash"`` in float16.
         group: the process group, or device mesh with one dim, whose ranks share the call: each passes its tokens of
             query, key and value, and gets its tokens of the output. Everything else is the same on all ranks, and
             ``partition`` is that of all tokens. Gradients on a rank are those of the sum of what all ranks make of

@@ -102,15 +102,13 @@ def _flash_refusal(
 ) -> str | None:
     if dispatch not in ("packed", "shared"):
         return f"dispatch={dispatch!r} has no kernels for it"
-    if padded and query.dtype != torch.bfloat16:
-        return f"text_lengths has kernels for it in torch.bfloat16 alone, got {query.dtype}"
     if dispatch == "shared":
         if key.shape[1] != query.shape[1]:
             return "dispatch='shared' has no kernels for it with fewer key heads"
-        if query.dtype != torch.bfloat16 and any(size % TILE for size in group_sizes(partition)):
+        if query.dtype != torch.bfloat16 and (padded or any(size % TILE for size in group_sizes(partition))):
             return (
                 f"dispatch='shared' has kernels for it in {query.dtype} where each block, and all text, is a multiple "
-                f"of {TILE} tokens"
+                f"of {TILE} tokens, and text_lengths is None"
             )
     return _flash_cannot_run(query.device.index, query.dtype, query.shape[-1], value.shape[-1], dispatch == "shared")
 

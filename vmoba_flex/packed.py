@@ -15,10 +15,10 @@ from vmoba_flex.rules import Rule
 # The default of max_row_bytes.
 MAX_ROW_BYTES = 2_200_000_000
 
-# What forward and backward hold of a section of heads: so many copies of its rows, and of its keys. Forward: outputs;
-# FlashAttention-4 also wants the queries gathered. Backward: queries, gradients of outputs and of queries;
-# FlashAttention-4 also gradients of queries in float32, and keys, values and their gradients packed.
-_COPIES = {"eager": ((1, 0), (3, 0)), "triton": ((1, 0), (3, 0)), "flash": ((2, 0), (5, 4))}
+# What forward and backward hold of a section of heads, in copies of its rows. Forward: outputs; FlashAttention-4 also
+# wants the queries gathered. Backward: queries, gradients of outputs and of queries; FlashAttention-4 also gradients of
+# queries in float32.
+_COPIES = {"eager": (1, 3), "triton": (1, 3), "flash": (2, 5)}
 
 
 def packed_attention(
@@ -83,7 +83,7 @@ def _sections(
     all_heads: int,
     queries: Queries,
     max_rows: int,
-    copies: tuple[tuple[int, int], tuple[int, int]],
+    copies: tuple[int, int],
 ) -> list[tuple[int, int]]:
     """The heads that go together, a divisor of all, and the tiles of rows they may need; forward, then backward."""
     together = max_row_tiles(partition, rule, all_heads, heads, queries)
@@ -92,8 +92,8 @@ def _sections(
         return [(heads, together)] * 2
     each = max_row_tiles(partition, rule, all_heads, 1, queries) or _read_row_tiles(selected)
     sections = []
-    for of_rows, of_keys in copies:
-        head = of_rows * each * TILE + of_keys * partition.num_tokens
+    for of_rows in copies:
+        head = of_rows * each * TILE
         # A list inside: on torch 2.11 a generator here breaks the graph.
         fitting = max([n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * head <= max_rows)])
         sections.append((fitting, fitting * each))
