@@ -11,17 +11,20 @@ import torch
 from block_masks import (
     RowPlan,
     attend_packed,
+    attend_slots,
     filler_kernels,
+    flash_kernels,
     plan_kernels,
     plan_slots,
     row_kernels,
     row_steps,
     slot_steps,
     tile_lists,
+    to_slots,
 )
-from block_masks.row_masks import key_tile_lists
 from block_masks.rows import _plan, _plan_on_gpu
 from block_masks.slots import SLOT_TENSORS
+from tests import flash_emulator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -140,56 +143,15 @@ def check_attention(
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
-class WholeTiles:
-    """What ``flash_kernels`` does with rows, in plain PyTorch: whole tiles forward, keys of a group backward."""
-
-    @staticmethod
-    def forward(query, keys, values, plan, slots, pool_keys, section, scale):
-        """Rows over the tiles in their lists."""
-        heads, tile = len(query) // len(plan.row_pool), plan.tile_size
-        keys, values = (x.repeat_interleave(len(query) // len(x), 0) for x in (keys, values))
-        keys, values = (x[section * heads :][:heads].reshape(-1, tile, x.shape[-1]) for x in (keys, values))
-        _, _, counts, listed = key_tile_lists(plan, slots, pool_keys, section, whole=True)
-        output = query.new_full((len(plan.row_query[section]), values.shape[-1]), torch.nan)
-        lse = output[:, 0].clone()
-        for i in (plan.row_pool[section] >= 0).nonzero().flatten().tolist():
-            rows, tiles = slice(i * tile, (i + 1) * tile), listed[i, : counts[i]].long()
-            q = query.flatten(0, 1)[plan.row_query[section][rows].clamp(min=0)]
-            scores = q @ keys[tiles].flatten(0, 1).mT * scale
-            output[rows], lse[rows] = scores.softmax(-1) @ values[tiles].flatten(0, 1), scores.logsumexp(-1)
-        return output, lse
-
-    @staticmethod
-    def backward(
-        query, grad, lse, delta, keys, values, grad_keys, grad_values, plan, slots, pool_keys, section, scale
-    ):  # fmt: skip
-        """Rows of each pool over all keys of its group; gradients of pools without rows are left as they were."""
-        heads, groups, repeats = len(query) // len(plan.row_pool), len(slots.group_keys), len(query) // len(keys)
-        grad_rows = query.new_full((len(plan.row_query[section]), query.shape[-1]), torch.nan)
-        grad_keys[section * heads :][:heads], grad_values[section * heads :][:heads] = torch.nan, torch.nan
-        row_pool = plan.row_pool[section].repeat_interleave(plan.tile_size)
-        for pool in row_pool[row_pool >= 0].unique().tolist():
-            rows = ((row_pool == pool) & (plan.row_query[section] >= 0)).nonzero().flatten()
-            place, (head, group) = plan.row_query[section][rows].long(), divmod(pool, groups)
-            held = slice(int(slots.first_slot[group]), int(slots.first_slot[group] + slots.group_keys[group]))
-            q, do, whole, mean = (x.flatten(0, 1)[place] for x in (query, grad, lse[..., None], delta[..., None]))
-            k, v = keys[head // repeats, held], values[head // repeats, held]
-            p = (q @ k.mT * scale - whole).exp()
-            ds = p * (do @ v.mT - mean) * scale
-            grad_rows[rows] = ds @ k
-            grad_keys[head, held], grad_values[head, held] = ds.mT @ q, p.mT @ do
-        return grad_rows
-
-
-def check_whole_tiles(heads: int, repeats: int, sizes: list[int], dims: tuple[int, int], short: bool) -> None:
-    """``attend_packed`` on kernels that know whole tiles alone, in which slots that hold no key are taken out."""
+def check_flash_rows(heads: int, repeats: int, sizes: list[int], dims: tuple[int, int], short: bool) -> None:
+    """``attend_packed`` around FlashAttention-4; ``short`` leaves keys out, and all of the last group's."""
     selected, key_group = problem(heads, 150, sizes, 0.5)
     in_order = not any(size % 128 for size in sizes)
     slots = plan_slots(key_group.sort().values if in_order else key_group, sizes, sorted_keys=in_order)
     query, grad = torch.randn(heads, 150, dims[0]), torch.randn(heads, 150, dims[1])
     key, value = (torch.randn(heads // repeats, len(key_group), dim) for dim in dims)
     group_keys = None
-    if short:  # the same for heads that share a key head; some groups have none
+    if short:  # the same for heads that share a key head
         group_keys = (torch.rand(heads // repeats, len(sizes)) * (torch.tensor(sizes) + 1)).int()
         group_keys[:, -1] = 0
         group_keys = group_keys.repeat_interleave(repeats, 0)
@@ -197,8 +159,7 @@ def check_whole_tiles(heads: int, repeats: int, sizes: list[int], dims: tuple[in
     inputs = [x.requires_grad_() for x in (query, key, value)]
     results = []
     for backend in ("eager", "flash"):
-        modules = (row_kernels, WholeTiles) if backend == "flash" else (row_steps, row_steps)
-        with mock.patch("block_masks.packed._modules", lambda backend, modules=modules: modules):
+        with flash_emulator.installed():
             output, lse = attend_packed(
                 *inputs, selected, slots,
                 row_tiles=(2 * heads * len(sizes), heads * len(sizes)), heads=(heads, heads // 2),
@@ -206,6 +167,29 @@ def check_whole_tiles(heads: int, repeats: int, sizes: list[int], dims: tuple[in
             )  # fmt: skip
             results.append((output, lse, *torch.autograd.grad(output, inputs, grad)))
     # What is left of a sum shows its rounding up to 128 times.
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+def check_flash_tiles(sizes: list[int], dims: tuple[int, int], short: bool) -> None:
+    """``attend_slots`` around FlashAttention-4; ``short`` leaves keys out."""
+    _, key_group = problem(1, 1, sizes, 1.0)
+    slots = plan_slots(key_group, sizes)
+    group_keys, held = None, None
+    if short:
+        group_keys = (torch.rand(2, len(sizes)) * (torch.tensor(sizes) + 1)).int()
+        group_keys[:, 0] = group_keys[:, 0].clamp(min=1)
+        held = slots.held(group_keys)
+    selected = torch.rand(2, 2, len(slots.tile_group), len(sizes)) < 0.5
+    selected[..., 0] = True
+    query, grad = (torch.randn(2, 2, len(slots.slot_key), dim) for dim in dims)
+    keys = (torch.randn(2, 2, len(key_group), dim) for dim in dims)
+    inputs = [x.requires_grad_() for x in (query, *keys)]
+    results = []
+    for modules in ((slot_steps, slot_steps), (flash_kernels, filler_kernels)):
+        with flash_emulator.installed(), mock.patch("block_masks.slot_attention._modules", return_value=modules):
+            key, value = (to_slots(x, slots, held) for x in inputs[1:])
+            output = attend_slots(inputs[0], key, value, selected, slots, 0.3, group_keys)
+            results.append((output, *torch.autograd.grad(output, inputs, grad)))
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
@@ -256,9 +240,11 @@ if __name__ == "__main__":
     check_attention(4, 1, [128, 256], (16, 40), 0.3, in_order=True)
     check_attention(4, 2, [256, 128], (24, 24), 0.3, in_order=True)
     for short in (False, True):
-        check_whole_tiles(4, 1, [100, 128, 3], (24, 24), short)
-        check_whole_tiles(4, 2, [200, 31, 300], (16, 40), short)
-        check_whole_tiles(2, 1, [128, 256], (16, 16), short)
+        check_flash_rows(4, 1, [100, 128, 3], (24, 24), short)
+        check_flash_rows(4, 2, [200, 31, 300], (16, 40), short)
+        check_flash_rows(2, 1, [128, 256], (16, 16), short)
+        check_flash_tiles([100, 128, 3], (24, 40), short)
+        check_flash_tiles([128, 256], (16, 16), short)
     check_leave_out(1, [1], (16, 16), 1)
     check_leave_out(3, [100, 256, 129], (24, 40), 128)
     check_leave_out(2, [3] * 18, (72, 128), 1)  # more groups than are looked at at once
