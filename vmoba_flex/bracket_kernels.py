@@ -143,7 +143,7 @@ def bracket_kernel(
     end = tl.zeros((2,), tl.int64) + (tl.load(here + KEY_MAX) + 1)
     if STRETCH:
         # The smallest keys with the bins' weights, by bisection of the pool's keys, both at once.
-        goal = tl.where(bounds >> BIN_BITS, LARGEST, bounds.to(tl.int64) << (one_bits - BIN_BITS))
+        goal = tl.where((bounds >> BIN_BITS) != 0, LARGEST, bounds.to(tl.int64) << (one_bits - BIN_BITS))
         for _ in range(33):
             middle = (start + end) // 2
             enough = weight_of(score_of((middle - 2**31).to(tl.int32)), low, unit) >= goal
@@ -152,7 +152,7 @@ def bracket_kernel(
             end = tl.where(open_yet & enough, middle, end)
     else:
         inner = _bin_key(bounds, BIN_BITS).to(tl.int64) + 2**31
-        start = tl.where(bounds == 0, start, tl.where(bounds >> BIN_BITS, end, inner))
+        start = tl.where(bounds == 0, start, tl.where((bounds >> BIN_BITS) != 0, end, inner))
     tl.store(here + FROM + tl.arange(0, 2), start)
     tl.store(here + PAIRS, pairs)
     tl.store(here + REST, rest)
