@@ -219,6 +219,7 @@ _PARTS: dict[str, Callable[[Row], str | list[str]]] = {
     "training_runs": lambda data: table(*tables.runs(data)),
     "training_swapped": lambda data: table(*tables.swapped(data)),
     "training_tiles": lambda data: table(*tables.tiles(data)),
+    "conditioning": lambda data: table(*tables.conditioning(data)),
     "training_times": lambda data: table(*tables.times(data)),
 }
 

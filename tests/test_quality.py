@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench.quality import clips, probe, report, run, tables, worker
+from bench.quality import clips, conditioning, probe, report, run, tables, worker
 from bench.quality.runs import LONG, MAIN, RUNS, SHIPPED, SIZES, SMALL_SIZES, Run, attentions
 from bench.quality.train import WARMUP, Trainer, schedule
-from bench.quality.windows import HELD_OUT, LEVELS, TRAINING, Windows
+from bench.quality.windows import HELD_OUT, LEVELS, TRAINING, Sample, Windows
 from vmoba_flex import BlockPartition, Threshold, reference, vmoba_selection
 from vmoba_flex.demo import checkpoint
 from vmoba_flex.demo.model import Shape, VideoTransformer, to_model_range
@@ -436,3 +436,71 @@ def test_report_of_bad_input_is_one_line(content: str | None, words: str, tmp_pa
 def test_shape_survives_json():
     shape = Shape((4, 8, 8), 192, 6, 3)
     assert Shape.of(json.loads(json.dumps(dataclasses.asdict(shape)))) == shape
+
+
+@pytest.fixture
+def lively() -> tuple[VideoTransformer, Sample]:
+    """A small model whose gates are open, in float32, and a sample."""
+    torch.manual_seed(0)
+    size = SMALL_SIZES[SHIPPED]
+    model = VideoTransformer(size.shape, attentions("cpu", SHIPPED)["exact"])
+    for weight in model.parameters():
+        weight.data.add_(0.05 * torch.randn_like(weight))
+    video, noise = torch.randn(2, 1, 3, *size.pixels)
+    level = torch.tensor([0.4])
+    return model, Sample(video + level * (noise - video), level, video)
+
+
+def test_without_noise_no_gradient_is_off(lively: tuple[VideoTransformer, Sample], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(conditioning, "NOISE", 0.0)
+    row = conditioning.look(lively[0], attentions("cpu", SHIPPED)["exact"], lively[1])
+    for name in ("exact", "held", "full"):
+        assert row[name]["off"] == row[name]["median_token"] == 0
+        assert row[name]["factor"] == pytest.approx(1, abs=1e-12)
+        assert 0 < row[name]["largest"] <= 1
+
+
+def test_noise_puts_gradients_off(lively: tuple[VideoTransformer, Sample]):
+    row = conditioning.look(lively[0], attentions("cpu", SHIPPED)["exact"], lively[1])
+    assert all(0 < row[name]["off"] < 1 for name in ("exact", "held", "full"))
+    assert len({row[name]["off"] for name in ("exact", "held", "full")}) == 3
+
+
+def test_blocks_held_are_those_chosen(lively: tuple[VideoTransformer, Sample]):
+    model, sample = lively
+    expected = conditioning.gradients(model, sample)
+    for block in model.blocks:
+        block.attention = conditioning.Held(block.attention)
+    for _ in range(2):
+        off = conditioning.compare(conditioning.gradients(model, sample), expected)
+        assert off["off"] < 1e-5
+
+
+def test_differences_of_gradients():
+    plain = conditioning.Gradients({"a": torch.tensor([3.0, 4.0])}, torch.tensor([[2.0, 0.0]] * 30 + [[0.0, 40.0]]))
+    noisy = conditioning.Gradients({"a": torch.tensor([3.3, 4.4])}, plain.tokens + torch.tensor([0.0, 1.0]))
+    found = conditioning.compare(noisy, plain)
+    assert found == {
+        "off": pytest.approx(0.1),
+        "factor": pytest.approx(1.1),
+        "largest": pytest.approx((1600 + 9 * 4) / (1600 + 30 * 4)),
+        "median_token": pytest.approx(0.5),
+    }
+
+
+def test_conditioning_as_a_command(
+    lively: tuple[VideoTransformer, Sample], stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    loaded = lively[0], attentions("cpu", SHIPPED)["exact"], {"steps": 5}
+    monkeypatch.setattr(checkpoint, "load", lambda: loaded)
+    monkeypatch.setattr(conditioning, "SIZES", SMALL_SIZES)
+    command = ["conditioning", "--clips", str(stored), "--samples", "2", "--output", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert conditioning.main() == 0
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert [set(row) for row in data["samples"]] == [{"level", "exact", "held", "full"}] * 2
+    assert (tmp_path / "out.md").read_text() == conditioning.markdown(data)
+    assert [row[0] for row in tables.conditioning(data)[1]] == ["exact", "exact, blocks held", "full"]
+    monkeypatch.setattr(sys, "argv", [*command[:2], str(tmp_path / "missing"), *command[3:]])
+    assert conditioning.main() == 2
+    assert "python -m bench.quality.clips" in capsys.readouterr().err

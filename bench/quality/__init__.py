@@ -10,6 +10,7 @@ How to run it: docs/quality.md. In the order of the data:
     worker.py    one run as a process
     run.py       all runs, one process per GPU at a time -> results JSON
     results.py, tables.py, plot.py, report.py    results JSON -> Markdown and picture
+    conditioning.py    the model that ships -> how far rounding moves the gradients of single samples
 
 The model itself is vmoba_flex/demo/model.py, of which a small one ships with the demo.
 """

@@ -1,6 +1,6 @@
 """What the results say: an answer to each question, and tables as names of columns and rows of cells."""
 
-from statistics import mean
+from statistics import mean, median
 
 from .results import Log, finished, last_loss, loss, measured, step_ms, tokens
 from .runs import LONG, MAIN
@@ -9,6 +9,9 @@ Table = tuple[list[str], list[list[str]]]
 
 DISPATCHES = ("dense", "packed", "shared", "auto", "tiles")
 _WITHIN = 0.01
+
+# What conditioning.py has gradients of, as tables name it.
+ROUNDED = {"exact": "exact", "held": "exact, blocks held", "full": "full"}
 
 
 def aims(data: Log) -> list[str]:
@@ -176,3 +179,17 @@ def times(data: Log) -> Table:
             ]
             rows.append([f"{row['tokens']:,}", f"{row['blocks']}, {row['kind']}", *cells])
     return ["tokens", "blocks", *(f"`{name}`" for name in DISPATCHES)], rows
+
+
+def conditioning(data: Log) -> Table:
+    """How far noise moves gradients, over all samples of bench.quality.conditioning."""
+    rows = []
+    for key, name in ROUNDED.items():
+        each = [row[key] for row in data["samples"]]
+        off = [x["off"] for x in each]
+        shares = [median(off), max(off), median(x["median_token"] for x in each)]
+        many = f"{sum(x > 0.05 for x in off)} of {len(off)}"
+        hold = f"{100 * median(x['largest'] for x in each):.0f} %"
+        rows.append([name, *(f"{100 * share:.1f} %" for share in shares), many, hold])
+    names = ["attention", "gradients off, median", "most", "a token, median", "off by more than 5 %", "ten tokens hold"]
+    return names, rows

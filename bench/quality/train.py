@@ -186,7 +186,7 @@ class Trainer:
         # The cache of casts would outlive a captured graph.
         with torch.autocast(self.windows.device.type, torch.bfloat16, self._on_gpu(), cache_enabled=False):
             video = model(sample.noisy, sample.level)
-        return F.mse_loss(video, sample.video) / sample.level.clamp_min(LEAST_LEVEL).square().squeeze()
+        return loss_of(video, sample)
 
     def _on_gpu(self) -> bool:
         return self.windows.device.type == "cuda"
@@ -195,6 +195,11 @@ class Trainer:
         if self._on_gpu():
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def loss_of(video: Tensor, sample: Sample) -> Tensor:
+    """The loss of a predicted video."""
+    return F.mse_loss(video, sample.video) / sample.level.clamp_min(LEAST_LEVEL).square().squeeze()
 
 
 def schedule(step: int, total: int) -> float:
