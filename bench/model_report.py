@@ -86,6 +86,7 @@ _COLUMNS = (
     ("dense error", 19),
     ("sparse - dense", 8),
     ("compiled error", 8),
+    ("run", 3),
     ("status", 0),
 )
 HEADER = " ".join(f"{name[: width or None]:<{width}}" for name, width in (("mode", 10), *_COLUMNS))
@@ -112,6 +113,7 @@ def cells(row: Row) -> list[str]:
         "" if checks[0] is None else f"{checks[0]:.1e} ({checks[1]:.1e})",
         "" if row.get("difference") is None else f"{row['difference']:.1e}",
         "" if row.get("compiled_error") is None else f"{row['compiled_error']:.1e}",
+        str(row["run"]),
         row["status"] + (f": {row['error'][:80].replace('|', '/')}" if "error" in row else ""),
     ]
 

@@ -144,9 +144,9 @@ class Report:
     def head(self) -> list[str]:
         """The lines above the tables: devices, versions, commands and formulas."""
         lines = []
-        for run in self.data["runs"]:
+        for index, run in enumerate(self.data["runs"]):
             versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-            lines.append(f"{run['device']}, {run['date']}, {versions}. `{run['command']}`\n")
+            lines.append(f"Run {index}: {run['device']}, {run['date']}, {versions}. `{run['command']}`\n")
         return lines + [f"- {name}: {formula}" for name, formula in self.data["formulas"].items()]
 
     def markdown(self) -> str:

@@ -458,6 +458,7 @@ def test_without_noise_no_gradient_is_off(lively: tuple[VideoTransformer, Sample
         assert row[name]["off"] == row[name]["median_token"] == 0
         assert row[name]["factor"] == pytest.approx(1, abs=1e-12)
         assert 0 < row[name]["largest"] <= 1
+        assert row[name]["largest_off"] == 0
 
 
 def test_noise_puts_gradients_off(lively: tuple[VideoTransformer, Sample]):
@@ -484,6 +485,7 @@ def test_differences_of_gradients():
         "off": pytest.approx(0.1),
         "factor": pytest.approx(1.1),
         "largest": pytest.approx((1600 + 9 * 4) / (1600 + 30 * 4)),
+        "largest_off": pytest.approx(10 / 31),
         "median_token": pytest.approx(0.5),
     }
 

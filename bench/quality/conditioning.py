@@ -32,7 +32,7 @@ from vmoba_flex.demo import checkpoint
 from vmoba_flex.demo.model import Grid, VideoTransformer
 
 NOISE = 2.0**-9
-"""Half a unit in the last place of bfloat16."""
+"""About the root mean square of what rounding to bfloat16 does to a number, relative to it."""
 
 LARGEST = 10
 """Tokens whose share of the gradient is taken."""
@@ -97,16 +97,18 @@ def compare(noisy: Gradients, plain: Gradients) -> dict[str, float]:
     Returns:
         ``off``: ||noisy - plain|| / ||plain||, over all weights; ``factor``: what plain is to be multiplied by to be
         nearest to noisy; ``largest``: the share of ||plain||^2, by the first layer's tokens, that ``LARGEST`` of them
-        hold; ``median_token``: the median of ``off`` over these tokens, each by itself.
+        hold; ``largest_off``: what the same tokens hold of ||noisy - plain||^2, 0 if that is 0; ``median_token``: the
+        median of ``off`` over all tokens, each by itself.
     """
     a, b = (torch.cat([x.flatten() for x in each.weights.values()]).double() for each in (noisy, plain))
-    sizes = plain.tokens.double().square().sum(-1)
-    off = (noisy.tokens - plain.tokens).double().norm(dim=-1) / sizes.sqrt()
+    sizes, moves = (x.double().square().sum(-1) for x in (plain.tokens, noisy.tokens - plain.tokens))
+    largest = sizes.topk(LARGEST).indices
     return {
         "off": ((a - b).norm() / b.norm()).item(),
         "factor": (a @ b / (b @ b)).item(),
-        "largest": (sizes.topk(LARGEST).values.sum() / sizes.sum()).item(),
-        "median_token": off.median().item(),
+        "largest": (sizes[largest].sum() / sizes.sum()).item(),
+        "largest_off": (moves[largest].sum() / moves.sum().clamp_min(1e-300)).item(),
+        "median_token": (moves / sizes).sqrt().median().item(),
     }
 
 
@@ -140,9 +142,9 @@ def markdown(data: dict[str, Any]) -> str:
         f"{data['device']}, {data['date']}, torch {data['torch']}. `{data['command']}`",
         "\n".join(table(*tables.conditioning(data))),
         "Over samples. Off: ||gradients with noise - without|| / ||without||, over all weights. A token: the same of "
-        "the gradient of each of the first layer's tokens by itself. Ten tokens hold: of the squares of these "
-        "gradients, the largest ten. Factor: what gradients without noise are to be multiplied by to be nearest to "
-        "those with it.",
+        "the gradient of each of the first layer's tokens by itself. Ten tokens hold: the largest ten, of the squares "
+        "of these gradients, and of the squares of what noise adds to them. Factor: what gradients without noise are "
+        "to be multiplied by to be nearest to those with it.",
         "\n".join(table(names, samples)),
     ]) + "\n"  # fmt: skip
 

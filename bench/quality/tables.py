@@ -189,7 +189,14 @@ def conditioning(data: Log) -> Table:
         off = [x["off"] for x in each]
         shares = [median(off), max(off), median(x["median_token"] for x in each)]
         many = f"{sum(x > 0.05 for x in off)} of {len(off)}"
-        hold = f"{100 * median(x['largest'] for x in each):.0f} %"
+        hold = " / ".join(f"{100 * median(x[part] for x in each):.0f} %" for part in ("largest", "largest_off"))
         rows.append([name, *(f"{100 * share:.1f} %" for share in shares), many, hold])
-    names = ["attention", "gradients off, median", "most", "a token, median", "off by more than 5 %", "ten tokens hold"]
+    names = [
+        "attention",
+        "gradients off, median",
+        "most",
+        "a token, median",
+        "off by more than 5 %",
+        "ten tokens hold, of gradients / of what noise adds",
+    ]
     return names, rows
