@@ -219,8 +219,8 @@ _PARTS: dict[str, Callable[[Row], str | list[str]]] = {
     "training_runs": lambda data: table(*tables.runs(data)),
     "training_swapped": lambda data: table(*tables.swapped(data)),
     "training_tiles": lambda data: table(*tables.tiles(data)),
-    "conditioning": lambda data: table(*tables.conditioning(data)),
     "training_times": lambda data: table(*tables.times(data)),
+    "conditioning": lambda data: table(*tables.conditioning(data)),
 }
 
 

@@ -61,13 +61,8 @@ class Report:
         """Writes the file, and the table beside it; an interrupted write leaves the file before."""
         self.data["rows"] = list(self.rows.values())
         self.derive()
-        for path, text in (
-            (self.path, json.dumps(self.data, indent=1) + "\n"),
-            (self.path.with_suffix(".md"), self.markdown()),
-        ):
-            partial = path.with_name(path.name + ".part")
-            partial.write_text(text)
-            os.replace(partial, path)
+        write_whole(self.path, json.dumps(self.data, indent=1) + "\n")
+        write_whole(self.path.with_suffix(".md"), self.markdown())
 
     def reopen(self, only: Sequence[str]) -> None:
         """Lets a new run measure again what went wrong in the one before, of the rows asked for."""
@@ -271,6 +266,13 @@ def _times(times: Any) -> str:
     if isinstance(times, dict):
         return ", ".join(f"{name} {time:.2f}" for name, time in times.items() if time >= 0.005) + " ms"
     return ", ".join(f"{kernel['name'][:40]} {kernel['ms']:.2f} ms in {kernel['calls']}" for kernel in times)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file; an interrupted write leaves the one before."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text)
+    os.replace(draft, path)
 
 
 def number(value: float | None, digits: int) -> str:

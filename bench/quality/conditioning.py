@@ -13,10 +13,10 @@ import dataclasses
 import datetime
 import functools
 import json
-import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from bench.quality import clips, tables
 from bench.quality.runs import SHIPPED, SIZES
 from bench.quality.train import loss_of
 from bench.quality.windows import Sample, Windows
-from bench.report import table
+from bench.report import table, write_whole
 from vmoba_flex import VMoBAAttention, VMoBAConfig, vmoba_selection
 from vmoba_flex.demo import checkpoint
 from vmoba_flex.demo.model import Grid, VideoTransformer
@@ -64,11 +64,7 @@ class Held(nn.Module):
         return F.scaled_dot_product_attention(query, key, value, self.mask)
 
 
-class _Project(Protocol):
-    def __call__(self, x: Tensor, level: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
-def rounded(project: _Project, noise: float, *arguments: Tensor) -> list[Tensor]:
+def rounded(project: Callable[..., tuple[Tensor, ...]], noise: float, *arguments: Tensor) -> list[Tensor]:
     """Query, key and value as bfloat16 has them, after relative noise."""
     return [(x * (1 + noise * torch.randn_like(x))).bfloat16().float() for x in project(*arguments)]
 
@@ -177,13 +173,8 @@ def main() -> int:
         print(
             f"level {row['level']:.3f}:", *(f"{key} off by {row[key]['off']:.4f}" for key in tables.ROUNDED), flush=True
         )
-        for path, text in (
-            (args.output, json.dumps(data, indent=1) + "\n"),
-            (args.output.with_suffix(".md"), markdown(data)),
-        ):
-            draft = path.with_name(path.name + ".part")
-            draft.write_text(text)
-            os.replace(draft, path)
+        write_whole(args.output, json.dumps(data, indent=1) + "\n")
+        write_whole(args.output.with_suffix(".md"), markdown(data))
     return 0
 
 

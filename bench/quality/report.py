@@ -5,14 +5,13 @@ python -m bench.quality.report bench/results/<gpu>_<date>_quality.json --plot do
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 from bench.quality import tables
 from bench.quality.plot import draw
 from bench.quality.results import Log
-from bench.report import table
+from bench.report import table, write_whole
 
 # Below the tables.
 _NOTES = {
@@ -74,10 +73,7 @@ def write(source: Path, plot: Path | None) -> None:
         text = markdown(data)
         if plot:
             draw(data, plot)
-        target = source.with_suffix(".md")
-        draft = target.with_name(target.name + ".part")
-        draft.write_text(text)
-        os.replace(draft, target)
+        write_whole(source.with_suffix(".md"), text)
     except OSError as error:
         raise ReportError(f"cannot read or write {error.filename} ({error.strerror}): check the path") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -28,6 +28,7 @@ from bench.quality import clips
 from bench.quality.results import last_loss, step_ms
 from bench.quality.runs import RUNS, SIZES, SMALL_SIZES
 from bench.quality.windows import HELD_OUT, LEVELS, TRAINING
+from bench.report import write_whole
 
 # A run is not started with less time left than this, of which it would take most to start and compile.
 _LEAST = 25.0
@@ -118,9 +119,7 @@ class Campaign:
             "sizes": {name: {"shape": vars(size.shape), "grid": size.grid} for name, size in sizes.items()},
             "runs": [log for log in (self.log(run.name) for run in RUNS) if log],
         }
-        draft = args.output.with_name(args.output.name + ".part")
-        draft.write_text(json.dumps(results) + "\n")
-        os.replace(draft, args.output)
+        write_whole(args.output, json.dumps(results) + "\n")
         if (args.work / "model.safetensors").exists():
             shutil.copyfile(args.work / "model.safetensors", args.output.with_suffix(".safetensors"))
 

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from bench.quality import clips, probe
 from bench.quality.runs import MAIN, RUNS, SHIPPED, SIZES, SMALL_SIZES, attentions
 from bench.quality.train import STRIDE, WARMUP, Trainer
+from bench.report import write_whole
 from vmoba_flex.demo import checkpoint
 
 MEASURES = 4
@@ -36,9 +36,7 @@ class Log:
     def note(self, **facts: Any) -> None:
         """Adds facts and writes the file."""
         self.data |= facts
-        draft = self.path.with_name(self.path.name + ".part")
-        draft.write_text(json.dumps(self.data))
-        os.replace(draft, self.path)
+        write_whole(self.path, json.dumps(self.data))
 
 
 def work(args: argparse.Namespace) -> None:
