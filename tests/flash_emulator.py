@@ -1,7 +1,7 @@
 """FlashAttention-4's private entry points in plain PyTorch, for what ``flash_kernels.py`` asks of them.
 
 Like the kernels they read tiles past the end of a sequence, write nothing where they need not, and ask for dtypes,
-shapes and layouts. What they leave unwritten is NaN.
+shapes and layouts. What they leave unwritten is NaN. They compute in float32.
 """
 
 import sys
@@ -40,20 +40,23 @@ def _flash_attn_fwd(
     tile_q, tile_k = block_sparse_tensors.block_size
     counts, lists = _lists(block_sparse_tensors, (batch, heads, rows // tile_q), k.shape[1] // tile_k)
     out = q.new_empty(batch, rows, heads, v.shape[-1]) if out is None else out
-    lse = q.new_full((batch, heads, rows), torch.nan)
+    lse = q.new_full((batch, heads, rows), torch.nan, dtype=torch.float32)
+    q, k, v = q.float(), k.float(), v.float()
     for b, h, i in _places(counts):
         at = slice(i * tile_q, (i + 1) * tile_q)
         keys = _tokens(lists[b, h, i, : counts[b, h, i]], tile_k)
         scores = q[b, at, h] @ k[b, keys, h].mT * softmax_scale
         # Softmax over no keys is empty, and its product zero.
-        out[b, at, h], lse[b, h, at] = scores.softmax(-1) @ v[b, keys, h], scores.logsumexp(-1)
+        out[b, at, h] = (scores.softmax(-1) @ v[b, keys, h]).to(out.dtype)
+        lse[b, h, at] = scores.logsumexp(-1)
     return out, lse
 
 
 def _flash_attn_bwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, **options: Any) -> Any:
     """Gradients, either of sequences packed one behind another or over listed tiles of queries."""
     backward = _of_sequences if "cu_seqlens_q" in options else _of_tiles
-    return backward(q, k, v, out, dout, lse, **options)
+    gradients = backward(*(x.float() for x in (q, k, v, out, dout)), lse, **options)
+    return tuple(x.to(q.dtype) for x in gradients)
 
 
 def _of_sequences(

@@ -13,6 +13,7 @@ from block_masks import (
     attend_packed,
     attend_slots,
     filler_kernels,
+    flash_check,
     flash_kernels,
     plan_kernels,
     plan_slots,
@@ -193,6 +194,19 @@ def check_flash_tiles(sizes: list[int], dims: tuple[int, int], short: bool) -> N
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
+def check_flash_check(of_slots: bool, backward: bool) -> None:
+    """What is asked of FlashAttention-4 before it is used; the numbers in float16, which the interpreter can."""
+    modules = (flash_kernels, filler_kernels)
+    device = torch.device(DEVICE, 0)
+    with (
+        flash_emulator.installed(),
+        mock.patch("block_masks.slot_attention._modules", return_value=modules),
+        mock.patch("torch.cuda.set_device"),
+    ):
+        error = flash_check._worst_error.__wrapped__(device, torch.float16, 32, 40, of_slots, backward)
+    assert error < 1.5, error
+
+
 def check_leave_out(heads: int, sizes: list[int], dims: tuple[int, int], together: int) -> None:
     """Filling slots taken out of an output."""
     queries, groups = 300, len(sizes)
@@ -245,6 +259,9 @@ if __name__ == "__main__":
         check_flash_rows(2, 1, [128, 256], (16, 16), short)
         check_flash_tiles([100, 128, 3], (24, 40), short)
         check_flash_tiles([128, 256], (16, 16), short)
+    for backward in (False, True):
+        check_flash_check(of_slots=False, backward=backward)
+        check_flash_check(of_slots=True, backward=backward)
     check_leave_out(1, [1], (16, 16), 1)
     check_leave_out(3, [100, 256, 129], (24, 40), 128)
     check_leave_out(2, [3] * 18, (72, 128), 1)  # more groups than are looked at at once

@@ -125,11 +125,11 @@ def vmoba_attention(
             the same bits. ``"flash"``: FlashAttention-4, for ``"packed"``, and for ``"shared"`` with as many key heads
             as query heads, and for float16 whole 128 tokens in each block, and in prefix and suffix together; its
             gradient of query may differ in the last bits from run to run. It must be installed in the version that this
-            package was tried with, and come out right on a small problem, which the first call for each dispatch, dtype
-            and head dim runs and reads back: call once before capturing a graph. ``"auto"`` is ``"flash"`` where that
-            can run and the call is large enough for its gain to outweigh its launches, which take the host up to twice
-            as long: from about 32,500 tokens on with head dim 128 and 12 heads, or 23,000 with gradients. Else it is
-            ``"triton"``.
+            package was tried with, and come out right on small problems, which the first call for each dispatch, dtype
+            and head dim, with gradients or without, runs and reads back: call once before capturing a graph. ``"auto"``
+            is ``"flash"`` where that can run and the call is large enough for its gain to outweigh its launches, which
+            take the host up to twice as long: from about 32,500 tokens on with head dim 128 and 12 heads, or 23,000
+            with gradients. Else it is ``"triton"``.
         return_stats: also return ``AttentionStats``; with a group, not inside ``torch.compile``.
         max_row_bytes: for ``"packed"``, what the rows of the heads worked on together may take; at least one head is,
             and all are for pools that span heads.

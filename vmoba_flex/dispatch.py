@@ -91,14 +91,14 @@ def choose_backend(
     dense, backward = _dense_seconds(query, key, value, partition)
     if backend == "triton" or (backend == "auto" and dense < _FLASH_FROM[int(backward)]):
         return "triton"
-    refusal = _flash_refusal(dispatch, query, key, value, partition, padded)
+    refusal = _flash_refusal(dispatch, query, key, value, partition, padded, backward)
     if backend == "flash" and refusal:
         raise ValueError(f"backend must be 'auto' or 'triton' here, got 'flash': {refusal}")
     return "triton" if refusal else "flash"
 
 
 def _flash_refusal(
-    dispatch: str, query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, padded: bool
+    dispatch: str, query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, padded: bool, backward: bool
 ) -> str | None:
     if dispatch not in ("packed", "shared"):
         return f"dispatch={dispatch!r} has no kernels for it"
@@ -110,12 +110,17 @@ def _flash_refusal(
                 f"dispatch='shared' has kernels for it in {query.dtype} where each block, and all text, is a multiple "
                 f"of {TILE} tokens, and text_lengths is None"
             )
-    return _flash_cannot_run(query.device.index, query.dtype, query.shape[-1], value.shape[-1], dispatch == "shared")
+    of_slots = dispatch == "shared"
+    return _flash_cannot_run(
+        query.device.index, query.dtype, query.shape[-1], value.shape[-1], of_slots, bool(backward)
+    )
 
 
 @torch.compiler.assume_constant_result
-def _flash_cannot_run(device: int, dtype: torch.dtype, head_dim: int, value_dim: int, of_slots: bool) -> str | None:
+def _flash_cannot_run(
+    device: int, dtype: torch.dtype, head_dim: int, value_dim: int, of_slots: bool, backward: bool
+) -> str | None:
     """``block_masks.flash_check.refusal``, a constant to ``torch.compile``."""
     from block_masks import flash_check
 
-    return flash_check.refusal(device, dtype, head_dim, value_dim, of_slots)
+    return flash_check.refusal(device, dtype, head_dim, value_dim, of_slots, backward)
