@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from block_masks import Slots, to_slots
 from tests.strategies import Problem
 from vmoba_flex import reference, vmoba_attention, vmoba_mask, vmoba_selection
+from vmoba_flex.call import Call
 from vmoba_flex.mask import block_slots
 from vmoba_flex.shared import choose_tiles, shared_attention
 
@@ -55,8 +56,8 @@ def through_shared(tile_size: int, backend: str = "eager") -> Path:
 
     def path(problem: Problem) -> Tensor:
         tensors = (problem.query, problem.key, problem.value)
-        arguments = (problem.partition, problem.rule, problem.scale, problem.gqa, backend, tile_size)
-        return shared_attention(*tensors, *arguments, problem.text_lengths)[0]
+        call = Call(problem.partition, problem.rule, problem.scale, problem.gqa, problem.text_lengths)
+        return shared_attention(*tensors, call, backend, tile_size)[0]
 
     return path
 

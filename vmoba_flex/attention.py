@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.attend import attend_here
+from vmoba_flex.call import MAX_ROW_BYTES, Call
 from vmoba_flex.dispatch import BACKENDS, DISPATCHES, choose_backend, choose_dispatch
 from vmoba_flex.inputs import (
     check_choice,
@@ -16,7 +17,6 @@ from vmoba_flex.inputs import (
     check_value,
     under_autocast,
 )
-from vmoba_flex.packed import MAX_ROW_BYTES
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.stats import Attended, AttentionStats
@@ -176,10 +176,8 @@ def vmoba_attention(
             "return_stats must be False inside torch.compile with a group, whose ranks may be compiled to put their "
             "stats together in different orders, got True"
         )
-    attended = attend(
-        query, key, value, partition, rule, scale, enable_gqa, dispatch, backend, max_row_bytes, text_lengths, layout,
-        balance,
-    )  # fmt: skip
+    call = Call(partition, rule, scale, enable_gqa, text_lengths, max_row_bytes)
+    attended = attend(query, key, value, call, dispatch, backend, layout, balance)
     return (attended.output, attended.stats()) if return_stats else attended.output
 
 
@@ -187,14 +185,9 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    partition: BlockPartition,
-    rule: Rule,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    dispatch: str = "auto",
-    backend: str = "auto",
-    max_row_bytes: int = MAX_ROW_BYTES,
-    text_lengths: Tensor | None = None,
+    call: Call,
+    dispatch: str,
+    backend: str,
     layout: "Layout | None" = None,
     balance: "HeadBalance | None" = None,
 ) -> Attended:
@@ -203,27 +196,22 @@ def attend(
     check_choice("backend", backend, BACKENDS)
     query, key, value = under_autocast(query, key, value)
     if layout is None:
-        check_query_key(query, key, partition, rule)
+        check_query_key(query, key, call.partition, call.rule)
     else:
-        check_query_key(query, key, partition, rule, layout.tokens, layout.ranks.size)
+        check_query_key(query, key, call.partition, call.rule, layout.tokens, layout.ranks.size)
     check_value(value, query, key)
-    check_scale(scale)
-    check_positive("max_row_bytes", max_row_bytes)
-    check_text_lengths(text_lengths, query, partition)
-    if key.shape[1] != query.shape[1] and not enable_gqa:
+    check_scale(call.scale)
+    check_positive("max_row_bytes", call.max_row_bytes)
+    check_text_lengths(call.text_lengths, query, call.partition)
+    if key.shape[1] != query.shape[1] and not call.enable_gqa:
         raise ValueError(
             f"key must have query's {query.shape[1]} heads unless enable_gqa=True, got {key.shape[1]} heads"
         )
     if layout is not None and layout.ranks.size > 1:
         from vmoba_flex.distributed.attend import attend_across
 
-        return attend_across(
-            query, key, value, partition, rule, scale, enable_gqa, dispatch, backend, max_row_bytes, text_lengths,
-            layout, balance,
-        )  # fmt: skip
+        return attend_across(query, key, value, call, dispatch, backend, layout, balance)
     if dispatch == "auto":
-        dispatch = choose_dispatch(query, key, value, partition, rule)
-    kernels = choose_backend(backend, dispatch, query, key, value, partition, text_lengths is not None)
-    return attend_here(
-        query, key, value, partition, rule, scale, enable_gqa, dispatch, kernels, max_row_bytes, text_lengths
-    )
+        dispatch = choose_dispatch(query, key, value, call.partition, call.rule)
+    kernels = choose_backend(backend, dispatch, query, key, value, call.partition, call.text_lengths is not None)
+    return attend_here(query, key, value, call, dispatch, kernels)

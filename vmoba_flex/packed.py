@@ -7,13 +7,10 @@ from torch import Tensor
 
 from block_masks import attend_packed
 from block_masks.rows import TILE
+from vmoba_flex.call import Call, Part, Queries
 from vmoba_flex.mask import block_slots, group_sizes, keys_of_groups, with_text
-from vmoba_flex.part import Part, Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
-
-# The default of max_row_bytes.
-MAX_ROW_BYTES = 2_200_000_000
 
 # What forward and backward hold of a section of heads, in copies of its rows. Forward: outputs; FlashAttention-4 also
 # wants the queries gathered. Backward: queries, gradients of outputs and of queries; FlashAttention-4 also gradients of
@@ -26,12 +23,8 @@ def packed_attention(
     key: Tensor,
     value: Tensor,
     selection: Tensor,
-    partition: BlockPartition,
-    rule: Rule,
-    scale: float | None,
+    call: Call,
     backend: str,
-    max_row_bytes: int,
-    text_lengths: Tensor | None = None,
     part: Part | None = None,
 ) -> Tensor:
     """Attention with a row per (query, chosen block), a few heads at a time; see ``block_masks.attend_packed``.
@@ -40,21 +33,18 @@ def packed_attention(
         query: ``(B, H, S, D)`` in raster order.
         key: ``(B, key heads, S, D)``.
         value: ``(B, key heads, S, value dim)``.
-        selection: bool ``(B, H, video queries, N)``, made by ``rule``.
-        partition: the blocks.
-        rule: bounds the rows; a ``Threshold`` without ``max_density`` does not, and then one number is read from the
-            device.
-        scale: ``1 / sqrt(D)`` if None.
+        selection: bool ``(B, H, video queries, N)``, made by the call's rule.
+        call: what they attend. Its rule bounds the rows; a ``Threshold`` without ``max_density`` does not, and then one
+            number is read from the device. At least one head is worked on at a time.
         backend: ``"eager"``, ``"triton"`` or ``"flash"``.
-        max_row_bytes: what the rows of the heads worked on together may take; at least one head is.
-        text_lengths: int64 ``(B,)``, as in ``vmoba_attention``.
         part: the part of the call that lies here; None for all.
 
     Raises:
         ValueError: inside ``torch.compile``, if the rule does not bound the rows.
     """
     batch, heads, _, head_dim = query.shape
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    partition, rule, text_lengths = call.partition, call.rule, call.text_lengths
+    scale = 1 / math.sqrt(head_dim) if call.scale is None else call.scale
     queries = Queries.of(partition) if part is None else part.queries
     selected = with_text(selection, partition, queries)
     group_keys = None
@@ -65,7 +55,7 @@ def packed_attention(
     row_bytes = max(head_dim, value.shape[-1]) * query.element_size()
     all_heads = part.size if part is not None and part.dim == 1 else heads
     forward, backward = _sections(
-        selected, partition, rule, heads, all_heads, queries, max_row_bytes // row_bytes, _COPIES[backend]
+        selected, partition, rule, heads, all_heads, queries, call.max_row_bytes // row_bytes, _COPIES[backend]
     )
     query, key, value = (x.flatten(0, 1) for x in (query, key, value))
     output, _ = attend_packed(

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from block_masks import Slots, attend_slots, from_slots, live_slots, realize, slot_mask, to_slots
 from block_masks.rows import TILE
+from vmoba_flex.call import Call, Part
 from vmoba_flex.chunked import chunked_attention
 from vmoba_flex.compiled import compiled_flex_attention, has_flex_kernel
 from vmoba_flex.gate import block_means
 from vmoba_flex.mask import block_slots, group_of_key, keys_of_groups, keys_there
-from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection import ranked, select
@@ -33,13 +33,9 @@ def shared_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    partition: BlockPartition,
-    rule: Rule,
-    scale: float | None,
-    enable_gqa: bool,
+    call: Call,
     backend: str = "eager",
     tile_size: int = TILE,
-    text_lengths: Tensor | None = None,
     part: Part | None = None,
 ) -> tuple[Tensor, Tensor, Slots]:
     """Chooses blocks for each query tile and attends them, in block order with each block padded to whole tiles.
@@ -48,14 +44,10 @@ def shared_attention(
         query: ``(B, H, S, D)`` in raster order.
         key: ``(B, key heads, S, D)``.
         value: ``(B, key heads, S, value dim)``.
-        partition: the blocks.
-        rule: chooses them.
-        scale: ``1 / sqrt(D)`` if None.
-        enable_gqa: whether key may have fewer heads.
+        call: what they attend.
         backend: ``"flash"`` for FlashAttention-4, where key has query's heads; anything else for FlexAttention's own
             kernels.
         tile_size: tokens in a query tile. Compiled kernels on Hopper GPUs need a multiple of 128.
-        text_lengths: int64 ``(B,)``, as in ``vmoba_attention``.
         part: the heads of the call that lie here; None for all.
 
     Returns:
@@ -63,9 +55,10 @@ def shared_attention(
         prefix and suffix are one more group behind the N blocks, and their tiles stand behind the video's; and the
         slots of these tiles.
     """
+    partition, scale, text_lengths = call.partition, call.scale, call.text_lengths
     slots = block_slots(partition, query.device, tile_size)
     query_slots = to_slots(query, slots)
-    selected = choose_tiles(query_slots, key, partition, rule, slots, part)
+    selected = choose_tiles(query_slots, key, partition, call.rule, slots, part)
     live = keys_there(partition, text_lengths)
     if not has_flex_kernel(query, key, value):
         of_token = selected.index_select(2, slots.key_slot // tile_size)
@@ -82,7 +75,7 @@ def shared_attention(
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         return from_slots(attend_slots(q, k, v, selected, slots, scale, group_keys), slots), selected, slots
     mask = slot_mask(selected, slots, live_slots(slots, live))
-    output = compiled_flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=enable_gqa)
+    output = compiled_flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=call.enable_gqa)
     return from_slots(output, slots), selected, slots
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from block_masks import Slots, live_slots, slot_tile_map
+from vmoba_flex.call import Call, Part
 from vmoba_flex.mask import keys_there, selection_tiles
-from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold
 from vmoba_flex.selection import choose_blocks
@@ -40,34 +40,31 @@ class Attended(NamedTuple):
         output: ``(B, H, S, value dim)``.
         query: as given.
         key: as given.
-        partition: as given.
-        rule: as given.
+        call: what they attend.
         selection: bool ``(B, H, video tokens, N)``, where each query chose for itself.
         tiles: what each query tile attends, and the slots of these tiles, where tiles chose. With neither, the call
             attended everything.
-        text_lengths: as given.
         part: the heads, or the queries, of the call that lie here; None for all.
     """
 
     output: Tensor
     query: Tensor
     key: Tensor
-    partition: BlockPartition
-    rule: Rule
+    call: Call
     selection: Tensor | None = None
     tiles: tuple[Tensor, Slots] | None = None
-    text_lengths: Tensor | None = None
     part: Part | None = None
 
     def stats(self) -> AttentionStats:
         """The call's stats, of all heads; where it is shared out, all ranks of the group call this."""
-        live = keys_there(self.partition, self.text_lengths)
+        partition = self.call.partition
+        live = keys_there(partition, self.call.text_lengths)
         if self.selection is not None:
-            stats = selection_stats(self.selection, self.query, self.key, self.partition, self.rule, live, self.part)
+            stats = selection_stats(self.selection, self.query, self.key, partition, self.call.rule, live, self.part)
         elif self.tiles is not None:
-            stats = shared_stats(*self.tiles, self.partition, live)
+            stats = shared_stats(*self.tiles, partition, live)
         else:
-            stats = dense_stats(self.query, self.partition)
+            stats = dense_stats(self.query, partition)
         if self.part is None or self.part.dim != 1:
             return stats
         return AttentionStats(*(gather_part(x, self.part) for x in stats))
@@ -82,7 +79,8 @@ class Attended(NamedTuple):
             return self.selection.mean((0, 2, 3), dtype=torch.float32)
         if self.tiles is None:
             return torch.ones(self.query.shape[1], device=self.query.device)
-        return _shared_pairs(*self.tiles, self.partition).mean(0, dtype=torch.float32) / _all_pairs(self.partition)
+        partition = self.call.partition
+        return _shared_pairs(*self.tiles, partition).mean(0, dtype=torch.float32) / _all_pairs(partition)
 
 
 def gather_part(x: Tensor, part: Part) -> Tensor:

@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.attend import attend_here
+from vmoba_flex.call import Call, Part, Queries
 from vmoba_flex.dispatch import choose_backend, choose_dispatch
 from vmoba_flex.distributed.balance import HeadBalance
 from vmoba_flex.distributed.exchange import Heads, Layout, to_heads, to_tokens
 from vmoba_flex.distributed.shards import queries_of
-from vmoba_flex.part import Part, Queries
-from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule
 from vmoba_flex.stats import Attended
 
 
@@ -20,14 +18,9 @@ def attend_across(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    partition: BlockPartition,
-    rule: Rule,
-    scale: float | None,
-    enable_gqa: bool,
+    call: Call,
     dispatch: str,
     backend: str,
-    max_row_bytes: int,
-    text_lengths: Tensor | None,
     layout: Layout,
     balance: HeadBalance | None = None,
 ) -> Attended:
@@ -41,25 +34,20 @@ def attend_across(
         query: ``(B, H, tokens of this rank, D)``.
         key: ``(B, key heads, tokens of this rank, D)``.
         value: ``(B, key heads, tokens of this rank, value dim)``.
-        partition: the blocks, of all tokens.
-        rule: chooses them.
-        scale: as in ``vmoba_attention``, like what follows.
-        enable_gqa: likewise.
-        dispatch: likewise.
+        call: what they attend, of all tokens.
+        dispatch: as in ``vmoba_attention``.
         backend: likewise.
-        max_row_bytes: likewise.
-        text_lengths: likewise.
         layout: which tokens each rank holds.
         balance: which heads each rank attends.
 
     Returns:
         What was attended here, with the output ``(B, H, tokens of this rank, value dim)``.
     """
-    ranks = layout.ranks
+    ranks, partition = layout.ranks, call.partition
     if dispatch == "auto":
-        dispatch = choose_dispatch(query, key, value, partition, rule, ranks.size)
+        dispatch = choose_dispatch(query, key, value, partition, call.rule, ranks.size)
     # By the whole call, so that all ranks take the same kernels, and those that one GPU would.
-    kernels = choose_backend(backend, dispatch, query, key, value, partition, text_lengths is not None)
+    kernels = choose_backend(backend, dispatch, query, key, value, partition, call.text_lengths is not None)
     of_keys = None
     if query.shape[1] >= ranks.size:
         repeats = query.shape[1] // key.shape[1]
@@ -79,9 +67,7 @@ def attend_across(
         heads = Heads((key.shape[1],) * ranks.size)
         repeated = [x.repeat(1, ranks.size, 1, 1) for x in (key, value)]
         key, value = to_heads(repeated, layout, (heads, heads))
-    attended = attend_here(
-        query, key, value, partition, rule, scale, enable_gqa, dispatch, kernels, max_row_bytes, text_lengths, part
-    )
+    attended = attend_here(query, key, value, call, dispatch, kernels, part)
     if of_keys is None:
         return attended
     if balance is not None and dispatch != "dense":

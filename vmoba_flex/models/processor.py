@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.attention import attend
+from vmoba_flex.call import Call
 from vmoba_flex.models.parallel import ranks_of
 from vmoba_flex.models.run import Run
 from vmoba_flex.models.step_op import attend_at_step, attend_everything, layout_of, record_density
@@ -154,10 +155,8 @@ class VMoBAProcessor:
         elif self.dense:
             output = attend_everything(query, key, value, text_lengths, partition, dense_backend)
         else:
-            attended = attend(
-                query, key, value, partition, self.rule, dispatch=dispatch, backend=backend, text_lengths=text_lengths,
-                layout=layout_of(self.ranks, partition),
-            )  # fmt: skip
+            call = Call(partition, self.rule, text_lengths=text_lengths)
+            attended = attend(query, key, value, call, dispatch, backend, layout_of(self.ranks, partition))
             output = attended.output
             record_density(self.density, attended.density())
         return output.transpose(1, 2).flatten(2).to(query.dtype)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.attention import attend
+from vmoba_flex.call import Call
 from vmoba_flex.dense import dense_attention
 from vmoba_flex.mask import keys_there
 from vmoba_flex.partition import BlockPartition
@@ -89,9 +90,7 @@ def _attend_at_step(
         rule = Threshold(tau, pool=pool, max_density=max_density, normalize=normalize)
         if now is not None:
             rule = WarmedThreshold(**vars(rule), now=now)
-    attended = attend(
-        query, key, value, partition, rule, dispatch=dispatch, backend=backend, text_lengths=text_lengths, layout=layout
-    )
+    attended = attend(query, key, value, Call(partition, rule, text_lengths=text_lengths), dispatch, backend, layout)
     density.copy_(attended.density())
     return attended.output.contiguous()
 

@@ -1,10 +1,34 @@
-"""The part of a call that lies here, where the rest of it lies on other ranks."""
+"""One call of attention, and the part of it that lies here where the rest of it lies on other ranks."""
 
 from typing import NamedTuple, Self
 
 from torch import Tensor
 
 from vmoba_flex.partition import BlockPartition
+from vmoba_flex.rules import Rule
+
+# The default of max_row_bytes.
+MAX_ROW_BYTES = 2_200_000_000
+
+
+class Call(NamedTuple):
+    """What a call says beside query, key and value, whatever dispatch and kernels it takes; see ``vmoba_attention``.
+
+    Attributes:
+        partition: the blocks.
+        rule: chooses them.
+        scale: factor on the scores; ``1 / sqrt(D)`` if None.
+        enable_gqa: whether key may have fewer heads.
+        text_lengths: int64 ``(B,)``, how many prefix and suffix tokens of each sample exist; all if None.
+        max_row_bytes: what the rows of the heads worked on together may take.
+    """
+
+    partition: BlockPartition
+    rule: Rule
+    scale: float | None = None
+    enable_gqa: bool = False
+    text_lengths: Tensor | None = None
+    max_row_bytes: int = MAX_ROW_BYTES
 
 
 class Queries(NamedTuple):
