@@ -41,7 +41,7 @@ def refusal(
         head_dim: of query and key.
         value_dim: of value.
         of_slots: whether it is asked for by ``attend_slots``, and not by ``attend_packed``.
-        backward: whether gradients are wanted. Most of its kernels are theirs, and long to compile.
+        backward: whether gradients are wanted: most of FlashAttention-4's kernels are for them, and long to compile.
     """
     version = _version()
     if version is None:

@@ -55,7 +55,7 @@ def attend_slots(
     Returns:
         ``(B, H, slots, value dim)``. Gradients of key and value mean nothing in slots that hold no key. The gradient of
         query is summed by atomics on a GPU: two runs may differ in the last bits. Where all scores of a query lie below
-        -80, and not all slots hold a key, gradients are not finite.
+        -80, and not all slots hold a key, gradients may not be finite.
 
     Raises:
         ValueError: if the dtype is float16, in which ``exp(-lse)`` overflows, and a group is no whole number of tiles

@@ -232,7 +232,8 @@ def take_slots(source: Tensor, index: Tensor, repeats: int = 1) -> Tensor:
         ``(heads, places, D)``.
     """
     of_head = index.view(-1, index.shape[-1]).repeat_interleave(len(source) // (index.numel() // index.shape[-1]), 0)
-    of_head = of_head[..., None].expand(-1, -1, source.shape[-1])
-    taken = torch.where(of_head >= 0, source.gather(1, of_head.clamp(min=0)), 0)
+    of_head = of_head[..., None]
+    taken = source.gather(1, of_head.clamp(min=0).expand(-1, -1, source.shape[-1]))
+    taken = torch.where(of_head >= 0, taken, 0)
     exact = torch.promote_types(source.dtype, torch.float32)
     return taken.unflatten(0, (-1, repeats)).sum(1, dtype=exact).to(source.dtype)

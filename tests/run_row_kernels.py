@@ -194,17 +194,22 @@ def check_flash_tiles(sizes: list[int], dims: tuple[int, int], short: bool) -> N
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
-def check_flash_check(of_slots: bool, backward: bool) -> None:
-    """What is asked of FlashAttention-4 before it is used; the numbers in float16, which the interpreter can."""
+def check_flash_check(of_slots: bool, problem: tuple[list[int], list[int] | None]) -> None:
+    """What FlashAttention-4 must get right before it is used: its way is the exact one."""
+    sizes, there = problem
+    group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    group_keys = None if there is None else torch.tensor([there], dtype=torch.int32)
+    make = flash_check._slot_ways if of_slots else flash_check._packed_ways
+    ways = make(group, plan_slots(group, sizes, sorted_keys=True), group_keys, 0.2, torch.Generator())
+    inputs = [torch.randn(2, len(group), dim).requires_grad_() for dim in (24, 24, 40)]
+    grad = torch.randn(2, len(group), 40)
+    results = []
     modules = (flash_kernels, filler_kernels)
-    device = torch.device(DEVICE, 0)
-    with (
-        flash_emulator.installed(),
-        mock.patch("block_masks.slot_attention._modules", return_value=modules),
-        mock.patch("torch.cuda.set_device"),
-    ):
-        error = flash_check._worst_error.__wrapped__(device, torch.float16, 32, 40, of_slots, backward)
-    assert error < 1.5, error
+    with flash_emulator.installed(), mock.patch("block_masks.slot_attention._modules", return_value=modules):
+        for name in ("exact", "flash"):
+            output = ways[name](*inputs)
+            results.append((output, *torch.autograd.grad(output, inputs, grad)))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
 def check_leave_out(heads: int, sizes: list[int], dims: tuple[int, int], together: int) -> None:
@@ -259,9 +264,9 @@ if __name__ == "__main__":
         check_flash_rows(2, 1, [128, 256], (16, 16), short)
         check_flash_tiles([100, 128, 3], (24, 40), short)
         check_flash_tiles([128, 256], (16, 16), short)
-    for backward in (False, True):
-        check_flash_check(of_slots=False, backward=backward)
-        check_flash_check(of_slots=True, backward=backward)
+    for flash_problem in flash_check._PROBLEMS:
+        check_flash_check(False, flash_problem)
+        check_flash_check(True, flash_problem)
     check_leave_out(1, [1], (16, 16), 1)
     check_leave_out(3, [100, 256, 129], (24, 40), 128)
     check_leave_out(2, [3] * 18, (72, 128), 1)  # more groups than are looked at at once

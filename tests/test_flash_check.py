@@ -1,9 +1,13 @@
-"""The check of FlashAttention-4 comes out the same wherever the first call stands."""
+"""The check of FlashAttention-4: what it asks for, and that it comes out the same wherever the first call stands."""
 
+from unittest import mock
+
+import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from block_masks import flash_check
 from block_masks.flash_check import undisturbed
 
 
@@ -49,3 +53,36 @@ def test_autocast_and_a_default_device_do_not_reach_it():
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
         assert undisturbed(gradient).dtype == torch.float32
         assert undisturbed(gradient).device.type == "cpu"
+
+
+@pytest.fixture
+def a_hopper_gpu():
+    """With the version that was tried."""
+    with (
+        mock.patch.object(flash_check, "_version", return_value=flash_check.VERSION),
+        mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
+    ):
+        yield
+
+
+@pytest.mark.usefixtures("a_hopper_gpu")
+@pytest.mark.parametrize("backward", [False, True])
+def test_gradients_alone_are_not_deterministic(backward: bool):
+    with mock.patch.object(flash_check, "_worst_error", return_value=1.0) as check:
+        assert flash_check.refusal(0, torch.bfloat16, 64, 64, True, backward) is None
+        check.assert_called_with(0, torch.bfloat16, 64, 64, True, backward)
+        torch.use_deterministic_algorithms(True)
+        try:
+            refused = flash_check.refusal(0, torch.bfloat16, 64, 64, True, backward)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert refused == ("its backward is not deterministic" if backward else None)
+
+
+@pytest.mark.usefixtures("a_hopper_gpu")
+@pytest.mark.parametrize(("error", "refused"), [(2.0, False), (2.1, True), (float("inf"), True)])
+def test_it_is_refused_where_it_is_off(error: float, refused: bool):
+    with mock.patch.object(flash_check, "_worst_error", return_value=error):
+        said = flash_check.refusal(0, torch.float16, 128, 128, False, True)
+    assert (said is not None) == refused
+    assert said is None or f"{error:.1f} times" in said

@@ -387,9 +387,11 @@ def test_non_finite_values_stay_in_their_sample(bad: float, path: str):
 @pytest.mark.parametrize("dispatch", ["packed", "shared"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_flash_is_taken_where_it_is_installed(dispatch: str, head_dim: int, dtype: torch.dtype):
+@pytest.mark.parametrize("gradients", [False, True])
+def test_flash_is_taken_where_it_is_installed(dispatch: str, head_dim: int, dtype: torch.dtype, gradients: bool):
     partition = BlockPartition((4, 16, 16), (2, 8, 8))
-    query = torch.randn(1, 2, partition.num_tokens, head_dim, device="cuda", dtype=dtype)
+    size = 1, 2, partition.num_tokens, head_dim
+    query = torch.randn(size, device="cuda", dtype=dtype, requires_grad=gradients)
     assert choose_backend("auto", dispatch, query, query, query, partition) == "flash"
 
 

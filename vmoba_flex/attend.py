@@ -4,10 +4,11 @@ import functools
 
 from torch import Tensor
 
-from vmoba_flex.call import Call, Part
+from vmoba_flex.call import Call
 from vmoba_flex.dense import dense_attention
 from vmoba_flex.mask import keys_there
 from vmoba_flex.packed import packed_attention
+from vmoba_flex.part import Part
 from vmoba_flex.selection import choose_blocks
 from vmoba_flex.shared import shared_attention
 from vmoba_flex.stats import Attended

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from block_masks.device import on_device
-from vmoba_flex.call import Queries
+from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
 
 _KERNEL_MAX_DIM = 256

@@ -9,8 +9,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from block_masks import Slots, TileMap, group_mask, group_tiles, plan_slots
 from block_masks.rows import TILE
-from vmoba_flex.call import Queries
 from vmoba_flex.inputs import check_choice, check_positive, check_query_key, check_text_lengths
+from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection import choose_blocks

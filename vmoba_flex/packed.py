@@ -7,8 +7,9 @@ from torch import Tensor
 
 from block_masks import attend_packed
 from block_masks.rows import TILE
-from vmoba_flex.call import Call, Part, Queries
+from vmoba_flex.call import Call
 from vmoba_flex.mask import block_slots, group_sizes, keys_of_groups, with_text
+from vmoba_flex.part import Part, Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from block_masks.device import on_device
-from vmoba_flex.call import Part
 from vmoba_flex.gate import gate
 from vmoba_flex.inputs import check_query_key
 from vmoba_flex.mass import block_mass
+from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold
 from vmoba_flex.warmup import WarmedThreshold

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from block_masks import Slots, attend_slots, from_slots, live_slots, realize, slot_mask, to_slots
 from block_masks.rows import TILE
-from vmoba_flex.call import Call, Part
+from vmoba_flex.call import Call
 from vmoba_flex.chunked import chunked_attention
 from vmoba_flex.compiled import compiled_flex_attention, has_flex_kernel
 from vmoba_flex.gate import block_means
 from vmoba_flex.mask import block_slots, group_of_key, keys_of_groups, keys_there
+from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection import ranked, select

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from block_masks import Slots, live_slots, slot_tile_map
-from vmoba_flex.call import Call, Part
+from vmoba_flex.call import Call
 from vmoba_flex.mask import keys_there, selection_tiles
+from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold
 from vmoba_flex.selection import choose_blocks

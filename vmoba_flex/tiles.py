@@ -3,10 +3,11 @@
 from torch import Tensor
 
 from block_masks import group_mask
-from vmoba_flex.call import Call, Queries
+from vmoba_flex.call import Call
 from vmoba_flex.chunked import chunked_attention
 from vmoba_flex.compiled import compiled_flex_attention, has_flex_kernel
 from vmoba_flex.mask import key_groups, keys_there, selection_mask
+from vmoba_flex.part import Queries
 
 
 def tiles_attention(

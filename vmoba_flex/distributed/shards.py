@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vmoba_flex.call import Queries
+from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
 
 TEXT_SHARDS = ("consecutive", "split", "replicated")
