@@ -60,10 +60,10 @@ def shared_attention(
     slots = block_slots(partition, query.device, tile_size)
     query_slots = to_slots(query, slots)
     selected = choose_tiles(query_slots, key, partition, call.rule, slots, part)
-    live = keys_there(partition, text_lengths)
     if not has_flex_kernel(query, key, value):
         of_token = selected.index_select(2, slots.key_slot // tile_size)
         key_group = group_of_key(partition, query.device)
+        live = keys_there(partition, text_lengths)
         return chunked_attention(query, key, value, of_token, key_group, scale, live), selected, slots
     group_keys, held = None, None
     if backend == "flash" and text_lengths is not None:
@@ -75,7 +75,7 @@ def shared_attention(
     if backend == "flash":
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         return from_slots(attend_slots(q, k, v, selected, slots, scale, group_keys), slots), selected, slots
-    mask = slot_mask(selected, slots, live_slots(slots, live))
+    mask = slot_mask(selected, slots, live_slots(slots, keys_there(partition, text_lengths)))
     output = compiled_flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=call.enable_gqa)
     return from_slots(output, slots), selected, slots
 
