@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from quality import tables
 from report import MODES, Row, number, table
@@ -135,41 +134,45 @@ def _smooth(data: Row) -> list[str]:
 
 
 def _models(data: Row) -> list[str]:
-    rows = [row for row in data["rows"] if row["model"] == "Wan 1.3B"]
-    return table(["Wan 1.3B", "tokens", *_MODEL_COLUMNS, "peak GB"], [line[1:] for line in _model_lines(rows)])
+    """Wan 1.3B, whole."""
+    lines = []
+    for (_, mode, tokens), rows in _by_model(data, lambda model: model == "Wan 1.3B"):
+        memory = " / ".join(number(rows[name]["peak_gb"], 1) if name in rows else "" for name in ("cuDNN", *_OURS))
+        lines.append([mode, tokens, *_attentions(rows), memory])
+    return table(["Wan 1.3B", "tokens", *_SECONDS, "peak GB"], lines)
 
 
 def _large_models(data: Row) -> list[str]:
     """Without memory, which is that of the few layers measured."""
-    rows = [row for row in data["rows"] if row["model"] != "Wan 1.3B"]
-    return table(["model", "mode", "tokens", *_MODEL_COLUMNS], [line[:-1] for line in _model_lines(rows)])
+    found = _by_model(data, lambda model: model != "Wan 1.3B")
+    lines = [[model, mode, tokens, *_attentions(rows)] for (model, mode, tokens), rows in found]
+    return table(["model", "mode", "tokens", *_SECONDS], lines)
 
 
-_MODEL_COLUMNS = ["attention", "density", "s", "speed-up", "over cuDNN"]
+_FULL, _OURS = ("cuDNN", "FlashAttention-4"), ("exact", "shared")
+_SECONDS = [f"{name} s" for name in (*_FULL, *_OURS)]
 
 
-def _model_lines(rows: list[Row]) -> list[list[str]]:
-    def problem(row: Row) -> tuple[Any, ...]:
-        return row["model"], row["mode"], row["tokens"]
+def _by_model(data: Row, wanted: Callable[[str], bool]) -> list[tuple[tuple[str, str, str], dict[str, Row]]]:
+    """The rows of each model, mode and number of tokens for which ours was measured, by attention."""
+    found: dict[tuple[str, str, int], dict[str, Row]] = {}
+    for row in data["rows"]:
+        if row["status"] == "ok" and wanted(row["model"]):
+            found.setdefault((row["model"], row["mode"], row["tokens"]), {})[row["attention"]] = row
+    ordered = sorted(found.items(), key=lambda item: (item[0][0], item[0][1], -item[0][2]))
+    return [((model, mode, f"{n:,}"), rows) for (model, mode, n), rows in ordered if not rows.keys().isdisjoint(_OURS)]
 
-    ours = {problem(row) for row in rows if "density" in row}
-    rows = [row for row in rows if "speed_up" in row and problem(row) in ours]
-    rows.sort(key=lambda row: (row["model"], row["mode"], -row["tokens"], -row["ms"]))
-    cudnn = {problem(row): row["ms"] for row in rows if row["attention"] == "cuDNN"}
-    return [
-        [
-            row["model"],
-            row["mode"],
-            f"{row['tokens']:,}",
-            row["attention"],
-            number(row.get("density"), 3),
-            f"{row['ms'] / 1000:.2f}",
-            number(row["speed_up"], 2),
-            number(cudnn[problem(row)] / row["ms"] if problem(row) in cudnn else None, 2),
-            number(row["peak_gb"], 1),
-        ]
-        for row in rows
-    ]
+
+def _attentions(rows: dict[str, Row]) -> list[str]:
+    """Seconds; of ours, how many times as fast as each full attention."""
+    cells = []
+    for name in (*_FULL, *_OURS):
+        cell = f"{rows[name]['ms'] / 1000:.2f}" if name in rows else ""
+        if name in rows and name in _OURS:
+            gains = (rows[full]["ms"] / rows[name]["ms"] for full in _FULL if full in rows)
+            cell += f" ({', '.join(f'{gain:.2f}x' for gain in gains)})"
+        cells.append(cell)
+    return cells
 
 
 def _distributed(data: Row) -> list[str]:

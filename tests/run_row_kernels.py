@@ -262,11 +262,13 @@ if __name__ == "__main__":
         check_flash_rows(4, 1, [100, 128, 3], (24, 24), short)
         check_flash_rows(4, 2, [200, 31, 300], (16, 40), short)
         check_flash_rows(2, 1, [128, 256], (16, 16), short)
-        check_flash_tiles([100, 128, 3], (24, 40), short)
-        check_flash_tiles([128, 256], (16, 16), short)
-    for flash_problem in flash_check._PROBLEMS:
-        check_flash_check(False, flash_problem)
-        check_flash_check(True, flash_problem)
     check_leave_out(1, [1], (16, 16), 1)
     check_leave_out(3, [100, 256, 129], (24, 40), 128)
     check_leave_out(2, [3] * 18, (72, 128), 1)  # more groups than are looked at at once
+    if DEVICE == "cpu":  # their truth is; on a GPU the real FlashAttention-4 is tested
+        for short in (False, True):
+            check_flash_tiles([100, 128, 3], (24, 40), short)
+            check_flash_tiles([128, 256], (16, 16), short)
+        for flash_problem in flash_check._PROBLEMS:
+            check_flash_check(False, flash_problem)
+            check_flash_check(True, flash_problem)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,21 @@ def test_a_number_that_was_changed_by_hand_is_seen(bench):  # noqa: F811
 def test_a_mark_that_names_nothing_is_an_error(bench, mark: str):  # noqa: F811
     with pytest.raises((KeyError, FileNotFoundError), match="no_such"):
         bench("pages").filled(f"<!-- results: {mark} --><!-- end -->")
+
+
+def test_models_stand_beside_the_full_attention_of_their_case(bench):  # noqa: F811
+    def row(tokens: int, attention: str, ms: float, status: str = "ok") -> dict[str, Any]:
+        found = {"ms": ms, "peak_gb": ms / 1000} if status == "ok" else {}
+        case = {"model": "Wan 1.3B", "mode": "training step", "tokens": tokens}
+        return case | {"attention": attention, "status": status} | found
+
+    rows = [row(100, "none", 1), row(100, "exact", 2000), row(2000, "shared", 4000), row(2000, "cuDNN", 8000)]
+    rows += [row(100, "cuDNN", 5000), row(100, "FlashAttention-4", 4000), row(30, "cuDNN", 1000)]
+    rows += [row(100, "shared", 1, "out of memory"), row(30, "exact", 1, "failed")]
+    assert bench("pages")._models({"rows": rows})[2:] == [
+        "| training step | 2,000 | 8.00 |  |  | 4.00 (2.00x) | 8.0 /  / 4.0 |",
+        "| training step | 100 | 5.00 | 4.00 | 2.00 (2.50x, 2.00x) |  | 5.0 / 2.0 /  |",
+    ]
 
 
 def test_pictures_are_what_the_script_draws(tmp_path: Path):
