@@ -136,16 +136,16 @@ def _smooth(data: Row) -> list[str]:
 def _models(data: Row) -> list[str]:
     """Wan 1.3B, whole."""
     lines = []
-    for (_, mode, tokens), rows in _by_model(data, lambda model: model == "Wan 1.3B"):
-        memory = " / ".join(number(rows[name]["peak_gb"], 1) if name in rows else "" for name in ("cuDNN", *_OURS))
-        lines.append([mode, tokens, *_attentions(rows), memory])
+    for (_, mode, tokens), rows in _cases(row for row in data["rows"] if row["model"] == "Wan 1.3B"):
+        memory = (number(rows.get(name, {}).get("peak_gb"), 1) for name in ("cuDNN", *_OURS))
+        lines.append([mode, tokens, *_seconds(rows), " / ".join(memory)])
     return table(["Wan 1.3B", "tokens", *_SECONDS, "peak GB"], lines)
 
 
 def _large_models(data: Row) -> list[str]:
     """Without memory, which is that of the few layers measured."""
-    found = _by_model(data, lambda model: model != "Wan 1.3B")
-    lines = [[model, mode, tokens, *_attentions(rows)] for (model, mode, tokens), rows in found]
+    cases = _cases(row for row in data["rows"] if row["model"] != "Wan 1.3B")
+    lines = [[*case, *_seconds(rows)] for case, rows in cases]
     return table(["model", "mode", "tokens", *_SECONDS], lines)
 
 
@@ -153,26 +153,24 @@ _FULL, _OURS = ("cuDNN", "FlashAttention-4"), ("exact", "shared")
 _SECONDS = [f"{name} s" for name in (*_FULL, *_OURS)]
 
 
-def _by_model(data: Row, wanted: Callable[[str], bool]) -> list[tuple[tuple[str, str, str], dict[str, Row]]]:
-    """The rows of each model, mode and number of tokens for which ours was measured, by attention."""
+def _cases(rows: Iterable[Row]) -> list[tuple[tuple[str, str, str], dict[str, Row]]]:
+    """Each model, mode and number of tokens for which ours was measured, with its rows by attention."""
     found: dict[tuple[str, str, int], dict[str, Row]] = {}
-    for row in data["rows"]:
-        if row["status"] == "ok" and wanted(row["model"]):
+    for row in rows:
+        if row["status"] == "ok":
             found.setdefault((row["model"], row["mode"], row["tokens"]), {})[row["attention"]] = row
     ordered = sorted(found.items(), key=lambda item: (item[0][0], item[0][1], -item[0][2]))
-    return [((model, mode, f"{n:,}"), rows) for (model, mode, n), rows in ordered if not rows.keys().isdisjoint(_OURS)]
+    return [((model, mode, f"{n:,}"), case) for (model, mode, n), case in ordered if not case.keys().isdisjoint(_OURS)]
 
 
-def _attentions(rows: dict[str, Row]) -> list[str]:
-    """Seconds; of ours, how many times as fast as each full attention."""
-    cells = []
-    for name in (*_FULL, *_OURS):
-        cell = f"{rows[name]['ms'] / 1000:.2f}" if name in rows else ""
-        if name in rows and name in _OURS:
-            gains = (rows[full]["ms"] / rows[name]["ms"] for full in _FULL if full in rows)
-            cell += f" ({', '.join(f'{gain:.2f}x' for gain in gains)})"
-        cells.append(cell)
-    return cells
+def _seconds(rows: dict[str, Row]) -> list[str]:
+    """Of each attention; of ours, how many times as fast as each full attention, too."""
+    ms = {name: row["ms"] for name, row in rows.items()}
+    cells = {name: f"{time / 1000:.2f}" for name, time in ms.items()}
+    for name in ms.keys() & set(_OURS):
+        gains = ", ".join(f"{ms[full] / ms[name]:.2f}x" for full in _FULL if full in ms)
+        cells[name] += f" ({gains})"
+    return [cells.get(name, "") for name in (*_FULL, *_OURS)]
 
 
 def _distributed(data: Row) -> list[str]:

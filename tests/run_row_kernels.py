@@ -265,7 +265,7 @@ if __name__ == "__main__":
     check_leave_out(1, [1], (16, 16), 1)
     check_leave_out(3, [100, 256, 129], (24, 40), 128)
     check_leave_out(2, [3] * 18, (72, 128), 1)  # more groups than are looked at at once
-    if DEVICE == "cpu":  # their truth is; on a GPU the real FlashAttention-4 is tested
+    if DEVICE == "cpu":  # what these compare with is for CPUs; on a GPU the real FlashAttention-4 is tested
         for short in (False, True):
             check_flash_tiles([100, 128, 3], (24, 40), short)
             check_flash_tiles([128, 256], (16, 16), short)
