@@ -16,8 +16,8 @@ from torch import Tensor
 
 from block_masks import to_slots
 from vmoba_flex import reference, vmoba_selection
-from vmoba_flex.mask import block_slots
-from vmoba_flex.shared import choose_tiles
+from vmoba_flex.dispatch.shared import choose_tiles
+from vmoba_flex.groups import block_slots
 
 # Dense FlexAttention rounds its weights and its output to 16 bits; packed rows round their outputs once more before
 # the merge: sqrt(3 / 2) = 1.22. In float32 the order of the sums decides, and errors vary.

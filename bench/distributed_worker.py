@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from vmoba_flex import BlockPartition, Threshold, vmoba_attention
+from vmoba_flex.collectives import Ranks
 from vmoba_flex.distributed import TokenShards
-from vmoba_flex.distributed.collectives import Ranks
 from vmoba_flex.distributed.exchange import Heads, Layout, to_heads, to_tokens
 
 RULE = Threshold(0.25, pool="head", max_density=0.25)

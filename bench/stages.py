@@ -24,9 +24,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 # here, are left out.
 _MOVE, _ATTEND = ("row_steps", "row_kernels"), ("row_steps", "attend_kernels", "flash_kernels")
 STAGES = {
-    "gate": ["vmoba_flex.selection.gate"],
-    "select": ["vmoba_flex.selection.select"],
-    "plan": ["block_masks.packed.plan_rows", "vmoba_flex.packed.block_slots"],
+    "gate": ["vmoba_flex.selection.select.gate"],
+    "select": ["vmoba_flex.selection.select.select"],
+    "plan": ["block_masks.attention.row_attention.plan_rows", "vmoba_flex.dispatch.packed.block_slots"],
     "gather": [f"block_masks.{module}.{name}" for module in _MOVE for name in ("take_rows", "take_slots")],
     "attention": [f"block_masks.{module}.forward" for module in _ATTEND],
     "merge": [f"block_masks.{module}.merge_rows" for module in _MOVE],

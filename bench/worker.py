@@ -22,7 +22,7 @@ from timing import milliseconds, peak_bytes
 from torch import Tensor
 
 from vmoba_flex import vmoba_attention
-from vmoba_flex.dispatch import BACKENDS, DISPATCHES
+from vmoba_flex.dispatch.choose import BACKENDS, DISPATCHES
 
 
 def work(args: Namespace) -> int:

@@ -5,16 +5,16 @@ The package knows tiles and ``BlockMask``; it knows nothing of video or of how a
 torch alone.
 """
 
-from block_masks.group_mask import group_mask, group_tiles
-from block_masks.packed import attend_packed
-from block_masks.pairs import pack_bits, pair_lookup
-from block_masks.realize import realize
-from block_masks.row_masks import row_mask
-from block_masks.rows import RowPlan, plan_rows
-from block_masks.slot_attention import attend_slots
-from block_masks.slot_masks import live_slots, slot_mask, slot_tile_map
-from block_masks.slots import Slots, from_slots, plan_slots, to_slots
-from block_masks.tiles import TileMap, block_mask_from_tiles, tile_lists
+from block_masks.attention.row_attention import attend_packed
+from block_masks.attention.slot_attention import attend_slots
+from block_masks.masks.group_mask import group_mask, group_tiles
+from block_masks.masks.pairs import pack_bits, pair_lookup
+from block_masks.masks.realize import realize
+from block_masks.masks.row_mask import row_mask
+from block_masks.masks.slot_mask import live_slots, slot_mask, slot_tile_map
+from block_masks.masks.tile_map import TileMap, block_mask_from_tiles, tile_lists
+from block_masks.plans.rows import RowPlan, plan_rows
+from block_masks.plans.slots import Slots, from_slots, plan_slots, to_slots
 
 __all__ = [
     "RowPlan",

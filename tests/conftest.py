@@ -45,7 +45,7 @@ def rank_pool() -> Iterator[RankPool]:
 @pytest.fixture(scope="module")
 def flash_at_any_size() -> Iterator[None]:
     """FlashAttention-4 for small problems too, where ``backend="auto"`` prefers kernels with fewer launches."""
-    with mock.patch("vmoba_flex.dispatch._FLASH_FROM", (0.0, 0.0)):
+    with mock.patch("vmoba_flex.dispatch.choose._FLASH_FROM", (0.0, 0.0)):
         yield
 
 

@@ -12,8 +12,8 @@ from block_masks import Slots, to_slots
 from tests.strategies import Problem
 from vmoba_flex import reference, vmoba_attention, vmoba_mask, vmoba_selection
 from vmoba_flex.call import Call
-from vmoba_flex.mask import block_slots
-from vmoba_flex.shared import choose_tiles, shared_attention
+from vmoba_flex.dispatch.shared import choose_tiles, shared_attention
+from vmoba_flex.groups import block_slots
 
 Path = Callable[[Problem], Tensor]
 

@@ -8,23 +8,12 @@ from unittest import mock
 
 import torch
 
-from block_masks import (
-    RowPlan,
-    attend_packed,
-    attend_slots,
-    filler_kernels,
-    flash_check,
-    flash_kernels,
-    plan_kernels,
-    plan_slots,
-    row_kernels,
-    row_steps,
-    slot_steps,
-    tile_lists,
-    to_slots,
-)
-from block_masks.rows import _plan, _plan_on_gpu
-from block_masks.slots import SLOT_TENSORS
+from block_masks import RowPlan, attend_packed, attend_slots, plan_slots, tile_lists, to_slots
+from block_masks.attention import filler_kernels, flash_check, flash_kernels, row_kernels, row_steps, slot_steps
+from block_masks.masks import list_kernels
+from block_masks.plans import move_kernels, plan_kernels
+from block_masks.plans.rows import _plan, _plan_on_gpu
+from block_masks.plans.slots import SLOT_TENSORS
 from tests import flash_emulator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,13 +40,13 @@ def check_plan(heads: int, queries: int, sizes: list[int], density: float, toget
     slots = plan_slots(key_group, sizes)
     x = torch.randn(heads, len(key_group), 5)
     padded = row_steps.take_slots(x, slots.slot_key)
-    assert torch.equal(row_kernels.take_slots(x, slots.slot_key), padded)
+    assert torch.equal(move_kernels.take_slots(x, slots.slot_key), padded)
     held = slots.held((torch.rand(heads, len(sizes)) * torch.tensor(sizes)).int())
     of_head = held.slot_key(slots), held.key_slot(slots)
-    assert torch.equal(row_kernels.take_slots(x, of_head[0]), row_steps.take_slots(x, of_head[0]))
+    assert torch.equal(move_kernels.take_slots(x, of_head[0]), row_steps.take_slots(x, of_head[0]))
     for repeats, index in ((1, slots.key_slot), (heads, slots.key_slot), (1, of_head[1]), (heads, of_head[1][:1])):
         expected = row_steps.take_slots(padded, index, repeats)
-        torch.testing.assert_close(row_kernels.take_slots(padded, index, repeats), expected)
+        torch.testing.assert_close(move_kernels.take_slots(padded, index, repeats), expected)
     query, output = torch.randn(heads, queries, 5), torch.randn(row_tiles * 128, 5)
     lse = torch.randn(row_tiles * 128)
     lists = plan.query_rows[:together], plan.query_count[:together]
@@ -89,7 +78,7 @@ def check_lists(shape: tuple[int, ...], by_columns: bool) -> None:
     """Lists of the tiles of each row, where maps lie in memory row by row, or column by column."""
     tiles = torch.rand(shape) < torch.rand(*shape[:-1], 1)
     tiles = tiles.mT.contiguous().mT if by_columns else tiles
-    for actual, expected in zip(plan_kernels.list_tiles(tiles), tile_lists(tiles.cpu()), strict=True):
+    for actual, expected in zip(list_kernels.list_tiles(tiles), tile_lists(tiles.cpu()), strict=True):
         assert actual.dtype == expected.dtype
         assert actual.is_contiguous()
         assert torch.equal(actual.cpu(), expected)
@@ -105,7 +94,7 @@ def check_take(plan: RowPlan, queries: int) -> None:
         expected = torch.where(there, numbers[row_query.clamp(min=0)], 7.0)
         for clear_next in (False, True):
             end = (used + (clear_next and used > 0)) * plan.tile_size
-            taken = row_kernels.take_rows(numbers, row_query, row_pool, 7.0, clear_next)
+            taken = move_kernels.take_rows(numbers, row_query, row_pool, 7.0, clear_next)
             assert torch.equal(taken[:end], expected[:end])
 
 
@@ -187,7 +176,10 @@ def check_flash_tiles(sizes: list[int], dims: tuple[int, int], short: bool) -> N
     inputs = [x.requires_grad_() for x in (query, *keys)]
     results = []
     for modules in ((slot_steps, slot_steps), (flash_kernels, filler_kernels)):
-        with flash_emulator.installed(), mock.patch("block_masks.slot_attention._modules", return_value=modules):
+        with (
+            flash_emulator.installed(),
+            mock.patch("block_masks.attention.slot_attention._modules", return_value=modules),
+        ):
             key, value = (to_slots(x, slots, held) for x in inputs[1:])
             output = attend_slots(inputs[0], key, value, selected, slots, 0.3, group_keys)
             results.append((output, *torch.autograd.grad(output, inputs, grad)))
@@ -205,7 +197,8 @@ def check_flash_check(of_slots: bool, problem: tuple[list[int], list[int] | None
     grad = torch.randn(2, len(group), 40)
     results = []
     modules = (flash_kernels, filler_kernels)
-    with flash_emulator.installed(), mock.patch("block_masks.slot_attention._modules", return_value=modules):
+    in_slots = "block_masks.attention.slot_attention._modules"
+    with flash_emulator.installed(), mock.patch(in_slots, return_value=modules):
         for name in ("exact", "flash"):
             output = ways[name](*inputs)
             results.append((output, *torch.autograd.grad(output, inputs, grad)))

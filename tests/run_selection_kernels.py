@@ -8,10 +8,11 @@ import itertools
 
 import torch
 
-from vmoba_flex import BlockPartition, cut_kernels, gate_kernels, select_kernels
-from vmoba_flex.gate import block_means, gate
-from vmoba_flex.selection import _take
-from vmoba_flex.weights import fraction_bits
+from vmoba_flex import BlockPartition
+from vmoba_flex.selection import gate_kernels, long_pool_kernels, short_pool_kernels
+from vmoba_flex.selection.gate import block_means, gate
+from vmoba_flex.selection.select import _take
+from vmoba_flex.selection.weights import fraction_bits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF, NAN = torch.inf, torch.nan
@@ -54,7 +55,7 @@ def pools(kind: str, count: int, length: int, generator: torch.Generator) -> tor
 
 def check_selection() -> None:
     # Small blocks, so that small pools take several programs and several blocks of each.
-    cut_kernels._BLOCK, cut_kernels._PROGRAMS = 64, 4
+    long_pool_kernels._BLOCK, long_pool_kernels._PROGRAMS = 64, 4
     generator = torch.Generator(DEVICE).manual_seed(0)
     targets = itertools.cycle(TARGETS)
     # Six targets over kinds and shapes in turn: the shapes' number shares no factor with six.
@@ -70,10 +71,12 @@ def check_selection() -> None:
         stretch = "masses" not in kind
         expected = _take(scores, own, cap, tau, stretch)
         case = (kind, count, length, cap, tau)
-        assert torch.equal(cut_kernels.take_long(scores, own, cap, tau, stretch, fraction_bits(length)), expected), case
+        assert torch.equal(
+            long_pool_kernels.take_long(scores, own, cap, tau, stretch, fraction_bits(length)), expected
+        ), case
         by_entry = scores.T.contiguous().T[None]
         each_own = own.repeat(count // own_rows, 1)
-        taken = select_kernels.take_short(by_entry, each_own, cap, tau, stretch, fraction_bits(length))
+        taken = short_pool_kernels.take_short(by_entry, each_own, cap, tau, stretch, fraction_bits(length))
         assert torch.equal(taken[0].T, expected), case
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vmoba_flex import BlockPartition, Threshold, TopK
 from vmoba_flex.config import KINDS, AboutBlocks, VMoBAConfig
-from vmoba_flex.dispatch import BACKENDS, DISPATCHES
-from vmoba_flex.mass import block_mass
+from vmoba_flex.dispatch.choose import BACKENDS, DISPATCHES
 from vmoba_flex.rules import NORMALIZE, POOLS, Rule
+from vmoba_flex.selection.mass import block_mass
 
 
 @dataclasses.dataclass(frozen=True)

@@ -260,7 +260,7 @@ def test_chunks_do_not_show(monkeypatch):
     partition = BlockPartition.spatial((3, 5, 5), (2, 3), prefix=2)
     query, key, value = torch.randn(3, 1, 2, partition.num_tokens, 8)
     whole = vmoba_attention(query, key, value, partition, TopK(2))
-    monkeypatch.setattr("vmoba_flex.chunked._CHUNK_SCORES", 2 * partition.num_tokens * 7)
+    monkeypatch.setattr("vmoba_flex.dispatch.chunked._CHUNK_SCORES", 2 * partition.num_tokens * 7)
     torch.testing.assert_close(vmoba_attention(query, key, value, partition, TopK(2)), whole, rtol=1e-6, atol=1e-6)
 
 

@@ -19,8 +19,9 @@ from tests.paths import (
     through_shared,
 )
 from tests.strategies import Problem
-from vmoba_flex import BlockPartition, Threshold, TopK, compiled, reference, vmoba_attention, vmoba_selection
-from vmoba_flex.mask import group_of_key
+from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_attention, vmoba_selection
+from vmoba_flex.dispatch import compiled
+from vmoba_flex.groups import group_of_key
 from vmoba_flex.rules import Rule
 
 GRID = (4, 9, 10)

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vmoba_flex import BlockPartition, Threshold, TopK, vmoba_attention
-from vmoba_flex.dispatch import choose_backend, choose_dispatch
+from vmoba_flex.dispatch.choose import choose_backend, choose_dispatch
 from vmoba_flex.rules import Rule
 
 CAPPED = Threshold(0.25, max_density=0.25)
@@ -82,7 +82,7 @@ def test_float64_takes_no_named_backend():
 def test_flash_where_it_saves_more_than_its_launches_cost(dispatch: str):
     def taken(tokens: int, backend: str = "auto", gradients: bool = False) -> str:
         partition = BlockPartition((1, 1, tokens), (1, 1, -(-tokens // 48)))
-        with FakeTensorMode(), mock.patch("vmoba_flex.dispatch._flash_cannot_run", return_value=None):
+        with FakeTensorMode(), mock.patch("vmoba_flex.dispatch.choose._flash_cannot_run", return_value=None):
             query = torch.empty(1, 12, tokens, 128, device="cuda", dtype=torch.bfloat16, requires_grad=gradients)
             return choose_backend(backend, dispatch, query, query, query, partition)
 
@@ -97,7 +97,7 @@ def test_flash_where_it_saves_more_than_its_launches_cost(dispatch: str):
 def test_flash_takes_padding_but_for_shared_in_float16():
     def taken(dispatch: str, dtype: torch.dtype, backend: str = "auto") -> str:
         partition = BlockPartition((1, 1, 55_296), (1, 1, 1152), suffix=256)
-        with FakeTensorMode(), mock.patch("vmoba_flex.dispatch._flash_cannot_run", return_value=None):
+        with FakeTensorMode(), mock.patch("vmoba_flex.dispatch.choose._flash_cannot_run", return_value=None):
             query = torch.empty(1, 12, partition.num_tokens, 128, device="cuda", dtype=dtype)
             return choose_backend(backend, dispatch, query, query, query, partition, padded=True)
 

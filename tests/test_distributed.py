@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tests.paths import attend
 from tests.ranks import RankPool
 from tests.strategies import Problem
-from vmoba_flex import BlockPartition, Threshold, TopK, vmoba_attention
-from vmoba_flex.distributed import TokenShards, collectives
-from vmoba_flex.distributed.collectives import Ranks
+from vmoba_flex import BlockPartition, Threshold, TopK, collectives, vmoba_attention
+from vmoba_flex.collectives import Ranks
+from vmoba_flex.distributed import TokenShards
 from vmoba_flex.distributed.exchange import Layout
 from vmoba_flex.warmup import WarmedThreshold
 

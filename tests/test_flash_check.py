@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from block_masks import flash_check
-from block_masks.flash_check import undisturbed
+from block_masks.attention import flash_check
+from block_masks.attention.flash_check import undisturbed
 
 
 def gradient() -> Tensor:

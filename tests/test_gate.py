@@ -8,7 +8,7 @@ from hypothesis import given
 from tests import oracle_numpy
 from tests.strategies import Problem, problems
 from vmoba_flex import BlockPartition, reference
-from vmoba_flex.gate import block_means, gate
+from vmoba_flex.selection.gate import block_means, gate
 
 
 def _video(x: torch.Tensor, partition: BlockPartition) -> torch.Tensor:

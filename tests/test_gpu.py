@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from block_masks import plan_slots, row_steps, slot_mask, tile_lists
-from block_masks.slots import SLOT_TENSORS
+from block_masks import plan_slots, slot_mask, tile_lists
+from block_masks.attention import row_steps
+from block_masks.plans.slots import SLOT_TENSORS
 from tests.paths import (
     assert_equals_dense_masked_attention,
     assert_within_budget,
@@ -32,12 +33,12 @@ from tests.test_selection import own_blocks
 from tests.test_shared import exact_means
 from tests.test_slots import slot_problems
 from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_attention, vmoba_mask, vmoba_selection
-from vmoba_flex.dispatch import choose_backend
-from vmoba_flex.gate import block_means, gate
+from vmoba_flex.dispatch.choose import choose_backend
 from vmoba_flex.insight import Record, inspect
-from vmoba_flex.mass import block_mass
 from vmoba_flex.rules import POOLS, Rule
-from vmoba_flex.selection import select
+from vmoba_flex.selection.gate import block_means, gate
+from vmoba_flex.selection.mass import block_mass
+from vmoba_flex.selection.select import select
 from vmoba_flex.warmup import warmed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flash_at_any_size")]

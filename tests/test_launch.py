@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from block_masks.launch import QuickLaunch
+from block_masks.launching.launch import QuickLaunch
 
 
 class Kernel:

@@ -10,10 +10,10 @@ from tests import oracle_numpy
 from tests.strategies import gates, partitions
 from tests.test_selection import own_blocks
 from vmoba_flex import BlockPartition, Threshold, reference, vmoba_selection
-from vmoba_flex.gate import gate
-from vmoba_flex.mass import block_mass
 from vmoba_flex.rules import POOLS
-from vmoba_flex.selection import select
+from vmoba_flex.selection.gate import gate
+from vmoba_flex.selection.mass import block_mass
+from vmoba_flex.selection.select import select
 
 
 @given(st.data(), st.sampled_from([1, 8, 64]))

@@ -36,7 +36,7 @@ from tests.video_models import (
     sparse_output,
 )
 from vmoba_flex import BlockPartition, Threshold, TopK
-from vmoba_flex.about_blocks import AboutBlocks
+from vmoba_flex.approx_blocks import AboutBlocks
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.models import VMoBAHandle, adapters, apply_vmoba, register_adapter
 from vmoba_flex.rules import Rule

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
-from block_masks import RowPlan, Slots, attend_packed, plan_rows, plan_slots, row_mask, row_steps
+from block_masks import RowPlan, Slots, attend_packed, plan_rows, plan_slots, row_mask
+from block_masks.attention import row_steps
 from tests.strategies import generators
 from tests.test_block_masks import INDEX_TENSORS
 

@@ -13,7 +13,7 @@ from tests.strategies import Problem, gates, partitions, problems, rules, shares
 from tests.test_reference import is_softmax, numpy_selection
 from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_selection
 from vmoba_flex.rules import POOLS
-from vmoba_flex.selection import select
+from vmoba_flex.selection.select import select
 
 
 def own_blocks(partition: BlockPartition) -> torch.Tensor:

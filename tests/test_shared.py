@@ -24,8 +24,9 @@ from tests.paths import (
     through_shared,
 )
 from tests.strategies import Problem, problems, rules
-from vmoba_flex import BlockPartition, Threshold, TopK, reference, shared, vmoba_attention, vmoba_selection
-from vmoba_flex.mask import block_slots
+from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_attention, vmoba_selection
+from vmoba_flex.dispatch import shared
+from vmoba_flex.groups import block_slots
 
 TILE_SIZES = st.sampled_from([1, 3, 4, 128])
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from block_masks import attend_slots, from_slots, plan_slots, row_steps, slot_steps, to_slots
+from block_masks import attend_slots, from_slots, plan_slots, to_slots
+from block_masks.attention import row_steps, slot_steps
 from tests.strategies import generators
 from tests.test_slots import SlotProblem, slot_problems
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.strategies import Problem, configs, gates, partitions, problems
 from vmoba_flex import BlockPartition, Threshold, TopK
 from vmoba_flex.config import AboutBlocks
-from vmoba_flex.gate import gate
+from vmoba_flex.selection.gate import gate
 
 
 @pytest.mark.parametrize(

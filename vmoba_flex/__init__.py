@@ -7,7 +7,7 @@ rectangle that it runs or skips) is called a *tile*.
     out = vmoba_attention(q, k, v, partition, rule)                                 # the fast way, same result
 """
 
-from vmoba_flex.about_blocks import AboutBlocks
+from vmoba_flex.approx_blocks import AboutBlocks
 from vmoba_flex.attention import vmoba_attention
 from vmoba_flex.config import Layer, VMoBAConfig
 from vmoba_flex.mask import vmoba_mask
@@ -15,7 +15,7 @@ from vmoba_flex.models import VMoBAHandle, apply_vmoba, register_adapter
 from vmoba_flex.module import VMoBAAttention
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Threshold, TopK
-from vmoba_flex.selection import vmoba_selection
+from vmoba_flex.selection.select import vmoba_selection
 from vmoba_flex.stats import AttentionStats
 from vmoba_flex.version import __version__
 from vmoba_flex.warmup import Warmup

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from vmoba_flex.attend import attend_here
 from vmoba_flex.call import MAX_ROW_BYTES, Call
-from vmoba_flex.dispatch import BACKENDS, DISPATCHES, choose_backend, choose_dispatch
+from vmoba_flex.dispatch.choose import BACKENDS, DISPATCHES, choose_backend, choose_dispatch
+from vmoba_flex.dispatch.one_device import attend_here
 from vmoba_flex.inputs import (
     check_choice,
     check_positive,

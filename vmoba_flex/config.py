@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 from vmoba_flex import config_json
-from vmoba_flex.about_blocks import AboutBlocks, about_block
-from vmoba_flex.dispatch import BACKENDS, DISPATCHES
+from vmoba_flex.approx_blocks import AboutBlocks, about_block
+from vmoba_flex.dispatch.choose import BACKENDS, DISPATCHES
 from vmoba_flex.inputs import check_choice, check_count, check_positive
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK

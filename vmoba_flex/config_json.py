@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vmoba_flex.about_blocks import AboutBlocks
+from vmoba_flex.approx_blocks import AboutBlocks
 from vmoba_flex.rules import Rule, Threshold, TopK
 
 VERSION = 1

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from block_masks import Slots, live_slots, slot_tile_map
 from vmoba_flex.call import Call
-from vmoba_flex.mask import keys_there, selection_tiles
+from vmoba_flex.groups import keys_there
+from vmoba_flex.mask import selection_tiles
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold
-from vmoba_flex.selection import choose_blocks
+from vmoba_flex.selection.select import choose_blocks
 
 
 class AttentionStats(NamedTuple):
@@ -86,7 +87,7 @@ class Attended(NamedTuple):
 
 def gather_part(x: Tensor, part: Part) -> Tensor:
     """All of a tensor of which a part lies here, shared out along ``part.dim``; all ranks call this."""
-    from vmoba_flex.distributed.collectives import all_reduce
+    from vmoba_flex.collectives import all_reduce
 
     shape = [part.size if dim == part.dim else size for dim, size in enumerate(x.shape)]
     return all_reduce(x.new_zeros(shape).index_copy(part.dim, part.places, x), "sum", part.group)

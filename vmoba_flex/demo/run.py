@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from vmoba_flex import BlockPartition, Threshold, TopK, VMoBAConfig, reference, vmoba_mask, vmoba_selection
-from vmoba_flex.compiled import compiled_flex_attention
 from vmoba_flex.demo.model import Grid, VideoTransformer
+from vmoba_flex.dispatch.compiled import compiled_flex_attention
 from vmoba_flex.user_error import UserError
 
 TILE = 128

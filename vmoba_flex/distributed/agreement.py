@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmoba_flex.distributed.collectives import Ranks, all_reduce
+from vmoba_flex.collectives import Ranks, all_reduce
 from vmoba_flex.distributed.exchange import Layout
 from vmoba_flex.distributed.shards import TokenShards
 from vmoba_flex.partition import BlockPartition

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vmoba_flex.attend import attend_here
 from vmoba_flex.call import Call
-from vmoba_flex.dispatch import choose_backend, choose_dispatch
+from vmoba_flex.dispatch.choose import choose_backend, choose_dispatch
+from vmoba_flex.dispatch.one_device import attend_here
 from vmoba_flex.distributed.balance import HeadBalance
 from vmoba_flex.distributed.exchange import Heads, Layout, to_heads, to_tokens
 from vmoba_flex.distributed.shards import queries_of

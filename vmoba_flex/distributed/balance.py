@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vmoba_flex.distributed.collectives import Ranks, all_reduce
+from vmoba_flex.collectives import Ranks, all_reduce
 from vmoba_flex.distributed.shards import cut_evenly
 from vmoba_flex.inputs import check_positive
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from vmoba_flex.distributed.collectives import Ranks, all_to_all
+from vmoba_flex.collectives import Ranks, all_to_all
 from vmoba_flex.distributed.shards import Run, TokenShards, cut_evenly, in_order, lengths
 from vmoba_flex.partition import BlockPartition, reorder
 

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.config import VMoBAConfig
-from vmoba_flex.gate import gate
+from vmoba_flex.groups import group_of_key
 from vmoba_flex.inputs import check_positive
 from vmoba_flex.insight.records import Record
-from vmoba_flex.mask import group_of_key, selection_tiles
+from vmoba_flex.mask import selection_tiles
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
-from vmoba_flex.selection import POOL_DIMS, ranked, select
+from vmoba_flex.selection.gate import gate
+from vmoba_flex.selection.select import POOL_DIMS, ranked, select
 
 _LOGITS = 2**24  # that are there at a time
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # loaded where a model is context-parallel
-    from vmoba_flex.distributed.collectives import Ranks
+    from vmoba_flex.collectives import Ranks
 
 
 def ranks_of(parallel_config: Any, joint: bool, name: str) -> "Ranks | None":
@@ -30,6 +30,6 @@ def ranks_of(parallel_config: Any, joint: bool, name: str) -> "Ranks | None":
             f"context parallelism must be off for {name} with VMoBA applied: diffusers has no plan (_cp_plan) for its "
             f"model, whose text and video attend together, got ulysses_degree={config.ulysses_degree}"
         )
-    from vmoba_flex.distributed.collectives import Ranks
+    from vmoba_flex.collectives import Ranks
 
     return Ranks.of(config._ulysses_mesh)

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from vmoba_flex.attention import attend
 from vmoba_flex.call import Call
-from vmoba_flex.dense import dense_attention
-from vmoba_flex.mask import keys_there
+from vmoba_flex.dispatch.dense import dense_attention
+from vmoba_flex.groups import keys_there
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK
 from vmoba_flex.warmup import WarmedThreshold
 
 if TYPE_CHECKING:  # loaded where a model is context-parallel
-    from vmoba_flex.distributed.collectives import Ranks
+    from vmoba_flex.collectives import Ranks
     from vmoba_flex.distributed.exchange import Layout
 
 
@@ -73,7 +73,7 @@ def _attend_at_step(
     partition = BlockPartition((frames, height, width), (bt, bh, bw), prefix=prefix, suffix=suffix)
     layout = None
     if size > 1:
-        from vmoba_flex.distributed.collectives import Ranks
+        from vmoba_flex.collectives import Ranks
 
         layout = layout_of(Ranks(group, rank, size), partition)
     if dense.item():

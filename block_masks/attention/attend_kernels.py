@@ -1,0 +1,280 @@
+"""Triton kernels of attention over packed rows, loaded on first use on a CUDA device.
+
+A tile of rows holds queries that chose one group of keys, so a program runs a plain dense loop over that group's slots.
+Backward works with the merged output and log-sum-exp of each query: ``p = exp(score - lse)`` already holds the weight
+of a row in its query, so neither the rows' outputs nor their sums are needed again. No atomics: each program owns what
+it writes, and the same bits come out twice.
+"""
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from block_masks.plans import move_kernels
+from block_masks.plans.rows import RowPlan
+from block_masks.plans.slots import Slots
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _load_tile(x, start, COUNT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
+    """``COUNT`` rows of ``x (rows, D)`` from ``start`` on, through a descriptor or through pointers."""
+    if TMA:
+        tile = x.load([start, 0])
+    else:
+        dim = tl.arange(0, BLOCK_D)[None, :]
+        pointers = x + (tl.full((), 0, tl.int64) + start) * D + tl.arange(0, COUNT)[:, None] * D + dim
+        tile = tl.load(pointers) if D == BLOCK_D else tl.load(pointers, mask=dim < D, other=0.0)
+    return tile
+
+
+@triton.jit
+def _forward_step(
+    acc, top, total, q, keys, values, start, left, factor,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CUT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over ``BLOCK_N`` slots, of which the first ``left`` count if ``CUT``; ``factor`` is positive."""
+    k = _load_tile(keys, start, BLOCK_N, D, BLOCK_D, TMA)
+    score = tl.dot(q, k.T, input_precision=PRECISION)
+    if CUT:
+        score = tl.where(tl.arange(0, BLOCK_N)[None, :] < left, score, -float("inf"))
+    new_top = tl.maximum(top, tl.max(score, 1) * factor)
+    p = tl.exp2(score * factor - new_top[:, None])
+    keep = tl.exp2(top - new_top)
+    v = _load_tile(values, start, BLOCK_N, DV, BLOCK_DV, TMA)
+    acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
+    return acc, new_top, total * keep + tl.sum(p, 1)
+
+
+@triton.jit
+def _query_backward_step(
+    acc, q, do, whole_lse, mean, keys, values, start, left, factor,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CUT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds what ``BLOCK_N`` slots give to the gradient of rows."""
+    k = _load_tile(keys, start, BLOCK_N, D, BLOCK_D, TMA)
+    v = _load_tile(values, start, BLOCK_N, DV, BLOCK_DV, TMA)
+    p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * factor - whole_lse)
+    if CUT:
+        p = tl.where(tl.arange(0, BLOCK_N)[None, :] < left, p, 0.0)
+    ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - mean)
+    return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _forward_kernel(
+    query, keys, values, row_query, row_pool, first_slot, pool_keys, output, lse, scale, groups, repeats, head_slots,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Softmax attention of ``BLOCK_M`` rows over their group: normalised output, and natural log-sum-exp."""
+    start_row = tl.program_id(0) * BLOCK_M
+    pool = tl.load(row_pool + start_row // TILE)
+    if pool < 0:
+        return
+    first = tl.load(first_slot + pool % groups) + pool // groups // repeats * head_slots
+    size = tl.load(pool_keys + pool)
+    row = start_row + tl.arange(0, BLOCK_M)
+    place = tl.load(row_query + row).to(tl.int64)
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    q = tl.load(query + place[:, None] * D + dim, mask=(place >= 0)[:, None] & (dim < D), other=0.0)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    # The largest score is taken before the scale, so the sign goes into the query.
+    factor = tl.abs(scale) * _LOG2E
+    if scale < 0:
+        q = -q
+    whole = size // BLOCK_N * BLOCK_N
+    for start in range(0, whole, BLOCK_N):
+        acc, top, total = _forward_step(
+            acc, top, total, q, keys, values, first + start, 0, factor,
+            BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, False, TMA, PRECISION,
+        )  # fmt: skip
+    if whole < size:
+        acc, top, total = _forward_step(
+            acc, top, total, q, keys, values, first + whole, size - whole, factor,
+            BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, True, TMA, PRECISION,
+        )  # fmt: skip
+    tl.store(lse + row, (top + tl.log2(total)) * _LN2)
+    acc = (acc / total[:, None]).to(output.dtype.element_ty)
+    dim = tl.arange(0, BLOCK_DV)[None, :]
+    tl.store(output + row[:, None].to(tl.int64) * DV + dim, acc, mask=dim < DV)
+
+
+@triton.jit
+def _query_backward_kernel(
+    rows, keys, values, grad, lse, delta, row_pool, first_slot, pool_keys, grad_rows,
+    scale, groups, repeats, head_slots,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of ``BLOCK_M`` rows of queries through their group."""
+    start_row = tl.program_id(0) * BLOCK_M
+    pool = tl.load(row_pool + start_row // TILE)
+    if pool < 0:
+        return
+    first = tl.load(first_slot + pool % groups) + pool // groups // repeats * head_slots
+    size = tl.load(pool_keys + pool)
+    row = start_row + tl.arange(0, BLOCK_M)
+    q = _load_tile(rows, start_row, BLOCK_M, D, BLOCK_D, TMA)
+    do = _load_tile(grad, start_row, BLOCK_M, DV, BLOCK_DV, TMA)
+    whole_lse = tl.load(lse + row)[:, None] * _LOG2E
+    mean = tl.load(delta + row)[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    factor = scale * _LOG2E
+    whole = size // BLOCK_N * BLOCK_N
+    for start in range(0, whole, BLOCK_N):
+        acc = _query_backward_step(
+            acc, q, do, whole_lse, mean, keys, values, first + start, 0, factor,
+            BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, False, TMA, PRECISION,
+        )  # fmt: skip
+    if whole < size:
+        acc = _query_backward_step(
+            acc, q, do, whole_lse, mean, keys, values, first + whole, size - whole, factor,
+            BLOCK_N, D, BLOCK_D, DV, BLOCK_DV, True, TMA, PRECISION,
+        )  # fmt: skip
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    acc = (acc * scale).to(grad_rows.dtype.element_ty)
+    tl.store(grad_rows + row[:, None].to(tl.int64) * D + dim, acc, mask=dim < D)
+
+
+@triton.jit
+def _key_backward_kernel(
+    rows, keys, values, grad, lse, delta, first_tile, tiles, tile_group, first_slot, pool_keys,
+    grad_keys, grad_values, scale, first_head, groups, repeats, head_slots,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of ``BLOCK_N`` slots through one query head's rows of their group."""
+    slot = tl.program_id(0) * BLOCK_N
+    head = first_head + slot // head_slots
+    pool = head * groups + tl.load(tile_group + slot % head_slots // TILE).to(tl.int32)
+    key = head // repeats * head_slots + slot % head_slots
+    k = _load_tile(keys, key, BLOCK_N, D, BLOCK_D, TMA)
+    v = _load_tile(values, key, BLOCK_N, DV, BLOCK_DV, TMA)
+    grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    grad_v = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    factor = scale * _LOG2E
+    start_row = tl.load(first_tile + pool) * TILE
+    for start in range(start_row, start_row + tl.load(tiles + pool) * TILE, BLOCK_M):
+        q = _load_tile(rows, start, BLOCK_M, D, BLOCK_D, TMA)
+        do = _load_tile(grad, start, BLOCK_M, DV, BLOCK_DV, TMA)
+        whole_lse = tl.load(lse + start + tl.arange(0, BLOCK_M))[None, :] * _LOG2E
+        mean = tl.load(delta + start + tl.arange(0, BLOCK_M))[None, :]
+        p = tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * factor - whole_lse)
+        grad_v = tl.dot(p.to(do.dtype), do, grad_v, input_precision=PRECISION)
+        ds = p * (tl.dot(v, do.T, input_precision=PRECISION) - mean)
+        grad_k = tl.dot(ds.to(q.dtype), q, grad_k, input_precision=PRECISION)
+    # What the rows did not attend, they give nothing.
+    left = tl.load(first_slot + pool % groups) + tl.load(pool_keys + pool) - slot % head_slots
+    live = tl.arange(0, BLOCK_N)[:, None] < left
+    grad_k, grad_v = tl.where(live, grad_k * scale, 0.0), tl.where(live, grad_v, 0.0)
+    place = (first_head * head_slots + slot).to(tl.int64) + tl.arange(0, BLOCK_N)[:, None]
+    dim, value_dim = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
+    tl.store(grad_keys + place * D + dim, grad_k.to(grad_keys.dtype.element_ty), mask=dim < D)
+    tl.store(grad_values + place * DV + value_dim, grad_v.to(grad_values.dtype.element_ty), mask=value_dim < DV)
+
+
+class _Launch:
+    """What the three kernels share: dims, tile shapes and how they read tiles."""
+
+    def __init__(self, kernel: str, rows: Tensor, values: Tensor, tile_size: int) -> None:
+        dim, value_dim = rows.shape[-1], values.shape[-1]
+        padded, value_padded = dot_width(dim), dot_width(value_dim)
+        hopper = rows.is_cuda and torch.cuda.get_device_capability(rows.device)[0] == 9
+        wide = max(padded, value_padded) > 128
+        kind = "float32" if rows.dtype == torch.float32 else "hopper" if hopper and not wide else "small"
+        m, n, warps, stages = _SHAPES[kind][kernel]
+        self.block_m, self.block_n = min(m, tile_size), min(n, tile_size)
+        # Descriptors need rows of whole 16 bytes.
+        self.tma = kind == "hopper" and all(d * rows.element_size() % 16 == 0 for d in (dim, value_dim))
+        self.options = {
+            "D": dim, "BLOCK_D": padded, "DV": value_dim, "BLOCK_DV": value_padded,
+            "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "TILE": tile_size, "TMA": self.tma,
+            "PRECISION": "tf32x3" if rows.dtype == torch.float32 else "ieee", "num_warps": warps, "num_stages": stages,
+        }  # fmt: skip
+
+    def tiles(self, x: Tensor, count: int) -> object:
+        """``x (..., D)`` as the kernels take it, read ``count`` rows at a time."""
+        if not self.tma:
+            return x
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        x = x.flatten(0, -2)
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [count, dot_width(x.shape[1])])
+
+
+def dot_width(dim: int) -> int:
+    """The least width of a tile that holds ``dim`` and that ``tl.dot`` takes."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+_LEAST_SCALE = 1e-30
+
+# Rows, slots, warps and stages of each kernel's tile: the fastest of those timed (bench/NOTES.md).
+_SHAPES = {
+    "hopper": {"forward": (64, 64, 4, 3), "query": (128, 64, 8, 3), "key": (64, 128, 8, 3)},
+    "small": {"forward": (64, 32, 4, 2), "query": (64, 32, 4, 2), "key": (32, 64, 4, 2)},
+    "float32": {"forward": (64, 32, 4, 1), "query": (32, 32, 8, 1), "key": (32, 32, 8, 1)},
+}
+
+
+def forward(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: RowPlan,
+    slots: Slots,
+    pool_keys: Tensor,
+    section: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a section's rows; see ``row_steps.forward``."""
+    # What is masked is -inf before the scale, and zero times that would be NaN.
+    scale = scale if abs(scale) > _LEAST_SCALE else _LEAST_SCALE
+    row_query, row_pool = plan.row_query[section], plan.row_pool[section]
+    output = query.new_empty(len(row_query), values.shape[-1])
+    lse = torch.empty(len(row_query), dtype=torch.float32, device=query.device)
+    launch = _Launch("forward", query, values, plan.tile_size)
+    _forward_kernel[len(row_query) // launch.block_m,](
+        query, launch.tiles(keys, launch.block_n), launch.tiles(values, launch.block_n),
+        row_query, row_pool, slots.first_slot, pool_keys, output, lse,
+        scale, len(slots.group_keys), len(query) // len(keys), keys.shape[1], **launch.options,
+    )  # fmt: skip
+    return output, lse
+
+
+def backward(
+    query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, keys: Tensor, values: Tensor,
+    grad_keys: Tensor, grad_values: Tensor, plan: RowPlan, slots: Slots, pool_keys: Tensor, section: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """Gradients through a section's rows; see ``row_steps.backward``."""
+    row_query, row_pool = plan.row_query[section], plan.row_pool[section]
+    # Gathered once: reading rows where the queries lie costs the loop over rows more than a third of its speed.
+    rows, grads = (move_kernels.take_rows(x.flatten(0, 1), row_query, row_pool) for x in (query, grad))
+    row_lse = move_kernels.take_rows(lse.flatten(), row_query, row_pool, torch.inf)
+    row_delta = move_kernels.take_rows(delta.flatten(), row_query, row_pool)
+    groups, repeats, head_slots = len(slots.group_keys), len(query) // len(keys), keys.shape[1]
+    grad_rows = torch.empty_like(rows)
+    launch = _Launch("query", rows, values, plan.tile_size)
+    _query_backward_kernel[len(rows) // launch.block_m,](
+        launch.tiles(rows, launch.block_m), *(launch.tiles(x, launch.block_n) for x in (keys, values)),
+        launch.tiles(grads, launch.block_m), row_lse, row_delta, row_pool,
+        slots.first_slot, pool_keys, grad_rows, scale, groups, repeats, head_slots, **launch.options,
+    )  # fmt: skip
+    launch = _Launch("key", rows, values, plan.tile_size)
+    heads = len(query) // len(plan.row_pool)
+    _key_backward_kernel[heads * head_slots // launch.block_n,](
+        launch.tiles(rows, launch.block_m), *(launch.tiles(x, launch.block_n) for x in (keys, values)),
+        launch.tiles(grads, launch.block_m), row_lse, row_delta, plan.first_tile, plan.tiles, slots.tile_group,
+        slots.first_slot, pool_keys, grad_keys, grad_values,
+        scale, section * heads, groups, repeats, head_slots, **launch.options,
+    )  # fmt: skip
+    return grad_rows

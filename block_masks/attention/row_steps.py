@@ -1,0 +1,205 @@
+"""The steps of attention over packed rows in plain PyTorch: for any device, and what the kernels are held to.
+
+``row_kernels.py`` has the steps that move rows, ``attend_kernels.py`` and ``flash_kernels.py`` the two that attend.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from block_masks.plans.rows import RowPlan
+from block_masks.plans.slots import Slots, take_slots
+
+# Scores held at a time, over tiles of rows, their rows and the slots that they may see: 256 MiB in float32.
+_CHUNK_SCORES = 2**26
+
+__all__ = ["backward", "delta", "forward", "merge_rows", "sum_rows", "take_slots"]
+
+
+def merge_rows(
+    output: Tensor, lse: Tensor, query_rows: Tensor, query_count: Tensor, merged: Tensor, merged_lse: Tensor,
+    filler_lse: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Merges each query's rows: the attention over all keys that any of its rows saw.
+
+    Args:
+        output: ``(rows, D)``, each row's softmax attention over its own keys.
+        lse: ``(rows,)``, the natural log-sum-exp of each row's scores.
+        query_rows: ``(H, G, S)``, see ``RowPlan``.
+        query_count: ``(H, S)``.
+        merged: ``(H, S, D)``, written: 0 where a query has no rows.
+        merged_lse: ``(H, S)``, written: -inf where a query has no rows.
+        filler_lse: ``(H, S)``, of what to leave out of each query's sum, see ``slot_steps.filler_lse``; None for
+            nothing.
+    """
+    index = _listed(query_rows, query_count)
+    parts = torch.where(index >= 0, lse[index.clamp(min=0)], -torch.inf)
+    torch.logsumexp(parts, 1, out=merged_lse)
+    if filler_lse is not None:
+        merged_lse += share_left(merged_lse, filler_lse).log()
+    total = torch.zeros(merged.shape, dtype=_accumulator(merged), device=merged.device)
+    for part, rows in zip(parts.unbind(1), index.unbind(1), strict=True):
+        weight = torch.where(part == -torch.inf, 0, (part - merged_lse).exp())
+        total += weight[..., None] * torch.where((rows >= 0)[..., None], output[rows.clamp(min=0)], 0)
+    merged.copy_(total)
+
+
+def share_left(lse: Tensor, filler_lse: Tensor) -> Tensor:
+    """What filling slots leave of the sum of ``exp(score)``; all ``(H, S)``."""
+    return 1 - torch.where(filler_lse == -torch.inf, 0, (filler_lse - lse).exp())
+
+
+def sum_rows(rows: Tensor, query_rows: Tensor, query_count: Tensor, total: Tensor) -> None:
+    """Adds up the rows ``(rows, D)`` of each query, in float32 at least, and writes the sums to ``total (H, S, D)``."""
+    acc = torch.zeros(total.shape, dtype=_accumulator(rows), device=rows.device)
+    for index in _listed(query_rows, query_count).unbind(1):
+        acc += torch.where((index >= 0)[..., None], rows[index.clamp(min=0)], 0)
+    total.copy_(acc)
+
+
+def delta(grad: Tensor, output: Tensor) -> Tensor:
+    """Sum over the value dim of ``grad * output``, both ``(H, S, value dim)``: ``(H, S)`` in float32 at least."""
+    exact = _accumulator(grad)
+    return (grad.to(exact) * output.to(exact)).sum(-1)
+
+
+def forward(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: RowPlan,
+    slots: Slots,
+    pool_keys: Tensor,
+    section: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a section's rows, each over its group's slots.
+
+    Args:
+        query: ``(H, S, D)``, of all heads.
+        keys: ``(key heads, slots, D)``; query head h uses key head ``h // (H // key heads)``.
+        values: ``(key heads, slots, value dim)``.
+        plan: of the rows.
+        slots: of the keys.
+        pool_keys: int32 ``(H * G,)``, the keys that the rows of each pool attend, the first ones of its group.
+        section: which rows.
+        scale: factor on the scores.
+
+    Returns:
+        The rows' outputs ``(rows, value dim)`` and the natural log-sum-exps of their scores ``(rows,)``, in float32 at
+        least; unused tiles hold anything.
+    """
+    exact = _accumulator(query)
+    output = query.new_zeros(*plan.row_query[section].shape, values.shape[-1])
+    lse = torch.zeros(len(output), dtype=exact, device=query.device)
+    for chunk in _chunks(query, keys, values, plan, slots, pool_keys, section, scale):
+        with torch.autocast(query.device.type, enabled=False):
+            output[chunk.rows] = (chunk.scores.softmax(-1) @ chunk.values).to(output.dtype)
+        lse[chunk.rows] = chunk.scores.logsumexp(-1)
+    return output, lse
+
+
+def backward(
+    query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, keys: Tensor, values: Tensor,
+    grad_keys: Tensor, grad_values: Tensor, plan: RowPlan, slots: Slots, pool_keys: Tensor, section: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """Gradients through a section's rows.
+
+    Args:
+        query: ``(H, S, D)``, of all heads.
+        grad: ``(H, S, value dim)``, the output's gradient.
+        lse: ``(H, S)``, merged.
+        delta: ``(H, S)``, the sum of ``grad * output``.
+        keys: as in ``forward``.
+        values: as in ``forward``.
+        grad_keys: ``(H, slots, D)``; the slots of this section's heads are written.
+        grad_values: ``(H, slots, value dim)``, likewise.
+        plan: of the rows.
+        slots: of the keys.
+        pool_keys: int32 ``(H * G,)``, the keys that the rows of each pool attend, the first ones of its group.
+        section: which rows.
+        scale: factor on the scores.
+
+    Returns:
+        The gradients of the rows ``(rows, D)``; unused tiles hold anything.
+    """
+    exact = _accumulator(query)
+    heads, head_slots = len(query) // len(plan.row_pool), keys.shape[1]
+    grad_rows = torch.zeros(*plan.row_query[section].shape, query.shape[-1], dtype=exact, device=query.device)
+    sums = [torch.zeros(heads * head_slots, x.shape[-1], dtype=exact, device=x.device) for x in (keys, values)]
+    for chunk in _chunks(query, keys, values, plan, slots, pool_keys, section, scale):
+        place = plan.row_query[section][chunk.rows]
+        there = (place >= 0)[..., None]
+        do = torch.where(there, grad.flatten(0, 1)[place.clamp(min=0)].to(exact), 0)
+        whole_lse, mean = (x.flatten()[place.clamp(min=0)][..., None] for x in (lse, delta))
+        with torch.autocast(query.device.type, enabled=False):
+            p = torch.where(there, (chunk.scores - whole_lse).exp(), 0)
+            ds = p * (do @ chunk.values.mT - mean) * scale
+            grad_rows[chunk.rows] = ds @ chunk.keys
+            for total, x in zip(sums, (ds.mT @ chunk.queries, p.mT @ do), strict=True):
+                total.index_add_(0, chunk.targets.flatten(), x.flatten(0, 1))
+    for target, total in zip((grad_keys, grad_values), sums, strict=True):
+        target[section * heads : (section + 1) * heads] = total.view(heads, head_slots, -1).to(target.dtype)
+    return grad_rows
+
+
+class _Chunk(NamedTuple):
+    """A few tiles of rows, in float32 at least; W slots are the most that a group has keys.
+
+    Attributes:
+        rows: ``(tiles, tile_size)``.
+        queries: ``(tiles, tile_size, D)``, zero in rows that only fill a tile.
+        keys: ``(tiles, W, D)``, zero past the group's end, since zero times what another group holds may be NaN.
+        values: ``(tiles, W, value dim)``, likewise.
+        scores: ``(tiles, tile_size, W)``, -inf past the group's end.
+        targets: ``(tiles, W)``, the slots, counted over the query heads of the section.
+    """
+
+    rows: Tensor
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    scores: Tensor
+    targets: Tensor
+
+
+def _chunks(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: RowPlan,
+    slots: Slots,
+    pool_keys: Tensor,
+    section: int,
+    scale: float,
+) -> Iterator[_Chunk]:
+    exact = _accumulator(query)
+    tile, groups, head_slots = plan.tile_size, len(slots.group_keys), keys.shape[1]
+    heads, repeats = len(query) // len(plan.row_pool), len(query) // len(keys)
+    within = torch.arange(max(slots.group_sizes), device=query.device)
+    used = (plan.row_pool[section] >= 0).nonzero().flatten()
+    for tiles in used.split(max(1, _CHUNK_SCORES // (tile * len(within)))):
+        pool = plan.row_pool[section][tiles]
+        head, group = pool // groups, pool % groups
+        seen = within < pool_keys[pool][:, None]
+        slot = torch.where(seen, slots.first_slot[group][:, None] + within, 0)
+        index = slot + (head // repeats * head_slots)[:, None]
+        k, v = (torch.where(seen[..., None], x.flatten(0, 1)[index].to(exact), 0) for x in (keys, values))
+        rows = tiles[:, None] * tile + torch.arange(tile, device=query.device)
+        place = plan.row_query[section][rows]
+        q = torch.where((place >= 0)[..., None], query.flatten(0, 1)[place.clamp(min=0)].to(exact), 0)
+        with torch.autocast(query.device.type, enabled=False):
+            scores = (q @ k.mT * scale).masked_fill(~seen[:, None], -torch.inf)
+        yield _Chunk(rows, q, k, v, scores, slot + (head % heads * head_slots)[:, None])
+
+
+def _listed(query_rows: Tensor, query_count: Tensor) -> Tensor:
+    """The rows of each query ``(H, G, S)``, -1 behind the last."""
+    place = torch.arange(query_rows.shape[1], device=query_rows.device)[:, None]
+    return torch.where(place < query_count[:, None], query_rows, -1).long()
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,154 @@
+"""Attention of tiles of slots over the groups that they chose, by kernels that know whole tiles alone.
+
+FlashAttention-4 runs tiles with a mask at a third of its speed. A group's last tile would need one, for the slots that
+only fill it. It goes without:
+
+Forward. A filling slot holds a copy of its group's last key, and a value of zero. So it adds nothing to the output, and
+to a query's sum of ``exp(score)`` as much as that key does. What all of them add is known, and taken out again: the
+output is divided by the share that is left, and the logarithm of it added to the log-sum-exp. At least one in
+``tile_size`` of a group's part in the sum is a key's own, so at least that share is left.
+
+A key that is not there, such as padding of text, is no other: its slot is a filling one. Those of a group stand behind
+its other keys, and tiles that hold no key at all are skipped.
+
+Backward. With the output and log-sum-exp so corrected, ``p = exp(score - lse)`` is right for each key. A filling slot
+holds a key of zeros here: it adds nothing to the gradient of query, and its own gradients are dropped. Its p is
+``exp(-lse)``, which must stay finite.
+
+``slot_steps.py`` has the steps in plain PyTorch, for a CPU; ``flash_kernels.py`` and ``filler_kernels.py`` for a GPU.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from block_masks.launching.device import on_device
+from block_masks.masks.tile_map import tile_lists
+from block_masks.plans.slots import HeldKeys, Slots
+
+
+def attend_slots(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selected: Tensor,
+    slots: Slots,
+    scale: float,
+    group_keys: Tensor | None = None,
+) -> Tensor:
+    """Attention of each tile of slots over the keys of the groups that it chose.
+
+    On a GPU by FlashAttention-4, where ``flash_check.refusal`` has no objection; on a CPU by plain PyTorch that holds
+    all scores at once, to test it.
+
+    Args:
+        query: ``(B, H, slots, D)``.
+        key: ``(B, H, slots, D)``, zero in slots that hold no key that is there, as ``to_slots`` leaves it.
+        value: ``(B, H, slots, value dim)``, likewise.
+        selected: bool ``(B, H, tiles, G)``: which groups each tile of slots attends, at least one with a key.
+        slots: of these tiles and groups.
+        scale: factor on the scores.
+        group_keys: int32 ``(B, G)``: how many of each group's keys, the first ones, are there; all if None.
+
+    Returns:
+        ``(B, H, slots, value dim)``. Gradients of key and value mean nothing in slots that hold no key. The gradient of
+        query is summed by atomics on a GPU: two runs may differ in the last bits. Where all scores of a query lie below
+        -80, and not all slots hold a key, gradients may not be finite.
+
+    Raises:
+        ValueError: if the dtype is float16, in which ``exp(-lse)`` overflows, and a group is no whole number of tiles
+            or ``group_keys`` is given.
+    """
+    if query.dtype == torch.float16 and not slots.whole:
+        raise ValueError(f"query must not be float16 where groups are no whole tiles, got sizes {slots.group_sizes}")
+    if query.dtype == torch.float16 and group_keys is not None:
+        raise ValueError("query must not be float16 with group_keys, got torch.float16")
+    output, _ = _attend(query, key, value, selected, group_keys, *slots.flat, scale)
+    return output
+
+
+@torch.library.custom_op("block_masks::attend_slots", mutates_args=())
+@on_device
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_keys: Tensor | None,
+    slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
+    attend, fillers = _modules(query)
+    if slots.whole and group_keys is None:
+        return attend.attend_tiles(query, key, value, _whole_tiles(_key_tiles(selected, slots)), scale, tile_size)
+    held = slots.held(slots.group_keys[None] if group_keys is None else group_keys)
+    lists = _whole_tiles(_key_tiles(selected, slots, held))
+    keys = key.flatten(0, 1).contiguous()
+    copied = fillers.take_slots(keys, held.copied(slots)).view(key.shape)
+    output, lse = attend.attend_tiles(query, copied, value, lists, scale, tile_size)
+    last_keys = fillers.take_slots(keys, held.last).unflatten(0, key.shape[:2])
+    of_fillers = fillers.filler_lse(query, last_keys, held.fillers, selected, scale, tile_size)
+    return output, fillers.leave_out(output, lse, of_fillers)
+
+
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    shape = (*query.shape[:3], value.shape[-1])
+    exact = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(shape), query.new_empty(shape[:3], dtype=exact)
+
+
+@torch.library.custom_op("block_masks::attend_slots_backward", mutates_args=())
+@on_device
+def _attend_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_keys: Tensor | None,
+    output: Tensor, lse: Tensor,
+    slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
+    attend, _ = _modules(query)
+    tiles = _key_tiles(selected, slots, None if group_keys is None else slots.held(group_keys))
+    lists = _whole_tiles(tiles.mT)
+    return attend.attend_tiles_backward(grad, query, key, value, output, lse, lists, scale, tile_size)
+
+
+@_attend_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], *output, *inputs[5])
+    ctx.mark_non_differentiable(output[1])
+    ctx.settings = inputs[6:]
+
+
+def _backward_of_attend(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors  # a checkpoint gives them out once
+    slot_tensors = list(saved[7:])
+    grads = _attend_backward(grad, *saved[:7], slot_tensors, *ctx.settings)
+    return *grads, None, None, [None] * len(slot_tensors), *[None] * 4
+
+
+_attend.register_autograd(_backward_of_attend, setup_context=_save)
+
+
+def _key_tiles(selected: Tensor, slots: Slots, held: HeldKeys | None = None) -> Tensor:
+    """The tiles of keys that each tile of slots attends: bool ``(B, H, tiles, tiles)``."""
+    tiles = selected.index_select(-1, slots.tile_group)
+    return tiles if held is None else tiles & held.live_tiles[:, None, None]
+
+
+def _whole_tiles(tiles: Tensor) -> list[Tensor]:
+    """Counts and lists of cut tiles, of which there are none, and of the whole ones in each row of a map."""
+    counts, listed = tile_lists(tiles)
+    return [torch.zeros_like(counts), torch.zeros_like(listed), counts, listed]
+
+
+def _modules(query: Tensor) -> tuple[ModuleType, ModuleType]:
+    """What attends tiles, and what deals with filling slots. Triton and FlashAttention-4 are imported on first use."""
+    if not query.is_cuda:
+        from block_masks.attention import slot_steps
+
+        return slot_steps, slot_steps
+    from block_masks.attention import filler_kernels, flash_kernels
+
+    return flash_kernels, filler_kernels

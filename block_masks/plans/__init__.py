@@ -1,0 +1,1 @@
+"""Where packed rows and slots lie."""

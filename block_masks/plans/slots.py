@@ -1,0 +1,239 @@
+"""Slots: keys sorted by group, each group in whole tiles, so that no tile holds keys of two groups.
+
+    plan_slots    the group of each key -> which key is in which slot
+    to_slots      keys, values or queries -> slots; from_slots takes them back
+
+Only the last tile of a group can be cut short; its filling slots hold no key.
+"""
+
+import dataclasses
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from block_masks.launching.device import on_device
+from block_masks.plans.rows import TILE, plan_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Where keys lie in slots. All tensors are on the device; nothing is read back.
+
+    Attributes:
+        slot_key: int64 ``(slots,)``, the key in each slot, -1 in slots that only fill a tile. Groups stand in the order
+            of their ids, and the keys of a group in their own order.
+        key_slot: int64 ``(keys,)``, the slot of each key.
+        slot_group: int32 ``(slots,)``, the group of each slot's key, -1 in filling slots.
+        tile_group: int64 ``(tiles,)``, the group of each tile of slots.
+        tile_keys: int64 ``(tiles,)``, the keys in each tile, ``tile_size`` where it is full and at least 1.
+        first_slot: int32 ``(G,)``, the first slot of each group.
+        group_keys: int32 ``(G,)``, the keys in each group.
+        tile_size: slots in a tile.
+        group_sizes: keys in each group, on the host.
+        sorted_keys: whether keys are known to stand in the order of their groups.
+    """
+
+    slot_key: Tensor
+    key_slot: Tensor
+    slot_group: Tensor
+    tile_group: Tensor
+    tile_keys: Tensor
+    first_slot: Tensor
+    group_keys: Tensor
+    tile_size: int
+    group_sizes: tuple[int, ...]
+    sorted_keys: bool = False
+
+    @property
+    def flat(self) -> tuple[list[Tensor], list[int], int, bool]:
+        """As ops take them; ``Slots.of_flat`` takes them back."""
+        tensors = [getattr(self, name) for name in SLOT_TENSORS]
+        return tensors, list(self.group_sizes), self.tile_size, self.sorted_keys
+
+    @classmethod
+    def of_flat(cls, tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool) -> Self:
+        """Slots that an op was given."""
+        return cls(*tensors, tile_size=tile_size, group_sizes=tuple(group_sizes), sorted_keys=sorted_keys)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all groups are whole tiles, so that every slot holds a key."""
+        return not any(size % self.tile_size for size in self.group_sizes)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether each key is known to be in its slot already."""
+        return self.whole and self.sorted_keys
+
+    def held(self, group_keys: Tensor) -> "HeldKeys":
+        """What the slots hold where only the first keys of each group are there, int32 ``(rows, G)`` of them."""
+        groups, size = self.tile_group, self.tile_size
+        first = torch.arange(len(groups), device=groups.device) * size - self.first_slot[groups]
+        tile_keys = group_keys[:, groups] - first
+        within = torch.arange(size, device=groups.device)
+        return HeldKeys(
+            live=(within < tile_keys[..., None]).flatten(1),
+            live_tiles=tile_keys > 0,
+            last=(self.first_slot + group_keys.clamp(min=1) - 1).long(),
+            fillers=-group_keys % size,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldKeys:
+    """Which keys are there, for each of some rows: samples, heads, or one row for all.
+
+    Attributes:
+        live: bool ``(rows, slots)``, whether the slot holds one of them.
+        live_tiles: bool ``(rows, tiles)``, whether any slot of the tile does.
+        last: int64 ``(rows, G)``, the slot of each group's last one; its first slot if it has none.
+        fillers: int32 ``(rows, G)``, the other slots of each group's tiles that hold one.
+    """
+
+    live: Tensor
+    live_tiles: Tensor
+    last: Tensor
+    fillers: Tensor
+
+    def slot_key(self, slots: Slots) -> Tensor:
+        """As in ``Slots``, but -1 at keys that are not there: int64 ``(rows, slots)``."""
+        return torch.where(self.live, slots.slot_key, -1)
+
+    def key_slot(self, slots: Slots) -> Tensor:
+        """As in ``Slots``, but -1 for keys that are not there: int64 ``(rows, keys)``."""
+        return torch.where(self.live[:, slots.key_slot], slots.key_slot, -1)
+
+    def copied(self, slots: Slots) -> Tensor:
+        """Each slot itself, or where it is a filling one, the slot of its group's last key: int64 ``(rows, slots)``."""
+        of_slot = torch.arange(len(slots.slot_key), device=self.live.device)
+        last = self.last[:, slots.tile_group].repeat_interleave(slots.tile_size, 1, output_size=len(of_slot))
+        return torch.where(self.live, of_slot, last)
+
+
+SLOT_TENSORS = [field.name for field in dataclasses.fields(Slots) if field.type is Tensor]
+
+
+def plan_slots(key_group: Tensor, group_sizes: list[int], tile_size: int = TILE, *, sorted_keys: bool = False) -> Slots:
+    """Plans the slots of some keys.
+
+    Args:
+        key_group: int64 ``(keys,)``: the group of each key.
+        group_sizes: keys in each group, at least one, known on the host.
+        tile_size: slots in a tile.
+        sorted_keys: whether ``key_group`` is known to rise: keys of whole tiles then are in their slots already, and
+            need no copies.
+    """
+    tiles = sum(-(-size // tile_size) for size in group_sizes)
+    tensors = _plan_slots(key_group, len(group_sizes), tiles, tile_size)
+    return Slots(*tensors, tile_size=tile_size, group_sizes=tuple(group_sizes), sorted_keys=sorted_keys)
+
+
+# Opaque to Inductor: it scans and scatters, and its results are captured by a mask_mod.
+@torch.library.custom_op("block_masks::plan_slots", mutates_args=())
+def _plan_slots(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) -> list[Tensor]:
+    # Slots are the rows of keys that each chose their own group.
+    chosen = torch.arange(groups, device=key_group.device)[:, None] == key_group
+    plan = plan_rows(chosen.mT[None], num_tiles, tile_size=tile_size)
+    slot_key, tile_group = plan.row_query[0], plan.row_pool[0].long()
+    of_slot = tile_group[:, None].expand(-1, tile_size).flatten()
+    group_keys = chosen.sum(1, dtype=torch.int32)
+    first_slot = plan.first_tile * tile_size
+    place = torch.arange(num_tiles, device=key_group.device) * tile_size - first_slot[tile_group]
+    return [
+        slot_key.long(),
+        plan.query_rows[0, 0].long(),
+        torch.where(slot_key >= 0, of_slot, -1).int(),
+        tile_group,
+        (group_keys[tile_group] - place).clamp(max=tile_size).long(),
+        first_slot,
+        group_keys,
+    ]
+
+
+@_plan_slots.register_kernel("cuda")
+@on_device
+def _(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) -> list[Tensor]:
+    from block_masks.plans import plan_kernels
+
+    return plan_kernels.place_keys(key_group.contiguous(), groups, num_tiles, tile_size)
+
+
+@_plan_slots.register_fake
+def _(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) -> list[Tensor]:
+    slots, new = num_tiles * tile_size, key_group.new_empty
+    return [
+        new(slots), new(len(key_group)), new(slots, dtype=torch.int32), new(num_tiles), new(num_tiles),
+        new(groups, dtype=torch.int32), new(groups, dtype=torch.int32),
+    ]  # fmt: skip
+
+
+def to_slots(x: Tensor, slots: Slots, held: HeldKeys | None = None) -> Tensor:
+    """Tokens in slots. Differentiable.
+
+    Args:
+        x: ``(B, H, keys, D)``.
+        slots: of these keys.
+        held: which of each sample's keys are there; all if None.
+
+    Returns:
+        ``(B, H, slots, D)``, zero in filling slots and in those of keys that are not there.
+    """
+    if held is not None:
+        return _gather_slots(x, held.slot_key(slots), held.key_slot(slots))
+    return x if slots.in_place else _gather_slots(x, slots.slot_key, slots.key_slot)
+
+
+def from_slots(x: Tensor, slots: Slots) -> Tensor:
+    """Slots ``(B, H, slots, D)`` as tokens ``(B, H, keys, D)`` again. Differentiable."""
+    return x if slots.in_place else _gather_slots(x, slots.key_slot, slots.slot_key)
+
+
+# The adjoint of a gather is the gather by the inverse index: no atomics.
+@torch.library.custom_op("block_masks::gather_slots", mutates_args=())
+def _gather_slots(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return take_slots(x.flatten(0, 1), index).unflatten(0, x.shape[:2])
+
+
+@_gather_slots.register_kernel("cuda")
+@on_device
+def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    from block_masks.plans import move_kernels
+
+    return move_kernels.take_slots(x.flatten(0, 1).contiguous(), index).unflatten(0, x.shape[:2])
+
+
+@_gather_slots.register_fake
+def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], index.shape[-1], x.shape[3])
+
+
+def _save_slots(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _gather_slots_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    index, inverse = ctx.saved_tensors
+    return _gather_slots(grad, inverse, index), None, None
+
+
+_gather_slots.register_autograd(_gather_slots_backward, setup_context=_save_slots)
+
+
+def take_slots(source: Tensor, index: Tensor, repeats: int = 1) -> Tensor:
+    """Reorders the tokens of each head, and adds up ``repeats`` neighbouring heads.
+
+    Args:
+        source: ``(heads * repeats, length, D)``.
+        index: int64 ``(places,)`` or, for as many heads each, ``(rows, places)``; -1 where the result is zero.
+        repeats: neighbouring heads to add up, in float32 at least.
+
+    Returns:
+        ``(heads, places, D)``.
+    """
+    of_head = index.view(-1, index.shape[-1]).repeat_interleave(len(source) // (index.numel() // index.shape[-1]), 0)
+    of_head = of_head[..., None]
+    taken = source.gather(1, of_head.clamp(min=0).expand(-1, -1, source.shape[-1]))
+    taken = torch.where(of_head >= 0, taken, 0)
+    exact = torch.promote_types(source.dtype, torch.float32)
+    return taken.unflatten(0, (-1, repeats)).sum(1, dtype=exact).to(source.dtype)

@@ -1,0 +1,126 @@
+"""Which way a call takes, from what is known without reading the device."""
+
+import torch
+from torch import Tensor
+
+from block_masks.plans.rows import TILE
+from vmoba_flex.groups import group_sizes
+from vmoba_flex.partition import BlockPartition
+from vmoba_flex.rules import Rule, Threshold, TopK
+
+DISPATCHES = ("auto", "tiles", "packed", "shared", "dense")
+BACKENDS = ("auto", "triton", "flash")
+
+
+# Times on one H200 or H100 that "auto" goes by (bench/NOTES.md). The fastest dense peer runs at _DENSE_RATE, and its
+# forward + backward takes _BACKWARD times as long. "packed" takes the share of that which _SHARE gives (a constant, and
+# a factor on the density), but at least the seconds of _LAUNCHES, in which the host launches it: forward, forward +
+# backward. FlashAttention-4 takes the host up to twice as long to launch as our own kernels, and gains no time until
+# the dense peer would take the seconds of _FLASH_FROM.
+_DENSE_RATE = 6.5e14
+_BACKWARD = 3.5
+_SHARE = (0.12, 1.3)
+_LAUNCHES = (3.5e-3, 8e-3)
+_FLASH_FROM = (10e-3, 18e-3)
+
+
+def choose_dispatch(
+    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Rule, ranks: int = 1
+) -> str:
+    """What ``dispatch="auto"`` runs; see ``vmoba_attention``.
+
+    Args:
+        query: ``(B, H, S, D)``.
+        key: ``(B, key heads, S, D)``.
+        value: ``(B, key heads, S, value dim)``.
+        partition: the blocks.
+        rule: ``TopK`` or ``Threshold``.
+        ranks: that share the call. All come to the same choice, whatever part of the tokens they hold.
+
+    Returns:
+        ``"tiles"``, ``"packed"`` or ``"dense"``.
+    """
+    if not query.is_cuda or query.dtype == torch.float64 or max(query.shape[-1], value.shape[-1]) > 256:
+        return "tiles"
+    dense, backward = _dense_seconds(query, key, value, partition)
+    dense /= ranks
+    constant, factor = _SHARE
+    share = constant + factor * _largest_density(rule, partition.num_blocks)
+    if max(_LAUNCHES[int(backward)], share * dense) >= dense:
+        return "dense"
+    unbounded = isinstance(rule, Threshold) and rule.max_density is None
+    return "tiles" if unbounded and torch.compiler.is_compiling() else "packed"
+
+
+def _dense_seconds(query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition) -> tuple[float, bool]:
+    """What the fastest dense peer takes for all tokens and these heads, and whether with backward."""
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    operations = 4 * query.shape[0] * query.shape[1] * partition.num_tokens**2 * query.shape[-1]
+    return operations / _DENSE_RATE * (_BACKWARD if backward else 1), backward
+
+
+def _largest_density(rule: Rule, blocks: int) -> float:
+    """A bound on the density: the best pairs hold more of the scores than their share, and own blocks come on top."""
+    if isinstance(rule, TopK):
+        return rule.blocks_per_query(blocks) / blocks
+    return min(rule.tau + 1 / blocks, rule.max_density or 1.0)
+
+
+def choose_backend(
+    backend: str,
+    dispatch: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    partition: BlockPartition,
+    padded: bool = False,
+) -> str:
+    """The kernels that a dispatch runs on: ``"eager"``, ``"triton"`` or ``"flash"``; ``padded``: with text lengths.
+
+    Raises:
+        ValueError: if ``backend`` cannot run here.
+    """
+    if not query.is_cuda:
+        if backend != "auto":
+            raise ValueError(f"backend must be 'auto' on device {query.device}, got {backend!r}")
+        return "eager"
+    if dispatch == "packed" and query.dtype == torch.float64:
+        if backend != "auto":
+            raise ValueError(f"backend must be 'auto' for dispatch='packed' and dtype torch.float64, got {backend!r}")
+        return "eager"
+    dense, backward = _dense_seconds(query, key, value, partition)
+    if backend == "triton" or (backend == "auto" and dense < _FLASH_FROM[int(backward)]):
+        return "triton"
+    refusal = _flash_refusal(dispatch, query, key, value, partition, padded, backward)
+    if backend == "flash" and refusal:
+        raise ValueError(f"backend must be 'auto' or 'triton' here, got 'flash': {refusal}")
+    return "triton" if refusal else "flash"
+
+
+def _flash_refusal(
+    dispatch: str, query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, padded: bool, backward: bool
+) -> str | None:
+    if dispatch not in ("packed", "shared"):
+        return f"dispatch={dispatch!r} has no kernels for it"
+    if dispatch == "shared":
+        if key.shape[1] != query.shape[1]:
+            return "dispatch='shared' has no kernels for it with fewer key heads"
+        if query.dtype != torch.bfloat16 and (padded or any(size % TILE for size in group_sizes(partition))):
+            return (
+                f"dispatch='shared' has kernels for it in {query.dtype} where each block, and all text, is a multiple "
+                f"of {TILE} tokens, and text_lengths is None"
+            )
+    of_slots = dispatch == "shared"
+    return _flash_cannot_run(
+        query.device.index, query.dtype, query.shape[-1], value.shape[-1], of_slots, bool(backward)
+    )
+
+
+@torch.compiler.assume_constant_result
+def _flash_cannot_run(
+    device: int, dtype: torch.dtype, head_dim: int, value_dim: int, of_slots: bool, backward: bool
+) -> str | None:
+    """``block_masks.attention.flash_check.refusal``, a constant to ``torch.compile``."""
+    from block_masks.attention import flash_check
+
+    return flash_check.refusal(device, dtype, head_dim, value_dim, of_slots, backward)

@@ -1,0 +1,45 @@
+"""One call on one device, from inputs that have been checked."""
+
+import functools
+
+from torch import Tensor
+
+from vmoba_flex.call import Call
+from vmoba_flex.dispatch.dense import dense_attention
+from vmoba_flex.dispatch.packed import packed_attention
+from vmoba_flex.dispatch.shared import shared_attention
+from vmoba_flex.dispatch.tiles import tiles_attention
+from vmoba_flex.groups import keys_there
+from vmoba_flex.part import Part
+from vmoba_flex.selection.select import choose_blocks
+from vmoba_flex.stats import Attended
+
+
+def attend_here(
+    query: Tensor, key: Tensor, value: Tensor, call: Call, dispatch: str, kernels: str, part: Part | None = None
+) -> Attended:
+    """Attention by one dispatch.
+
+    Args:
+        query: ``(B, H, queries, D)``.
+        key: ``(B, key heads, S, D)``.
+        value: ``(B, key heads, S, value dim)``.
+        call: what they attend.
+        dispatch: any but ``"auto"``.
+        kernels: what ``choose_backend`` says.
+        part: the heads, or the queries, of the call that lie here; None for all.
+    """
+    attended = functools.partial(Attended, query=query, key=key, call=call, part=part)
+    if dispatch == "dense":
+        live = keys_there(call.partition, call.text_lengths)
+        return attended(dense_attention(query, key, value, call.scale, call.enable_gqa, live))
+    if dispatch == "shared":
+        output, selected, slots = shared_attention(query, key, value, call, kernels, part=part)
+        return attended(output, tiles=(selected, slots))
+    selection = choose_blocks(query, key, call.partition, call.rule, part)
+    if dispatch == "packed":
+        output = packed_attention(query, key, value, selection, call, kernels, part)
+    else:
+        queries = part.queries if part is not None and part.dim == 2 else None
+        output = tiles_attention(query, key, value, selection, call, queries)
+    return attended(output, selection=selection)

@@ -1,0 +1,82 @@
+"""A partition's key groups, as ``block_masks`` takes them: its blocks, then prefix and suffix together."""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from block_masks import Slots, plan_slots
+from block_masks.plans.rows import TILE
+from vmoba_flex.part import Queries
+from vmoba_flex.partition import BlockPartition
+
+
+def key_groups(selection: Tensor, partition: BlockPartition, queries: Queries | None = None) -> tuple[Tensor, Tensor]:
+    """``with_text``, and the group of each key, int64 ``(S,)``, both in raster order."""
+    return with_text(selection, partition, queries), group_of_key(partition, selection.device)
+
+
+def with_text(selection: Tensor, partition: BlockPartition, queries: Queries | None = None) -> Tensor:
+    """Extends a selection by prefix and suffix, which attend all and which all attend, as one more group of keys.
+
+    Args:
+        selection: bool ``(B, H, video queries, N)`` in raster order.
+        partition: the blocks.
+        queries: which queries there are; None for all.
+
+    Returns:
+        bool ``(B, H, queries, G)``.
+    """
+    if not partition.prefix + partition.suffix:
+        return selection
+    before, _, _, behind = queries or Queries.of(partition)
+    # Padded the other way round, so that queries stay contiguous if they are.
+    return F.pad(selection.mT, (before, behind, 0, 1), value=True).mT
+
+
+def keys_there(partition: BlockPartition, text_lengths: Tensor | None) -> Tensor | None:
+    """Which keys are no padding: bool ``(B, S)`` in raster order, or None if all are there.
+
+    Args:
+        partition: the blocks.
+        text_lengths: int64 ``(B,)``, as in ``vmoba_attention``.
+    """
+    if text_lengths is None:
+        return None
+    text = torch.arange(partition.prefix + partition.suffix, device=text_lengths.device) < text_lengths[:, None]
+    video = text.new_ones(len(text), partition.num_video_tokens)
+    return torch.cat([text[:, : partition.prefix], video, text[:, partition.prefix :]], 1)
+
+
+def keys_of_groups(partition: BlockPartition, text_lengths: Tensor) -> Tensor:
+    """How many keys of each group are there, the first ones: int32 ``(B, G)``.
+
+    Args:
+        partition: the blocks, with prefix or suffix.
+        text_lengths: int64 ``(B,)``, as in ``vmoba_attention``.
+    """
+    sizes = partition.block_sizes(text_lengths.device).expand(len(text_lengths), -1)
+    return torch.cat([sizes, text_lengths[:, None]], 1).int()
+
+
+def group_of_key(partition: BlockPartition, device: torch.device) -> Tensor:
+    """The block of each video token, and ``num_blocks`` for prefix and suffix; int64 ``(S,)`` in raster order."""
+    return F.pad(partition.block_ids(device), (partition.prefix, partition.suffix), value=partition.num_blocks)
+
+
+def block_slots(partition: BlockPartition, device: torch.device, tile_size: int = TILE) -> Slots:
+    """The slots of a partition's tokens: its blocks, then prefix and suffix together, each in whole tiles."""
+    # Slabs of frames, with no text before them, are in block order as they come.
+    in_order = partition.block[1:] == partition.grid[1:] and not partition.prefix
+    return plan_slots(group_of_key(partition, device), group_sizes(partition), tile_size, sorted_keys=in_order)
+
+
+def group_sizes(partition: BlockPartition) -> list[int]:
+    """Keys in each group of ``key_groups``, on the host."""
+    axes = (
+        [min(size - start, block) for start in range(0, size, block)]
+        for size, block in zip(partition.grid, partition.block, strict=True)
+    )
+    text = partition.prefix + partition.suffix
+    return [t * y * x for t, y, x in itertools.product(*axes)] + ([text] if text else [])

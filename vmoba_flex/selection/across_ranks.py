@@ -1,0 +1,127 @@
+"""The best pairs of pools whose entries lie on several ranks; no score leaves its rank.
+
+Entries are ranked by their score, and ties by their place in the pool, so that no two are equal. The last entry to be
+taken is found digit by digit: ranks add up how many pairs, and how much weight, have each value of a digit among the
+entries that agree with it so far. These sums are integers: the choice is the one that a single process makes, to the
+bit. Nothing is read back to the host.
+"""
+
+import torch
+from torch import Tensor
+
+from vmoba_flex.collectives import all_reduce
+from vmoba_flex.selection.weights import rest_to_reach, scaled_weights
+
+_BITS = 8
+_DIGITS = 2**_BITS
+
+
+def take_across(
+    scores: Tensor,
+    own: Tensor,
+    place: Tensor,
+    length: int,
+    max_pairs: int | None,
+    tau: float | None,
+    stretch: bool,
+    group: str,
+) -> Tensor:
+    """Own pairs and the best others, per pool: the shortest prefix of the whole pool that reaches every target.
+
+    All ranks of the group call this with as many pools.
+
+    Args:
+        scores: floating ``(pools, entries)``, those of each pool that lie here; there may be none.
+        own: bool ``(own pools, entries)``; pool p has row ``p % own pools``.
+        place: int64 ``(entries,)``: where an entry stands in its pool, in the order that breaks ties.
+        length: entries of a whole pool.
+        max_pairs: pairs that a pool keeps, own ones included; None for no cap.
+        tau: share of the pool's weights to reach; None for no target.
+        stretch: as in ``scaled_weights``.
+        group: name of the process group.
+
+    Returns:
+        bool ``(pools, entries)``.
+    """
+    own = own.repeat(scores.shape[0] // own.shape[0], 1)
+    weights, caps = _targets(scores, own, length, max_pairs, tau, stretch, group)
+    descent = _Descent(~own, weights, caps, group)
+    key, bits = _ordered(scores)
+    descent.follow(key, bits)
+    width = (length - 1).bit_length()
+    descent.follow((2**width - 1 - place).expand_as(key), width)  # the earlier, the better
+    return own | descent.above | descent.level
+
+
+class _Descent:
+    """The way down the digits of the last entry that is taken, in all pools at once.
+
+    Attributes:
+        above: bool ``(pools, entries)``: ranked above that entry, as far as its digits are known.
+        level: bool likewise: entries that agree with it in all digits so far.
+        reached: int64 ``(pools, targets)``: what the entries above come to, over all ranks.
+    """
+
+    def __init__(self, others: Tensor, weights: list[Tensor | None], caps: Tensor, group: str) -> None:
+        self.weights, self.caps, self.group = weights, caps, group
+        self.above, self.level = torch.zeros_like(others), others
+        self.reached = torch.zeros_like(caps)
+
+    def follow(self, key: Tensor, bits: int) -> None:
+        """Finds ``bits`` more bits, from the top; ``key``: int64 ``(pools, entries)``, the higher the better."""
+        for shift in reversed(range(0, bits, _BITS)):
+            digit = (key >> shift) & (_DIGITS - 1)
+            sums = torch.stack([self._histogram(digit, weight) for weight in self.weights], 1)
+            sums = all_reduce(sums, "sum", self.group)
+            higher = sums.flip(-1).cumsum(-1).flip(-1) - sums + self.reached[..., None]
+            # An entry is taken if all that rank before it fall short of every target. That holds from the top down to
+            # the digit of the last one, and for no digit where nothing is to be taken.
+            holds = (higher < self.caps[..., None]).all(1)
+            last = _DIGITS - holds.sum(-1, keepdim=True)
+            at = last.clamp(max=_DIGITS - 1)
+            self.reached = higher.gather(-1, at[:, None].expand(-1, higher.shape[1], -1)).squeeze(-1)
+            self.above = self.above | (self.level & (digit > last))
+            self.level = self.level & (digit == last)
+
+    def _histogram(self, digit: Tensor, weight: Tensor | None) -> Tensor:
+        values = self.level.long() if weight is None else weight * self.level
+        return torch.zeros(len(digit), _DIGITS, dtype=torch.int64, device=digit.device).scatter_add_(1, digit, values)
+
+
+def _targets(
+    scores: Tensor, own: Tensor, length: int, max_pairs: int | None, tau: float | None, stretch: bool, group: str
+) -> tuple[list[Tensor | None], Tensor]:
+    """What each target counts, None for pairs, and how much of it the non-own pairs have to reach ``(pools, n)``."""
+    weights: list[Tensor | None] = []
+    caps = []
+    finite, parts = None, [own.sum(-1)]
+    weight = None
+    if tau is not None:
+        # A NaN would not survive every backend's maximum. An infinity does, and means the same here.
+        ends = torch.full((2, len(scores)), -torch.inf, dtype=scores.dtype, device=scores.device)
+        if scores.shape[1]:
+            least, most = scores.aminmax(dim=-1)
+            ends = torch.stack([-least, most])
+            ends = torch.where(ends.isnan(), torch.inf, ends)
+        ends = all_reduce(ends, "max", group)
+        weight, finite = scaled_weights(scores, -ends[0, :, None], ends[1, :, None], length, stretch)
+        parts += [weight.sum(-1), (own * weight).sum(-1)]
+    sums = all_reduce(torch.stack(parts, 1), "sum", group)
+    if max_pairs is not None:
+        weights.append(None)
+        caps.append(max_pairs - sums[:, :1])
+    if tau is not None:
+        assert finite is not None
+        weights.append(weight)
+        caps.append(rest_to_reach(sums[:, 1:2], sums[:, 2:], finite, tau, length))
+    return weights, torch.cat(caps, 1)
+
+
+def _ordered(scores: Tensor) -> tuple[Tensor, int]:
+    """Int64 keys whose bits, read as unsigned, order like the scores, and how many bits; NaNs are highest and tie."""
+    scores = torch.where(scores.isnan(), torch.nan, torch.where(scores == 0, 0.0, scores))
+    if scores.dtype == torch.float64:
+        bits = scores.contiguous().view(torch.int64)
+        return bits ^ ((bits >> 63) & torch.iinfo(torch.int64).max) ^ torch.iinfo(torch.int64).min, 64
+    bits = scores.contiguous().view(torch.int32).long()
+    return (bits ^ ((bits >> 63) & 0x7FFFFFFF)) + 2**31, 32

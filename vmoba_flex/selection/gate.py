@@ -1,0 +1,121 @@
+"""The gate: how well each query likes the mean key of each block."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from block_masks.launching.device import on_device
+from vmoba_flex.part import Queries
+from vmoba_flex.partition import BlockPartition
+
+_KERNEL_MAX_DIM = 256
+
+
+def block_means(key: Tensor, partition: BlockPartition) -> Tensor:
+    """Mean key of each block, accumulated in float32 (float64 for float64 keys). No gradient flows through it.
+
+    Args:
+        key: ``(B, H, S, D)`` in raster order, with prefix and suffix.
+        partition: the blocks.
+
+    Returns:
+        float32 or float64 ``(B, H, N, D)``.
+    """
+    return _block_means(key.detach(), list(partition.grid), list(partition.block), partition.prefix, partition.suffix)
+
+
+@torch.library.custom_op("vmoba_flex::block_means", mutates_args=())
+@on_device
+def _block_means(key: Tensor, grid: list[int], block: list[int], prefix: int, suffix: int) -> Tensor:
+    return _means(key, BlockPartition(_triple(grid), _triple(block), prefix=prefix, suffix=suffix)).contiguous()
+
+
+@_block_means.register_fake
+def _(key: Tensor, grid: list[int], block: list[int], prefix: int, suffix: int) -> Tensor:
+    return key.new_empty((*key.shape[:2], _num_blocks(grid, block), key.shape[3]), dtype=_accumulator(key))
+
+
+def _means(key: Tensor, partition: BlockPartition) -> Tensor:
+    if _has_kernels(key):
+        from vmoba_flex.selection import gate_kernels
+
+        return gate_kernels.block_means(key, partition)
+    (frames, height, width), (bt, bh, bw) = partition.grid, partition.block
+    video = key[..., partition.prefix : partition.prefix + partition.num_video_tokens, :]
+    # Zeros fill the cells at the far edges: they add nothing, and each sum is divided by its cell's true size.
+    cells = F.pad(video.unflatten(-2, partition.grid), (0, 0, 0, -width % bw, 0, -height % bh, 0, -frames % bt))
+    nt, ny, nx = partition.cells
+    cells = cells.unflatten(-2, (nx, bw)).unflatten(-4, (ny, bh)).unflatten(-6, (nt, bt))
+    sums = cells.sum((-6, -4, -2), dtype=_accumulator(key)).flatten(-4, -2)
+    return sums / partition.block_sizes(key.device)[:, None]
+
+
+@torch.no_grad()
+def gate(query: Tensor, key: Tensor, partition: BlockPartition, queries: Queries | None = None) -> Tensor:
+    """Products of each video query with the mean key of each block (arXiv 2506.23858, Sec. 3).
+
+    Not scaled by 1/sqrt(D). No gradient flows through it.
+
+    Args:
+        query: ``(B, H, S, D)`` in raster order, with prefix and suffix.
+        key: ``(B, key heads, S, D)``; query head h uses key head ``h // (H // key heads)``.
+        partition: the blocks.
+        queries: which queries there are; None for all.
+
+    Returns:
+        ``(B, H, video queries, N)``, float32, or float64 for float64 inputs; block by block in memory, as most pools
+        read it.
+    """
+    before, _, video, _ = Queries.of(partition) if queries is None else queries
+    sizes = list(partition.grid), list(partition.block), partition.prefix, partition.suffix
+    return _gate(query, key, *sizes, before, video)
+
+
+# Opaque to Inductor, so that a compiled selection sees the same scores, to the bit, as an eager one.
+@torch.library.custom_op("vmoba_flex::gate", mutates_args=())
+@on_device
+def _gate(
+    query: Tensor, key: Tensor, grid: list[int], block: list[int], prefix: int, suffix: int, before: int, count: int
+) -> Tensor:
+    partition = BlockPartition(_triple(grid), _triple(block), prefix=prefix, suffix=suffix)
+    if _has_kernels(query) and count:
+        from vmoba_flex.selection import gate_kernels
+
+        return gate_kernels.gate(query, key, partition, rows=(before, count))
+    means = _means(key, partition)
+    video = query[:, :, before : before + count]
+    grouped = video.unflatten(1, (key.shape[1], -1)).to(means.dtype)
+    # Under autocast the product would be rounded to 16 bits, and close blocks would tie.
+    with torch.autocast(query.device.type, enabled=False):
+        products = means[:, :, None] @ grouped.mT
+    # Flat in between, so that dims of size 1 have the strides that the fake promises.
+    shape = (*query.shape[:2], partition.num_blocks, count)
+    return products.flatten().view(shape).mT
+
+
+@_gate.register_fake
+def _(
+    query: Tensor, key: Tensor, grid: list[int], block: list[int], prefix: int, suffix: int, before: int, count: int
+) -> Tensor:
+    shape = (*query.shape[:2], _num_blocks(grid, block), count)
+    return query.new_empty(shape, dtype=_accumulator(query)).mT
+
+
+def _num_blocks(grid: list[int], block: list[int]) -> int:
+    """As ``BlockPartition`` has it; sizes may be symbolic here, and of these no partition can be made."""
+    return math.prod([-(-size // part) for size, part in zip(grid, block, strict=True)])
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.is_cuda and x.element_size() == 2 and x.shape[-1] <= _KERNEL_MAX_DIM
+
+
+def _triple(sizes: list[int]) -> tuple[int, int, int]:
+    t, y, x = sizes
+    return t, y, x
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
