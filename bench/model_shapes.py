@@ -11,7 +11,7 @@ from shapes import Sizes3
 from torch import Tensor
 
 from vmoba_flex import Threshold, TopK
-from vmoba_flex.config import AboutBlocks, VMoBAConfig
+from vmoba_flex.config import ApproxBlocks, VMoBAConfig
 
 TRAINING_RULE = Threshold(0.25, pool="head", max_density=0.25)
 INFERENCE_RULE = TopK(density=0.25)
@@ -146,7 +146,7 @@ class ModelSizes:
         rule = TRAINING_RULE if training else INFERENCE_RULE
         if self.about is None:
             return dataclasses.replace(VMoBAConfig.paper("training", grid), rule=rule, dispatch=dispatch)
-        temporal, spatial, cubes = map(AboutBlocks, self.about)
+        temporal, spatial, cubes = map(ApproxBlocks, self.about)
         return VMoBAConfig(temporal, spatial, cubes, rule, dispatch=dispatch)
 
 

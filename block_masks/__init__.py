@@ -11,7 +11,7 @@ from block_masks.masks.group_mask import group_mask, group_tiles
 from block_masks.masks.pairs import pack_bits, pair_lookup
 from block_masks.masks.realize import realize
 from block_masks.masks.row_mask import row_mask
-from block_masks.masks.slot_mask import live_slots, slot_mask, slot_tile_map
+from block_masks.masks.slot_mask import slot_mask, slot_tile_map, valid_slots
 from block_masks.masks.tile_map import TileMap, block_mask_from_tiles, tile_lists
 from block_masks.plans.rows import RowPlan, plan_rows
 from block_masks.plans.slots import Slots, from_slots, plan_slots, to_slots
@@ -26,7 +26,6 @@ __all__ = [
     "from_slots",
     "group_mask",
     "group_tiles",
-    "live_slots",
     "pack_bits",
     "pair_lookup",
     "plan_rows",
@@ -37,4 +36,5 @@ __all__ = [
     "slot_tile_map",
     "tile_lists",
     "to_slots",
+    "valid_slots",
 ]

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 
 from block_masks import RowPlan, attend_packed, attend_slots, plan_slots, tile_lists, to_slots
-from block_masks.attention import filler_kernels, flash_check, flash_kernels, row_kernels, row_steps, slot_steps
+from block_masks.attention import flash_check, flash_kernels, padding_kernels, row_kernels, row_steps, slot_steps
 from block_masks.masks import list_kernels
 from block_masks.plans import move_kernels, plan_kernels
 from block_masks.plans.rows import _plan, _plan_on_gpu
@@ -41,8 +41,8 @@ def check_plan(heads: int, queries: int, sizes: list[int], density: float, toget
     x = torch.randn(heads, len(key_group), 5)
     padded = row_steps.take_slots(x, slots.slot_key)
     assert torch.equal(move_kernels.take_slots(x, slots.slot_key), padded)
-    held = slots.held((torch.rand(heads, len(sizes)) * torch.tensor(sizes)).int())
-    of_head = held.slot_key(slots), held.key_slot(slots)
+    valid = slots.valid((torch.rand(heads, len(sizes)) * torch.tensor(sizes)).int())
+    of_head = valid.slot_key(slots), valid.key_slot(slots)
     assert torch.equal(move_kernels.take_slots(x, of_head[0]), row_steps.take_slots(x, of_head[0]))
     for repeats, index in ((1, slots.key_slot), (heads, slots.key_slot), (1, of_head[1]), (heads, of_head[1][:1])):
         expected = row_steps.take_slots(padded, index, repeats)
@@ -56,8 +56,8 @@ def check_plan(heads: int, queries: int, sizes: list[int], density: float, toget
         steps.merge_rows(output, lse, *lists, merged, merged_lse)
         steps.sum_rows(output, *lists, total)
         results.append([merged.clone(), merged_lse.clone(), total, steps.delta(query, query.flip(0))])
-        fillers = torch.where(torch.arange(queries) % 3 == 0, -torch.inf, results[0][1] - 0.5 - lse[:queries].abs())
-        steps.merge_rows(output, lse, *lists, merged, merged_lse, fillers)
+        padding = torch.where(torch.arange(queries) % 3 == 0, -torch.inf, results[0][1] - 0.5 - lse[:queries].abs())
+        steps.merge_rows(output, lse, *lists, merged, merged_lse, padding)
         results[-1] += [merged, merged_lse]
     torch.testing.assert_close(*results)
 
@@ -119,13 +119,13 @@ def check_attention(
     keys = (torch.randn(heads // repeats, len(key_group), dim) for dim in dims)
     key, value = keys
     inputs = [x.requires_grad_() for x in (query + shift, key - shift, value)]
-    group_keys = (torch.rand(heads, len(sizes)) * torch.tensor(sizes)).int() + 1 if short else None
+    group_lengths = (torch.rand(heads, len(sizes)) * torch.tensor(sizes)).int() + 1 if short else None
     results = []
     for backend in ("eager", "triton"):
         output, lse = attend_packed(
             *inputs, selected, slots,
             row_tiles=(2 * heads * len(sizes), heads * len(sizes)), heads=(heads, heads // 2),
-            scale=scale, backend=backend, group_keys=group_keys,
+            scale=scale, backend=backend, group_lengths=group_lengths,
         )  # fmt: skip
         results.append((output, lse, *torch.autograd.grad(output, inputs, grad)))
     # Scores of some hundreds are rounded that much more before they are subtracted from one another.
@@ -140,12 +140,12 @@ def check_flash_rows(heads: int, repeats: int, sizes: list[int], dims: tuple[int
     slots = plan_slots(key_group.sort().values if in_order else key_group, sizes, sorted_keys=in_order)
     query, grad = torch.randn(heads, 150, dims[0]), torch.randn(heads, 150, dims[1])
     key, value = (torch.randn(heads // repeats, len(key_group), dim) for dim in dims)
-    group_keys = None
+    group_lengths = None
     if short:  # the same for heads that share a key head
-        group_keys = (torch.rand(heads // repeats, len(sizes)) * (torch.tensor(sizes) + 1)).int()
-        group_keys[:, -1] = 0
-        group_keys = group_keys.repeat_interleave(repeats, 0)
-        selected = selected & (group_keys > 0)[:, None]
+        group_lengths = (torch.rand(heads // repeats, len(sizes)) * (torch.tensor(sizes) + 1)).int()
+        group_lengths[:, -1] = 0
+        group_lengths = group_lengths.repeat_interleave(repeats, 0)
+        selected = selected & (group_lengths > 0)[:, None]
     inputs = [x.requires_grad_() for x in (query, key, value)]
     results = []
     for backend in ("eager", "flash"):
@@ -153,7 +153,7 @@ def check_flash_rows(heads: int, repeats: int, sizes: list[int], dims: tuple[int
             output, lse = attend_packed(
                 *inputs, selected, slots,
                 row_tiles=(2 * heads * len(sizes), heads * len(sizes)), heads=(heads, heads // 2),
-                scale=0.3, backend=backend, group_keys=group_keys,
+                scale=0.3, backend=backend, group_lengths=group_lengths,
             )  # fmt: skip
             results.append((output, lse, *torch.autograd.grad(output, inputs, grad)))
     # What is left of a sum shows its rounding up to 128 times.
@@ -164,24 +164,24 @@ def check_flash_tiles(sizes: list[int], dims: tuple[int, int], short: bool) -> N
     """``attend_slots`` around FlashAttention-4; ``short`` leaves keys out."""
     _, key_group = problem(1, 1, sizes, 1.0)
     slots = plan_slots(key_group, sizes)
-    group_keys, held = None, None
+    group_lengths, valid = None, None
     if short:
-        group_keys = (torch.rand(2, len(sizes)) * (torch.tensor(sizes) + 1)).int()
-        group_keys[:, 0] = group_keys[:, 0].clamp(min=1)
-        held = slots.held(group_keys)
+        group_lengths = (torch.rand(2, len(sizes)) * (torch.tensor(sizes) + 1)).int()
+        group_lengths[:, 0] = group_lengths[:, 0].clamp(min=1)
+        valid = slots.valid(group_lengths)
     selected = torch.rand(2, 2, len(slots.tile_group), len(sizes)) < 0.5
     selected[..., 0] = True
     query, grad = (torch.randn(2, 2, len(slots.slot_key), dim) for dim in dims)
     keys = (torch.randn(2, 2, len(key_group), dim) for dim in dims)
     inputs = [x.requires_grad_() for x in (query, *keys)]
     results = []
-    for modules in ((slot_steps, slot_steps), (flash_kernels, filler_kernels)):
+    for modules in ((slot_steps, slot_steps), (flash_kernels, padding_kernels)):
         with (
             flash_emulator.installed(),
             mock.patch("block_masks.attention.slot_attention._modules", return_value=modules),
         ):
-            key, value = (to_slots(x, slots, held) for x in inputs[1:])
-            output = attend_slots(inputs[0], key, value, selected, slots, 0.3, group_keys)
+            key, value = (to_slots(x, slots, valid) for x in inputs[1:])
+            output = attend_slots(inputs[0], key, value, selected, slots, 0.3, group_lengths)
             results.append((output, *torch.autograd.grad(output, inputs, grad)))
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
@@ -190,13 +190,13 @@ def check_flash_check(of_slots: bool, problem: tuple[list[int], list[int] | None
     """What FlashAttention-4 must get right before it is used: its way is the exact one."""
     sizes, there = problem
     group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    group_keys = None if there is None else torch.tensor([there], dtype=torch.int32)
+    group_lengths = None if there is None else torch.tensor([there], dtype=torch.int32)
     make = flash_check._slot_ways if of_slots else flash_check._packed_ways
-    ways = make(group, plan_slots(group, sizes, sorted_keys=True), group_keys, 0.2, torch.Generator())
+    ways = make(group, plan_slots(group, sizes, sorted_keys=True), group_lengths, 0.2, torch.Generator())
     inputs = [torch.randn(2, len(group), dim).requires_grad_() for dim in (24, 24, 40)]
     grad = torch.randn(2, len(group), 40)
     results = []
-    modules = (flash_kernels, filler_kernels)
+    modules = (flash_kernels, padding_kernels)
     in_slots = "block_masks.attention.slot_attention._modules"
     with flash_emulator.installed(), mock.patch(in_slots, return_value=modules):
         for name in ("exact", "flash"):
@@ -206,22 +206,22 @@ def check_flash_check(of_slots: bool, problem: tuple[list[int], list[int] | None
 
 
 def check_leave_out(heads: int, sizes: list[int], dims: tuple[int, int], together: int) -> None:
-    """Filling slots taken out of an output."""
+    """Padding slots taken out of an output."""
     queries, groups = 300, len(sizes)
     query, last_keys = torch.randn(2, heads, queries, dims[0]), torch.randn(2, 1, groups, dims[0])
     query[0, 0, 7] *= 100  # scores of some hundreds
     output = torch.randn(2, heads, queries, dims[1])
-    fillers = -torch.tensor([sizes, [max(size - 1, 0) for size in sizes]], dtype=torch.int32) % 128  # of each sample
+    padding = -torch.tensor([sizes, [max(size - 1, 0) for size in sizes]], dtype=torch.int32) % 128  # of each sample
     selected = torch.rand(2, heads, groups, -(-queries // together)).mT < 0.5
-    arguments = query, last_keys, fillers, selected, 0.2, together
-    of_fillers = slot_steps.filler_lse(*arguments)
-    torch.testing.assert_close(filler_kernels.filler_lse(*arguments), of_fillers, rtol=1e-4, atol=1e-4)
-    lse = torch.where(of_fillers == -torch.inf, 3.0, of_fillers + 0.01 + torch.rand(of_fillers.shape))
+    arguments = query, last_keys, padding, selected, 0.2, together
+    padding_lse = slot_steps.padding_lse(*arguments)
+    torch.testing.assert_close(padding_kernels.padding_lse(*arguments), padding_lse, rtol=1e-4, atol=1e-4)
+    lse = torch.where(padding_lse == -torch.inf, 3.0, padding_lse + 0.01 + torch.rand(padding_lse.shape))
     lse[0, 0, 0] = torch.where(selected[0, 0, 0].any(), lse[0, 0, 0], -torch.inf)  # nothing was attended
     results = []
-    for steps in (filler_kernels, slot_steps):
+    for steps in (padding_kernels, slot_steps):
         kept = output.clone()
-        results.append([kept, steps.leave_out(kept, lse, of_fillers)])
+        results.append([kept, steps.remove_padding(kept, lse, padding_lse)])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
@@ -248,7 +248,7 @@ if __name__ == "__main__":
     check_attention(4, 2, [200, 31], (16, 40), -0.2)
     check_attention(4, 2, [200, 31, 1], (16, 40), 0.2, short=True)
     check_attention(2, 1, [70, 64], (16, 16), 0.0)
-    check_attention(2, 1, [70, 64], (16, 16), 1.0, shift=4)  # a filling slot's score of 0 would weigh e^200
+    check_attention(2, 1, [70, 64], (16, 16), 1.0, shift=4)  # a padding slot's score of 0 would weigh e^200
     check_attention(4, 1, [128, 256], (16, 40), 0.3, in_order=True)
     check_attention(4, 2, [256, 128], (24, 24), 0.3, in_order=True)
     for short in (False, True):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vmoba_flex import BlockPartition, Threshold, TopK
-from vmoba_flex.config import KINDS, AboutBlocks, VMoBAConfig
+from vmoba_flex.config import KINDS, ApproxBlocks, VMoBAConfig
 from vmoba_flex.dispatch.choose import BACKENDS, DISPATCHES
 from vmoba_flex.rules import NORMALIZE, POOLS, Rule
 from vmoba_flex.selection.mass import block_mass
@@ -85,7 +85,7 @@ def shares() -> st.SearchStrategy[float]:
 def configs(draw: st.DrawFn) -> VMoBAConfig:
     """Blocks of up to 6 tokens a side or about so many, one rule or one per kind, and any cycle."""
     sides = st.integers(1, 6)
-    about = st.integers(1, 100).map(AboutBlocks)
+    about = st.integers(1, 100).map(ApproxBlocks)
     cycle = draw(st.just(KINDS) | st.lists(st.sampled_from(KINDS), min_size=1, max_size=5).map(tuple))
     rule = draw(rules(4) | st.fixed_dictionaries({kind: rules(4) for kind in sorted(set(cycle))}))
     return VMoBAConfig(

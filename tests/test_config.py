@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.strategies import configs
 from vmoba_flex import Threshold, TopK, config_json
-from vmoba_flex.config import KINDS, AboutBlocks, Layer, VMoBAConfig
+from vmoba_flex.config import KINDS, ApproxBlocks, Layer, VMoBAConfig
 
 RULE = Threshold(0.25)
 SMALL = VMoBAConfig(2, (2, 3), (1, 2, 3), RULE)
@@ -159,8 +159,8 @@ def test_explicit_blocks_are_what_they_say(grid: tuple[int, int, int], prefix: i
 @given(st.tuples(sizes, sizes, sizes), st.integers(1, 120), st.sampled_from(KINDS))
 @example((7, 31, 53), 1, "temporal")
 @example((1, 1, 1), 120, "spatiotemporal")
-def test_about_blocks_come_near_to_the_count(grid: tuple[int, int, int], count: int, kind: str):
-    about = VMoBAConfig(AboutBlocks(count), AboutBlocks(count), AboutBlocks(count), RULE)
+def test_approx_blocks_come_near_to_the_count(grid: tuple[int, int, int], count: int, kind: str):
+    about = VMoBAConfig(ApproxBlocks(count), ApproxBlocks(count), ApproxBlocks(count), RULE)
     partition = about.partition(kind, grid)
     axes = {"temporal": (0,), "spatial": (1, 2), "spatiotemporal": (0, 1, 2)}[kind]
     assert all(partition.block[axis] == grid[axis] for axis in range(3) if axis not in axes)
@@ -176,8 +176,8 @@ def test_about_blocks_come_near_to_the_count(grid: tuple[int, int, int], count: 
 
 @given(st.tuples(st.integers(8, 40), st.integers(24, 60), st.integers(24, 60)), st.integers(16, 60))
 @example((23, 23, 46), 23)  # divided by 23 x 23 x 2 alone
-def test_about_blocks_are_not_slivers(grid: tuple[int, int, int], count: int):
-    about = VMoBAConfig(1, AboutBlocks(count), AboutBlocks(count), RULE)
+def test_approx_blocks_are_not_slivers(grid: tuple[int, int, int], count: int):
+    about = VMoBAConfig(1, ApproxBlocks(count), ApproxBlocks(count), RULE)
     _, *window = about.partition("spatial", grid).block
     cube = about.partition("spatiotemporal", grid).block
     assert max(window) <= 10 * min(window)
@@ -186,8 +186,8 @@ def test_about_blocks_are_not_slivers(grid: tuple[int, int, int], count: int):
         assert abs(math.log(about.partition(kind, grid).num_blocks / count)) < math.log(1.2)
 
 
-def test_about_blocks_divide_the_grid_where_a_shape_near_the_count_does():
-    about = VMoBAConfig(AboutBlocks(12), AboutBlocks(25), AboutBlocks(74), RULE)
+def test_approx_blocks_divide_the_grid_where_a_shape_near_the_count_does():
+    about = VMoBAConfig(ApproxBlocks(12), ApproxBlocks(25), ApproxBlocks(74), RULE)
     assert about.partition("temporal", (21, 8, 8)).block == (2, 8, 8)  # 11 blocks are nearest, though 7 would divide
     assert about.partition("temporal", (40, 8, 8)).block == (4, 8, 8)  # 10 divide, and 14 would be as near
     assert about.partition("spatial", (21, 30, 52)).block == (21, 5, 13)
@@ -206,14 +206,14 @@ def test_paper_settings(grid: tuple[int, int, int], blocks: object, counts: tupl
     assert (training.dense_steps, inference.dense_steps) == (0, 0.25)
     expected = TopK(density=0.25) if k is None else dict(zip(KINDS, map(TopK, k), strict=True))
     assert inference.rule == expected
-    # AboutBlocks with the paper's counts comes to the paper's shapes.
-    about = dataclasses.replace(training, **dict(zip(KINDS, map(AboutBlocks, counts), strict=True)))
+    # ApproxBlocks with the paper's counts comes to the paper's shapes.
+    about = dataclasses.replace(training, **dict(zip(KINDS, map(ApproxBlocks, counts), strict=True)))
     assert [about.partition(kind, grid) for kind in KINDS] == [training.partition(kind, grid) for kind in KINDS]
 
 
 @pytest.mark.parametrize("grid", [None, (13, 30, 52), [13, 30, 52]])
 def test_paper_settings_at_other_grids(grid: tuple[int, int, int] | None):
-    about = VMoBAConfig(AboutBlocks(8), AboutBlocks(48), AboutBlocks(72), Threshold(0.25, max_density=0.25))
+    about = VMoBAConfig(ApproxBlocks(8), ApproxBlocks(48), ApproxBlocks(72), Threshold(0.25, max_density=0.25))
     assert VMoBAConfig.paper("training", grid) == about
     top_k = dataclasses.replace(about, rule=TopK(density=0.25), dense_steps=0.25)
     assert VMoBAConfig.paper("inference", grid) == top_k
@@ -244,8 +244,8 @@ def test_paper_settings_at_other_grids(grid: tuple[int, int, int] | None):
         ),
         (lambda: VMoBAConfig.paper("test"), ValueError, "setting must be one of .*'inference'.*, got 'test'"),
         (lambda: VMoBAConfig.paper("training", (1, 2)), ValueError, r"grid must have 3 sizes, got \(1, 2\)"),
-        (lambda: AboutBlocks(0), ValueError, "count must be at least 1, got 0"),
-        (lambda: AboutBlocks(2.5), TypeError, "count must be an int, got 2.5"),
+        (lambda: ApproxBlocks(0), ValueError, "count must be at least 1, got 0"),
+        (lambda: ApproxBlocks(2.5), TypeError, "count must be an int, got 2.5"),
     ],
 )  # fmt: skip
 def test_bad_partitions(make, error, message):
@@ -290,7 +290,7 @@ def test_takes_lists_and_rules_for_kinds_outside_the_cycle():
     [
         ({"temporal": 0}, ValueError, "temporal must be at least 1, got 0"),
         ({"temporal": (2,)}, TypeError, r"temporal must be an int, got \(2,\)"),
-        ({"spatial": 2}, TypeError, "spatial must be a tuple of 2 ints or AboutBlocks, got 2"),
+        ({"spatial": 2}, TypeError, "spatial must be a tuple of 2 ints or ApproxBlocks, got 2"),
         ({"spatial": (2, 3, 4)}, ValueError, r"spatial must have 2 sizes, got \(2, 3, 4\)"),
         ({"spatial": (2, 0)}, ValueError, "spatial must be at least 1, got 0"),
         ({"spatiotemporal": (2, 2.0, 2)}, TypeError, "spatiotemporal must be an int, got 2.0"),
@@ -328,12 +328,12 @@ def test_json_round_trip(config: VMoBAConfig):
 
 
 def test_json_is_readable():
-    text = VMoBAConfig(3, (5, 13), AboutBlocks(72), {"spatial": TopK(6)}, cycle=["spatial"]).to_json()
+    text = VMoBAConfig(3, (5, 13), ApproxBlocks(72), {"spatial": TopK(6)}, cycle=["spatial"]).to_json()
     assert text.splitlines()[1:6] == [
         '  "version": 1,',
         '  "temporal": 3,',
         '  "spatial": [5, 13],',
-        '  "spatiotemporal": {"about_blocks": 72},',
+        '  "spatiotemporal": {"approx_blocks": 72},',
         '  "rule": {"spatial": {"k": 6, "pool": "query"}},',
     ]
 
@@ -360,7 +360,7 @@ def test_json_takes_defaults():
         (own(st_topk=2), ValueError, "text must have keys of .*, got 'st_topk': 2"),
         ({"version": 1, "temporal": 2}, ValueError, r"text must have 'spatial', got keys \['temporal', 'version'\]"),
         (own(temporal="2"), TypeError, "temporal must be an int, got '2'"),
-        (own(spatial={"blocks": 2}), ValueError, r"spatial must have keys of \('about_blocks',\), got 'blocks': 2"),
+        (own(spatial={"blocks": 2}), ValueError, r"spatial must have keys of \('approx_blocks',\), got 'blocks': 2"),
         (own(spatial={}), TypeError, "count must be an int, got None"),
         (own(rule=0.25), ValueError, "rule must be an object with 'tau', or with 'k' or 'density', got 0.25"),
         (own(rule={"tau": 1.5}), ValueError, r"tau must lie in \(0, 1\], got 1.5"),

@@ -13,13 +13,13 @@ pytest.importorskip("diffusers")
 
 import diffusers
 
-from vmoba_flex import AboutBlocks, Threshold, VMoBAConfig, apply_vmoba
+from vmoba_flex import ApproxBlocks, Threshold, VMoBAConfig, apply_vmoba
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flash_at_any_size")]
 
 # More than 4,096 rows: where Inductor's mix-order reductions come in, see docs/models/README.md.
 GRID = (8, 24, 24)
-CONFIG = VMoBAConfig(AboutBlocks(4), AboutBlocks(16), AboutBlocks(27), Threshold(0.25, max_density=0.25))
+CONFIG = VMoBAConfig(ApproxBlocks(4), ApproxBlocks(16), ApproxBlocks(27), Threshold(0.25, max_density=0.25))
 
 
 def build(dtype: torch.dtype = torch.bfloat16) -> Any:

@@ -36,7 +36,7 @@ from tests.video_models import (
     sparse_output,
 )
 from vmoba_flex import BlockPartition, Threshold, TopK
-from vmoba_flex.approx_blocks import AboutBlocks
+from vmoba_flex.approx_blocks import ApproxBlocks
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.models import VMoBAHandle, adapters, apply_vmoba, register_adapter
 from vmoba_flex.rules import Rule
@@ -178,10 +178,10 @@ class TestSparse:
 
     @torch.no_grad()
     @pytest.mark.parametrize("name", ["wan2.1", "cogvideox", "mochi"])
-    def test_about_blocks_are_resolved_on_the_grid_that_arrives(self, name: str):
+    def test_approx_blocks_are_resolved_on_the_grid_that_arrives(self, name: str):
         family = FAMILIES[name]
         stock, model = family.build(), family.build()
-        config = VMoBAConfig(AboutBlocks(3), AboutBlocks(4), AboutBlocks(8), TopK(2))
+        config = VMoBAConfig(ApproxBlocks(3), ApproxBlocks(4), ApproxBlocks(8), TopK(2))
         apply_vmoba(model, config)
         for grid in (GRID, OTHER_GRID):
             partitions = [config.partition(kind, grid) for kind in KINDS]

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vmoba_flex import Threshold, TopK, vmoba_attention
-from vmoba_flex.config import KINDS, AboutBlocks, VMoBAConfig
+from vmoba_flex.config import KINDS, ApproxBlocks, VMoBAConfig
 from vmoba_flex.module import VMoBAAttention
 
 GRID = (4, 6, 6)
 CONFIG = VMoBAConfig(
-    AboutBlocks(2), (3, 2), (2, 3, 3), {"temporal": TopK(1), "spatial": Threshold(0.4), "spatiotemporal": TopK(2)}
+    ApproxBlocks(2), (3, 2), (2, 3, 3), {"temporal": TopK(1), "spatial": Threshold(0.4), "spatiotemporal": TopK(2)}
 )
 
 
@@ -86,7 +86,7 @@ def test_copies_and_pickles():
 
 @pytest.mark.parametrize("dynamic", [False, None])
 def test_twelve_layers_make_three_graphs_a_grid(dynamic: bool | None):
-    config = VMoBAConfig(AboutBlocks(2), AboutBlocks(4), AboutBlocks(8), Threshold(0.25, max_density=0.25))
+    config = VMoBAConfig(ApproxBlocks(2), ApproxBlocks(4), ApproxBlocks(8), Threshold(0.25, max_density=0.25))
     layers = [VMoBAAttention(config, layer, 12) for layer in range(12)]
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")

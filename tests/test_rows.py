@@ -28,10 +28,17 @@ class RowProblem:
     query: Tensor
     key: Tensor
     value: Tensor
-    group_keys: Tensor | None = None
+    group_lengths: Tensor | None = None
 
     def to(self, device: str) -> "RowProblem":
-        names = ["selected", "key_group", "query", "key", "value", *["group_keys"] * (self.group_keys is not None)]
+        names = [
+            "selected",
+            "key_group",
+            "query",
+            "key",
+            "value",
+            *["group_lengths"] * (self.group_lengths is not None),
+        ]
         return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def plan(self) -> RowPlan:
@@ -50,7 +57,7 @@ class RowProblem:
             heads=(self.heads, self.heads),
             scale=scale,
             backend=backend,
-            group_keys=self.group_keys,
+            group_lengths=self.group_lengths,
         )
 
     def expected(self, *tensors: Tensor, scale: float = 0.5) -> Tensor:
@@ -58,10 +65,10 @@ class RowProblem:
         query, key, value = (x.double() for x in tensors or (self.query, self.key, self.value))
         key, value = (x.repeat_interleave(len(query) // len(x), 0) for x in (key, value))
         mask = self.selected[..., self.key_group]
-        if self.group_keys is not None:
+        if self.group_lengths is not None:
             same = self.key_group[:, None] == self.key_group
             place = same.tril(-1).sum(1)  # of each key in its group
-            mask = mask & (place < self.group_keys[:, None, self.key_group])
+            mask = mask & (place < self.group_lengths[:, None, self.key_group])
         scores = (query @ key.mT * scale).masked_fill(~mask, -torch.inf)
         return torch.where(mask.any(-1, keepdim=True), scores.softmax(-1), 0) @ value
 
@@ -86,8 +93,8 @@ def row_problems(draw: st.DrawFn, tile_size: int | None = None) -> RowProblem:
     query = torch.randn((together * sections, queries, dims[0]), generator=generator)
     key, value = (torch.randn((len(query) // repeats, len(keys), d), generator=generator) for d in dims)
     share = torch.rand((len(query), len(sizes)), generator=generator)
-    group_keys = (share * torch.tensor(sizes)).int() + 1 if draw(st.booleans()) else None
-    return RowProblem(selected, keys, sizes, tiles, together, tile, query, key, value, group_keys)
+    group_lengths = (share * torch.tensor(sizes)).int() + 1 if draw(st.booleans()) else None
+    return RowProblem(selected, keys, sizes, tiles, together, tile, query, key, value, group_lengths)
 
 
 @given(row_problems())
@@ -119,7 +126,7 @@ def test_pairs_beyond_the_room_for_rows_are_lost(problem: RowProblem, row_tiles:
 
 @given(row_problems())
 def test_lists_equal_create_block_mask(problem: RowProblem):
-    """Rows that fill a tile count as their tile's: what a tile sees, it sees as a whole."""
+    """Padding rows count as their tile's: what a tile sees, it sees as a whole."""
     plan, slots = problem.plan(), problem.slots()
     for section in range(len(plan.row_pool)):
         mask = row_mask(plan, slots, section)
@@ -170,7 +177,7 @@ def test_flex_attention_over_the_mask_gives_the_same_rows(problem: RowProblem):
             *inputs, block_mask=row_mask(plan, slots, section), scale=0.5, return_aux=AuxRequest(lse=True)
         )
         mine, lse = row_steps.forward(
-            problem.query, keys, values, plan, slots, slots.group_keys.repeat(len(problem.query)), section, 0.5
+            problem.query, keys, values, plan, slots, slots.group_lengths.repeat(len(problem.query)), section, 0.5
         )
         used = plan.row_pool[section].repeat_interleave(problem.tile_size) >= 0
         torch.testing.assert_close(output[0, 0][used], mine[used], rtol=1e-5, atol=1e-5)

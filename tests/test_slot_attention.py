@@ -1,4 +1,4 @@
-"""Attention of tiles of slots by whole tiles alone: filling slots are taken out of the sums again."""
+"""Attention of tiles of slots by whole tiles alone: padding slots are taken out of the sums again."""
 
 import pytest
 import torch
@@ -27,38 +27,38 @@ def chosen(problem: SlotProblem) -> SlotProblem:
 
 
 def through_slots(
-    problem: SlotProblem, query: Tensor, key: Tensor, value: Tensor, scale: float, group_keys: Tensor | None = None
+    problem: SlotProblem, query: Tensor, key: Tensor, value: Tensor, scale: float, group_lengths: Tensor | None = None
 ) -> Tensor:
     slots = problem.plan()
-    held = None if group_keys is None else slots.held(group_keys)
-    query, key, value = to_slots(query, slots), to_slots(key, slots, held), to_slots(value, slots, held)
-    return from_slots(attend_slots(query, key, value, problem.selected, slots, scale, group_keys), slots)
+    valid = None if group_lengths is None else slots.valid(group_lengths)
+    query, key, value = to_slots(query, slots), to_slots(key, slots, valid), to_slots(value, slots, valid)
+    return from_slots(attend_slots(query, key, value, problem.selected, slots, scale, group_lengths), slots)
 
 
 def masked(
-    problem: SlotProblem, query: Tensor, key: Tensor, value: Tensor, scale: float, group_keys: Tensor | None = None
+    problem: SlotProblem, query: Tensor, key: Tensor, value: Tensor, scale: float, group_lengths: Tensor | None = None
 ) -> Tensor:
     slots = problem.plan()
     mask = problem.selected.index_select(2, slots.key_slot // slots.tile_size)[..., problem.key_group]
-    if group_keys is not None:
-        mask = mask & there(problem, group_keys)[:, None, None]
+    if group_lengths is not None:
+        mask = mask & there(problem, group_lengths)[:, None, None]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
-def there(problem: SlotProblem, group_keys: Tensor) -> Tensor:
+def there(problem: SlotProblem, group_lengths: Tensor) -> Tensor:
     """Which keys are among the first ones of their group, bool ``(B, keys)``."""
     place = (problem.key_group[:, None] == problem.key_group).tril(-1).sum(1)
-    return place < group_keys[:, problem.key_group]
+    return place < group_lengths[:, problem.key_group]
 
 
 def assert_equal(
-    problem: SlotProblem, tensors: list[Tensor], scale: float, tolerance: float, group_keys: Tensor | None = None
+    problem: SlotProblem, tensors: list[Tensor], scale: float, tolerance: float, group_lengths: Tensor | None = None
 ) -> None:
     *leaves, grad = tensors
     results = []
     for way in (through_slots, masked):
         ready = [x.clone().requires_grad_() for x in leaves]
-        output = way(problem, *ready, scale, group_keys)
+        output = way(problem, *ready, scale, group_lengths)
         results.append([output.detach(), *torch.autograd.grad(output, ready, grad)])
     largest = max(expected.norm() for expected in results[1])  # where one key is all, the gradient of query is zero
     for actual, expected in zip(*results, strict=True):
@@ -75,13 +75,13 @@ def test_equals_masked_attention(problem: SlotProblem, generator: torch.Generato
 def test_keys_that_are_not_there_are_not_attended(problem: SlotProblem, generator: torch.Generator, scale: float):
     problem = chosen(problem)
     sizes = torch.tensor(problem.group_sizes)
-    group_keys = (torch.rand((2, len(sizes)), generator=generator) * (sizes + 1)).int()  # some groups have none
-    group_keys[:, 0] = group_keys[:, 0].clamp(min=1)
+    group_lengths = (torch.rand((2, len(sizes)), generator=generator) * (sizes + 1)).int()  # some groups have none
+    group_lengths[:, 0] = group_lengths[:, 0].clamp(min=1)
     problem.selected[..., 0] = True
     tensors = inputs(problem, generator)
     for x in tensors[1:3]:
-        x.masked_fill_(~there(problem, group_keys)[:, None, :, None], 1e3)
-    assert_equal(problem, tensors, scale, 1e-9, group_keys)
+        x.masked_fill_(~there(problem, group_lengths)[:, None, :, None], 1e3)
+    assert_equal(problem, tensors, scale, 1e-9, group_lengths)
     full = sizes.expand(2, -1).int()
     ways = [through_slots(problem, *tensors[:3], scale, how_many) for how_many in (None, full)]
     torch.testing.assert_close(*ways)
@@ -133,7 +133,7 @@ def test_float16_needs_whole_tiles():
     whole = plan_slots(torch.zeros(128, dtype=torch.int64), [128])
     query, key, value = (x[:, :, :128] for x in (query, key, value))
     assert attend_slots(query, key, value, problem.selected, whole, 0.5).isfinite().all()
-    with pytest.raises(ValueError, match=r"query must not be float16 with group_keys, got torch.float16"):
+    with pytest.raises(ValueError, match=r"query must not be float16 with group_lengths, got torch.float16"):
         attend_slots(query, key, value, problem.selected, whole, 0.5, torch.full((2, 1), 100, dtype=torch.int32))
 
 
@@ -143,18 +143,18 @@ def test_what_is_left_out_is_what_fillers_added():
     scores = query @ keys.mT
     scores = torch.cat([scores, scores[..., 3:], scores[..., 3:]], -1)
     values = torch.cat([value, torch.zeros_like(value[:, :, :2])], 2)
-    selected, fillers = torch.tensor([[[[True, False]]]]), torch.tensor([[2, 5]], dtype=torch.int32)
+    selected, padding = torch.tensor([[[[True, False]]]]), torch.tensor([[2, 5]], dtype=torch.int32)
     last = torch.stack([keys[:, :, 3], keys[:, :, 0]], 2)
     output, lse = scores.softmax(-1) @ values, scores.logsumexp(-1)
-    of_fillers = slot_steps.filler_lse(query, last, fillers, selected, 1, 4)
+    padding_lse = slot_steps.padding_lse(query, last, padding, selected, 1, 4)
     expected = (query @ keys.mT).softmax(-1) @ value, (query @ keys.mT).logsumexp(-1)
     kept = output.clone()
-    kept_lse = slot_steps.leave_out(kept, lse, of_fillers)
+    kept_lse = slot_steps.remove_padding(kept, lse, padding_lse)
     torch.testing.assert_close((kept, kept_lse), expected)
     # The same as rows are merged: here each query has one.
     rows, count = torch.arange(4, dtype=torch.int32).view(1, 1, 4), torch.ones(1, 4, dtype=torch.int32)
     merged, merged_lse = torch.empty_like(output[0]), torch.empty_like(lse[0])
-    row_steps.merge_rows(output[0, 0], lse[0, 0], rows, count, merged, merged_lse, of_fillers[0])
+    row_steps.merge_rows(output[0, 0], lse[0, 0], rows, count, merged, merged_lse, padding_lse[0])
     torch.testing.assert_close((merged[None], merged_lse[None]), expected)
 
 
@@ -162,6 +162,6 @@ def test_the_registered_op_is_well_formed():
     problem = lone([100, 60])
     slots = problem.plan()
     query, key, value, _ = (to_slots(x, slots).requires_grad_() for x in inputs(problem, torch.Generator()))
-    for group_keys in (None, torch.tensor([[100, 0], [3, 60]], dtype=torch.int32)):
-        arguments = query, key, value, problem.selected, group_keys, *slots.flat, 0.5
+    for group_lengths in (None, torch.tensor([[100, 0], [3, 60]], dtype=torch.int32)):
+        arguments = query, key, value, problem.selected, group_lengths, *slots.flat, 0.5
         torch.library.opcheck(torch.ops.block_masks.attend_slots, arguments)

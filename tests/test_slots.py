@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from block_masks import Slots, from_slots, live_slots, plan_slots, slot_mask, slot_tile_map, to_slots
+from block_masks import Slots, from_slots, plan_slots, slot_mask, slot_tile_map, to_slots, valid_slots
 from tests.strategies import generators
 from tests.test_block_masks import INDEX_TENSORS
 
@@ -21,14 +21,14 @@ class SlotProblem:
     group_sizes: list[int]
     tile_size: int
     selected: Tensor
-    key_live: Tensor | None = None
+    key_valid: Tensor | None = None
 
     def plan(self) -> Slots:
         return plan_slots(self.key_group, self.group_sizes, self.tile_size)
 
     def mask(self) -> BlockMask:
         slots = self.plan()
-        return slot_mask(self.selected, slots, live_slots(slots, self.key_live))
+        return slot_mask(self.selected, slots, valid_slots(slots, self.key_valid))
 
 
 @st.composite
@@ -46,8 +46,8 @@ def slot_problems(draw: st.DrawFn, ragged: bool = True) -> SlotProblem:
     density = draw(st.sampled_from([0.0, 0.2, 0.7, 1.0]))
     selected = torch.rand((2, 2, tiles, len(sizes)), generator=generator) < density
     live = draw(st.sampled_from([None, 0.0, 0.5, 0.95]))
-    key_live = None if live is None else torch.rand((2, len(groups)), generator=generator) < live
-    return SlotProblem(groups, sizes, tile, selected, key_live)
+    key_valid = None if live is None else torch.rand((2, len(groups)), generator=generator) < live
+    return SlotProblem(groups, sizes, tile, selected, key_valid)
 
 
 def layout(problem: SlotProblem) -> list[list[int]]:
@@ -64,7 +64,7 @@ def dense(problem: SlotProblem) -> Tensor:
     tiles = layout(problem)
     group = [int(problem.key_group[tile[0]]) for tile in tiles]
     columns = problem.selected[..., group].repeat_interleave(problem.tile_size, -1)
-    live = [[True] * len(problem.key_group)] * len(columns) if problem.key_live is None else problem.key_live.tolist()
+    live = [[True] * len(problem.key_group)] * len(columns) if problem.key_valid is None else problem.key_valid.tolist()
     filled = torch.tensor(
         [[i < len(tile) and one[tile[i]] for tile in tiles for i in range(problem.tile_size)] for one in live]
     )

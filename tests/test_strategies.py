@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.strategies import Problem, configs, gates, partitions, problems
 from vmoba_flex import BlockPartition, Threshold, TopK
-from vmoba_flex.config import AboutBlocks
+from vmoba_flex.config import ApproxBlocks
 from vmoba_flex.selection.gate import gate
 
 
@@ -52,7 +52,7 @@ def test_problems_reach(edge):
 @pytest.mark.parametrize(
     "edge",
     [
-        lambda c: isinstance(c.temporal, AboutBlocks) and isinstance(c.spatiotemporal, tuple),
+        lambda c: isinstance(c.temporal, ApproxBlocks) and isinstance(c.spatiotemporal, tuple),
         lambda c: isinstance(c.rule, Mapping) and len(c.rule) == 2,
         lambda c: isinstance(c.rule, Threshold) and c.rule.max_density is not None,
         lambda c: isinstance(c.dense_steps, float) and c.dense_steps > 0,

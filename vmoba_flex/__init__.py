@@ -7,7 +7,7 @@ rectangle that it runs or skips) is called a *tile*.
     out = vmoba_attention(q, k, v, partition, rule)                                 # the fast way, same result
 """
 
-from vmoba_flex.approx_blocks import AboutBlocks
+from vmoba_flex.approx_blocks import ApproxBlocks
 from vmoba_flex.attention import vmoba_attention
 from vmoba_flex.config import Layer, VMoBAConfig
 from vmoba_flex.mask import vmoba_mask
@@ -21,7 +21,7 @@ from vmoba_flex.version import __version__
 from vmoba_flex.warmup import Warmup
 
 __all__ = [
-    "AboutBlocks",
+    "ApproxBlocks",
     "AttentionStats",
     "BlockPartition",
     "Layer",

@@ -11,7 +11,7 @@ from vmoba_flex.inputs import check_positive
 
 
 @dataclasses.dataclass(frozen=True)
-class AboutBlocks:
+class ApproxBlocks:
     """About this many blocks; the grid that arrives decides their shape.
 
     Each axis that the kind of partition cuts is cut into cells as even as can be. Of all such shapes, those count whose
@@ -35,8 +35,8 @@ class AboutBlocks:
         check_positive("count", self.count)
 
 
-def about_block(count: int, grid: tuple[int, int, int], axes: tuple[int, ...]) -> tuple[int, int, int]:
-    """The block shape that ``AboutBlocks(count)`` stands for on a grid.
+def approx_block(count: int, grid: tuple[int, int, int], axes: tuple[int, ...]) -> tuple[int, int, int]:
+    """The block shape that ``ApproxBlocks(count)`` stands for on a grid.
 
     Args:
         count: blocks to come near to.

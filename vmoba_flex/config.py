@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 from vmoba_flex import config_json
-from vmoba_flex.approx_blocks import AboutBlocks, about_block
+from vmoba_flex.approx_blocks import ApproxBlocks, approx_block
 from vmoba_flex.dispatch.choose import BACKENDS, DISPATCHES
 from vmoba_flex.inputs import check_choice, check_count, check_positive
 from vmoba_flex.partition import BlockPartition
@@ -24,7 +24,7 @@ _PAPER: dict[tuple[int, int, int], tuple[tuple[Any, Any, Any], tuple[int, int, i
     (24, 36, 64): ((3, (6, 8), (8, 12, 8)), None),
     (36, 30, 52): ((3, (5, 13), (12, 10, 13)), None),
 }
-_ANY_GRID = (AboutBlocks(8), AboutBlocks(48), AboutBlocks(72))
+_ANY_GRID = (ApproxBlocks(8), ApproxBlocks(48), ApproxBlocks(72))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,9 @@ class VMoBAConfig:
     """VMoBA for all layers of a model (arXiv 2506.23858, Sec. 3).
 
     Attributes:
-        temporal: 1D blocks: frames in each, or ``AboutBlocks``.
-        spatial: 2D blocks: ``(bh, bw)`` in tokens, through all frames, or ``AboutBlocks``.
-        spatiotemporal: 3D blocks: ``(bt, bh, bw)`` in tokens, or ``AboutBlocks``.
+        temporal: 1D blocks: frames in each, or ``ApproxBlocks``.
+        spatial: 2D blocks: ``(bh, bw)`` in tokens, through all frames, or ``ApproxBlocks``.
+        spatiotemporal: 3D blocks: ``(bt, bh, bw)`` in tokens, or ``ApproxBlocks``.
         rule: one ``TopK`` or ``Threshold``, or a mapping from kind to rule that has every kind of ``cycle``. Kept as an
             immutable copy.
         cycle: kinds in the order of the layers: layer i has kind ``cycle[i % len(cycle)]``.
@@ -64,16 +64,16 @@ class VMoBAConfig:
         ValueError: if a value is out of range.
 
     Example:
-        >>> config = VMoBAConfig(3, (5, 13), AboutBlocks(72), Threshold(0.25, max_density=0.25), dense_layers=1)
+        >>> config = VMoBAConfig(3, (5, 13), ApproxBlocks(72), Threshold(0.25, max_density=0.25), dense_layers=1)
         >>> config.layer(0, num_layers=30).dense, config.layer(1, num_layers=30).kind
         (True, 'spatial')
         >>> config.partition("spatiotemporal", (21, 30, 52)).block
         (7, 5, 13)
     """
 
-    temporal: int | AboutBlocks
-    spatial: tuple[int, int] | AboutBlocks
-    spatiotemporal: tuple[int, int, int] | AboutBlocks
+    temporal: int | ApproxBlocks
+    spatial: tuple[int, int] | ApproxBlocks
+    spatiotemporal: tuple[int, int, int] | ApproxBlocks
     rule: Rule | Mapping[str, Rule]
     cycle: tuple[str, ...] = dataclasses.field(default=KINDS, kw_only=True)
     dense_layers: int = dataclasses.field(default=0, kw_only=True)
@@ -82,7 +82,7 @@ class VMoBAConfig:
     backend: str = dataclasses.field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.temporal, AboutBlocks):
+        if not isinstance(self.temporal, ApproxBlocks):
             check_positive("temporal", self.temporal)
         # Lists are welcome (JSON has them), but a frozen object must be hashable.
         object.__setattr__(self, "spatial", _sizes("spatial", self.spatial, 2))
@@ -158,8 +158,8 @@ class VMoBAConfig:
         check_choice("kind", kind, KINDS)
         single = BlockPartition(grid, (1, 1, 1), prefix=prefix, suffix=suffix)
         sides = getattr(self, kind)
-        if isinstance(sides, AboutBlocks):
-            block = about_block(sides.count, single.grid, _AXES[kind])
+        if isinstance(sides, ApproxBlocks):
+            block = approx_block(sides.count, single.grid, _AXES[kind])
         else:
             (bt, bh, bw), sides = single.grid, (sides,) if kind == "temporal" else sides
             block = {"temporal": (*sides, bh, bw), "spatial": (bt, *sides), "spatiotemporal": sides}[kind]
@@ -228,10 +228,10 @@ class _RulePerKind(Mapping[str, Rule]):
 
 
 def _sizes(name: str, value: Any, length: int) -> Any:
-    if isinstance(value, AboutBlocks):
+    if isinstance(value, ApproxBlocks):
         return value
     if not isinstance(value, tuple | list):
-        raise TypeError(f"{name} must be a tuple of {length} ints or AboutBlocks, got {value!r}")
+        raise TypeError(f"{name} must be a tuple of {length} ints or ApproxBlocks, got {value!r}")
     if len(value) != length:
         raise ValueError(f"{name} must have {length} sizes, got {value!r}")
     for size in value:

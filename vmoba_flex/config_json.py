@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vmoba_flex.approx_blocks import AboutBlocks
+from vmoba_flex.approx_blocks import ApproxBlocks
 from vmoba_flex.rules import Rule, Threshold, TopK
 
 VERSION = 1
@@ -50,8 +50,8 @@ def load(text: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, AboutBlocks):
-        return {"about_blocks": value.count}
+    if isinstance(value, ApproxBlocks):
+        return {"approx_blocks": value.count}
     if isinstance(value, TopK | Threshold):
         return {key: item for key, item in dataclasses.asdict(value).items() if item is not None}
     if isinstance(value, Mapping):
@@ -71,8 +71,11 @@ def _own(data: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"text must have {key!r}, got keys {sorted(data)}")
     for key in FIELDS[:3]:
         if isinstance(arguments[key], dict):
-            _check_keys(key, arguments[key], ("about_blocks",))
-            arguments[key] = AboutBlocks(arguments[key].get("about_blocks"))
+            sizes = {
+                "approx_blocks" if name == "about_blocks" else name: count for name, count in arguments[key].items()
+            }
+            _check_keys(key, sizes, ("approx_blocks",))  # "about_blocks": its name in version 0.1.0
+            arguments[key] = ApproxBlocks(sizes.get("approx_blocks"))
     rule = arguments["rule"]
     if isinstance(rule, dict) and any(isinstance(value, dict) for value in rule.values()):
         arguments["rule"] = {kind: _rule(f"rule of {kind!r}", value) for kind, value in rule.items()}

@@ -35,7 +35,7 @@ def with_text(selection: Tensor, partition: BlockPartition, queries: Queries | N
     return F.pad(selection.mT, (before, behind, 0, 1), value=True).mT
 
 
-def keys_there(partition: BlockPartition, text_lengths: Tensor | None) -> Tensor | None:
+def valid_keys(partition: BlockPartition, text_lengths: Tensor | None) -> Tensor | None:
     """Which keys are no padding: bool ``(B, S)`` in raster order, or None if all are there.
 
     Args:
@@ -49,7 +49,7 @@ def keys_there(partition: BlockPartition, text_lengths: Tensor | None) -> Tensor
     return torch.cat([text[:, : partition.prefix], video, text[:, partition.prefix :]], 1)
 
 
-def keys_of_groups(partition: BlockPartition, text_lengths: Tensor) -> Tensor:
+def valid_group_lengths(partition: BlockPartition, text_lengths: Tensor) -> Tensor:
     """How many keys of each group are there, the first ones: int32 ``(B, G)``.
 
     Args:

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from block_masks import TileMap, group_mask, group_tiles
-from vmoba_flex.groups import key_groups, keys_there
+from vmoba_flex.groups import key_groups, valid_keys
 from vmoba_flex.inputs import check_choice, check_positive, check_query_key, check_text_lengths
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
@@ -73,8 +73,8 @@ def selection_mask(
 ) -> BlockMask:
     """Turns a selection ``(B, H, video tokens, N)`` in raster order into a mask for tokens in ``token_order``."""
     # Block order leaves prefix and suffix where they are, and all video keys are there.
-    live = keys_there(partition, text_lengths)
-    return group_mask(*_ordered_groups(selection, partition, token_order), tile_size=tile_size, key_live=live)
+    live = valid_keys(partition, text_lengths)
+    return group_mask(*_ordered_groups(selection, partition, token_order), tile_size=tile_size, key_valid=live)
 
 
 def selection_tiles(
@@ -82,10 +82,10 @@ def selection_tiles(
     partition: BlockPartition,
     token_order: str,
     tile_size: int = 128,
-    key_live: Tensor | None = None,
+    key_valid: Tensor | None = None,
 ) -> TileMap:
-    """The tiles of that mask, without the mask; ``key_live``: bool ``(B, S)``, False at padding."""
-    return group_tiles(*_ordered_groups(selection, partition, token_order), tile_size, key_live)
+    """The tiles of that mask, without the mask; ``key_valid``: bool ``(B, S)``, False at padding."""
+    return group_tiles(*_ordered_groups(selection, partition, token_order), tile_size, key_valid)
 
 
 def _ordered_groups(selection: Tensor, partition: BlockPartition, token_order: str) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from block_masks import Slots, live_slots, slot_tile_map
+from block_masks import Slots, slot_tile_map, valid_slots
 from vmoba_flex.call import Call
-from vmoba_flex.groups import keys_there
+from vmoba_flex.groups import valid_keys
 from vmoba_flex.mask import selection_tiles
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
@@ -60,7 +60,7 @@ class Attended(NamedTuple):
     def stats(self) -> AttentionStats:
         """The call's stats, of all heads; where it is shared out, all ranks of the group call this."""
         partition = self.call.partition
-        live = keys_there(partition, self.call.text_lengths)
+        live = valid_keys(partition, self.call.text_lengths)
         if self.selection is not None:
             stats = selection_stats(self.selection, self.query, self.key, partition, self.call.rule, live, self.part)
         elif self.tiles is not None:
@@ -99,7 +99,7 @@ def selection_stats(
     key: Tensor,
     partition: BlockPartition,
     rule: Rule,
-    key_live: Tensor | None = None,
+    key_valid: Tensor | None = None,
     part: Part | None = None,
 ) -> AttentionStats:
     """Stats of a selection ``(B, H, video queries, N)`` that ``rule`` made from query and key."""
@@ -110,16 +110,16 @@ def selection_stats(
         selection, wanted = (gather_part(x.byte(), part).bool() for x in (selection, wanted))
     pairs = selection.sum((-2, -1))
     cut = wanted.sum((-2, -1)) - pairs
-    tiles = selection_tiles(selection, partition, "block", key_live=key_live).some
+    tiles = selection_tiles(selection, partition, "block", key_valid=key_valid).some
     return AttentionStats(pairs / selection[0, 0].numel(), tiles.float().mean((-2, -1)), pairs, cut)
 
 
 def shared_stats(
-    selected: Tensor, slots: Slots, partition: BlockPartition, key_live: Tensor | None = None
+    selected: Tensor, slots: Slots, partition: BlockPartition, key_valid: Tensor | None = None
 ) -> AttentionStats:
     """Stats of what each tile of ``slots`` attends, bool ``(B, H, tiles, G)``."""
     pairs = _shared_pairs(selected, slots, partition)
-    tiles = slot_tile_map(selected, slots, live_slots(slots, key_live)).some
+    tiles = slot_tile_map(selected, slots, valid_slots(slots, key_valid)).some
     return AttentionStats(pairs / _all_pairs(partition), tiles.float().mean((-2, -1)), pairs, torch.zeros_like(pairs))
 
 

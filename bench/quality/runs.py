@@ -3,7 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
-from vmoba_flex import AboutBlocks, Threshold, TopK, VMoBAConfig
+from vmoba_flex import ApproxBlocks, Threshold, TopK, VMoBAConfig
 from vmoba_flex.demo.model import Grid, Shape
 
 MAIN, LONG, SHIPPED = "main", "long", "shipped"
@@ -78,14 +78,14 @@ def attentions(device: str, size: str) -> dict[str, VMoBAConfig]:
     kernels = "triton" if device == "cuda" else "auto"
     exact = dataclasses.replace(VMoBAConfig.paper("training"), dispatch="packed", backend=kernels)
     if size == SHIPPED:
-        exact = dataclasses.replace(exact, spatial=AboutBlocks(12), spatiotemporal=AboutBlocks(24))
+        exact = dataclasses.replace(exact, spatial=ApproxBlocks(12), spatiotemporal=ApproxBlocks(24))
     per_query = Threshold(0.25, pool="query", max_density=0.25)
     return {
         "full": dataclasses.replace(exact, dispatch="dense", backend="auto"),
         "exact": exact,
         "shared": dataclasses.replace(exact, dispatch="shared"),
         # Three of sixteen blocks: about the density that the paper's threshold comes to.
-        "MoBA": dataclasses.replace(exact, temporal=AboutBlocks(16), rule=TopK(density=3 / 16), cycle=("temporal",)),
+        "MoBA": dataclasses.replace(exact, temporal=ApproxBlocks(16), rule=TopK(density=3 / 16), cycle=("temporal",)),
         "per-query pool": dataclasses.replace(exact, rule=per_query),
         "no cycle": dataclasses.replace(exact, cycle=("spatial",)),
     }

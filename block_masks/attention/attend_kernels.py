@@ -69,7 +69,7 @@ def _query_backward_step(
 
 @triton.jit
 def _forward_kernel(
-    query, keys, values, row_query, row_pool, first_slot, pool_keys, output, lse, scale, groups, repeats, head_slots,
+    query, keys, values, row_query, row_pool, first_slot, pool_lengths, output, lse, scale, groups, repeats, head_slots,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +79,7 @@ def _forward_kernel(
     if pool < 0:
         return
     first = tl.load(first_slot + pool % groups) + pool // groups // repeats * head_slots
-    size = tl.load(pool_keys + pool)
+    size = tl.load(pool_lengths + pool)
     row = start_row + tl.arange(0, BLOCK_M)
     place = tl.load(row_query + row).to(tl.int64)
     dim = tl.arange(0, BLOCK_D)[None, :]
@@ -110,7 +110,7 @@ def _forward_kernel(
 
 @triton.jit
 def _query_backward_kernel(
-    rows, keys, values, grad, lse, delta, row_pool, first_slot, pool_keys, grad_rows,
+    rows, keys, values, grad, lse, delta, row_pool, first_slot, pool_lengths, grad_rows,
     scale, groups, repeats, head_slots,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -121,7 +121,7 @@ def _query_backward_kernel(
     if pool < 0:
         return
     first = tl.load(first_slot + pool % groups) + pool // groups // repeats * head_slots
-    size = tl.load(pool_keys + pool)
+    size = tl.load(pool_lengths + pool)
     row = start_row + tl.arange(0, BLOCK_M)
     q = _load_tile(rows, start_row, BLOCK_M, D, BLOCK_D, TMA)
     do = _load_tile(grad, start_row, BLOCK_M, DV, BLOCK_DV, TMA)
@@ -147,7 +147,7 @@ def _query_backward_kernel(
 
 @triton.jit
 def _key_backward_kernel(
-    rows, keys, values, grad, lse, delta, first_tile, tiles, tile_group, first_slot, pool_keys,
+    rows, keys, values, grad, lse, delta, first_tile, tiles, tile_group, first_slot, pool_lengths,
     grad_keys, grad_values, scale, first_head, groups, repeats, head_slots,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -173,7 +173,7 @@ def _key_backward_kernel(
         ds = p * (tl.dot(v, do.T, input_precision=PRECISION) - mean)
         grad_k = tl.dot(ds.to(q.dtype), q, grad_k, input_precision=PRECISION)
     # What the rows did not attend, they give nothing.
-    left = tl.load(first_slot + pool % groups) + tl.load(pool_keys + pool) - slot % head_slots
+    left = tl.load(first_slot + pool % groups) + tl.load(pool_lengths + pool) - slot % head_slots
     live = tl.arange(0, BLOCK_N)[:, None] < left
     grad_k, grad_v = tl.where(live, grad_k * scale, 0.0), tl.where(live, grad_v, 0.0)
     place = (first_head * head_slots + slot).to(tl.int64) + tl.arange(0, BLOCK_N)[:, None]
@@ -232,7 +232,7 @@ def forward(
     values: Tensor,
     plan: RowPlan,
     slots: Slots,
-    pool_keys: Tensor,
+    pool_lengths: Tensor,
     section: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -245,15 +245,16 @@ def forward(
     launch = _Launch("forward", query, values, plan.tile_size)
     _forward_kernel[len(row_query) // launch.block_m,](
         query, launch.tiles(keys, launch.block_n), launch.tiles(values, launch.block_n),
-        row_query, row_pool, slots.first_slot, pool_keys, output, lse,
-        scale, len(slots.group_keys), len(query) // len(keys), keys.shape[1], **launch.options,
+        row_query, row_pool, slots.first_slot, pool_lengths, output, lse,
+        scale, len(slots.group_lengths), len(query) // len(keys), keys.shape[1], **launch.options,
     )  # fmt: skip
     return output, lse
 
 
 def backward(
     query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, keys: Tensor, values: Tensor,
-    grad_keys: Tensor, grad_values: Tensor, plan: RowPlan, slots: Slots, pool_keys: Tensor, section: int, scale: float,
+    grad_keys: Tensor, grad_values: Tensor, plan: RowPlan, slots: Slots, pool_lengths: Tensor, section: int,
+    scale: float,
 ) -> Tensor:  # fmt: skip
     """Gradients through a section's rows; see ``row_steps.backward``."""
     row_query, row_pool = plan.row_query[section], plan.row_pool[section]
@@ -261,20 +262,20 @@ def backward(
     rows, grads = (move_kernels.take_rows(x.flatten(0, 1), row_query, row_pool) for x in (query, grad))
     row_lse = move_kernels.take_rows(lse.flatten(), row_query, row_pool, torch.inf)
     row_delta = move_kernels.take_rows(delta.flatten(), row_query, row_pool)
-    groups, repeats, head_slots = len(slots.group_keys), len(query) // len(keys), keys.shape[1]
+    groups, repeats, head_slots = len(slots.group_lengths), len(query) // len(keys), keys.shape[1]
     grad_rows = torch.empty_like(rows)
     launch = _Launch("query", rows, values, plan.tile_size)
     _query_backward_kernel[len(rows) // launch.block_m,](
         launch.tiles(rows, launch.block_m), *(launch.tiles(x, launch.block_n) for x in (keys, values)),
         launch.tiles(grads, launch.block_m), row_lse, row_delta, row_pool,
-        slots.first_slot, pool_keys, grad_rows, scale, groups, repeats, head_slots, **launch.options,
+        slots.first_slot, pool_lengths, grad_rows, scale, groups, repeats, head_slots, **launch.options,
     )  # fmt: skip
     launch = _Launch("key", rows, values, plan.tile_size)
     heads = len(query) // len(plan.row_pool)
     _key_backward_kernel[heads * head_slots // launch.block_n,](
         launch.tiles(rows, launch.block_m), *(launch.tiles(x, launch.block_n) for x in (keys, values)),
         launch.tiles(grads, launch.block_m), row_lse, row_delta, plan.first_tile, plan.tiles, slots.tile_group,
-        slots.first_slot, pool_keys, grad_keys, grad_values,
+        slots.first_slot, pool_lengths, grad_keys, grad_values,
         scale, section * heads, groups, repeats, head_slots, **launch.options,
     )  # fmt: skip
     return grad_rows

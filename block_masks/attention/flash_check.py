@@ -84,10 +84,10 @@ def _worst_error(
         for sizes, there in problems:
             tokens = sum(sizes)
             group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
-            group_keys = None if there is None else torch.tensor([there], dtype=torch.int32, device=device)
+            group_lengths = None if there is None else torch.tensor([there], dtype=torch.int32, device=device)
             make = _slot_ways if of_slots else _packed_ways
             slots = plan_slots(group, sizes, sorted_keys=True)
-            ways = make(group, slots, group_keys, head_dim**-0.5, generator)
+            ways = make(group, slots, group_lengths, head_dim**-0.5, generator)
             inputs = random(2, tokens, head_dim), random(2, tokens, head_dim), random(2, tokens, value_dim)
             grad = random(2, tokens, value_dim)
             results = []
@@ -121,18 +121,18 @@ def undisturbed(call: Callable[[], T]) -> T:
 
 
 def _packed_ways(
-    group: Tensor, slots: Slots, group_keys: Tensor | None, scale: float, generator: torch.Generator
+    group: Tensor, slots: Slots, group_lengths: Tensor | None, scale: float, generator: torch.Generator
 ) -> Ways:
     """Attention of two heads whose queries chose groups each for itself."""
     selected = (torch.rand((2, len(group), len(slots.group_sizes)), generator=generator) < 0.6).to(group.device)
-    if group_keys is not None:
-        selected, group_keys = selected & (group_keys > 0), group_keys.expand(2, -1)
+    if group_lengths is not None:
+        selected, group_lengths = selected & (group_lengths > 0), group_lengths.expand(2, -1)
 
     def through(backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return attend_packed(
                 query, key, value, selected, slots,
-                row_tiles=(42, 21), heads=(2, 1), scale=scale, backend=backend, group_keys=group_keys,
+                row_tiles=(42, 21), heads=(2, 1), scale=scale, backend=backend, group_lengths=group_lengths,
             )[0]  # fmt: skip
 
         return attend
@@ -141,21 +141,21 @@ def _packed_ways(
 
 
 def _slot_ways(
-    group: Tensor, slots: Slots, group_keys: Tensor | None, scale: float, generator: torch.Generator
+    group: Tensor, slots: Slots, group_lengths: Tensor | None, scale: float, generator: torch.Generator
 ) -> Ways:
     """Attention of two heads whose tiles of slots chose groups."""
     shape = (1, 2, len(slots.tile_group), len(slots.group_sizes))
     selected = torch.rand(shape, generator=generator).to(group.device) < 0.5
     selected[..., 0] = True
     mask = selected[0].index_select(1, slots.key_slot // slots.tile_size)[..., group]
-    held = None
-    if group_keys is not None:
-        held = slots.held(group_keys)
-        mask = mask & held.live[0, slots.key_slot]
+    valid = None
+    if group_lengths is not None:
+        valid = slots.valid(group_lengths)
+        mask = mask & valid.slots[0, slots.key_slot]
 
     def flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = to_slots(query[None], slots), *(to_slots(x[None], slots, held) for x in (key, value))
-        return from_slots(attend_slots(query, key, value, selected, slots, scale, group_keys), slots)[0]
+        query, key, value = to_slots(query[None], slots), *(to_slots(x[None], slots, valid) for x in (key, value))
+        return from_slots(attend_slots(query, key, value, selected, slots, scale, group_lengths), slots)[0]
 
     masked = functools.partial(F.scaled_dot_product_attention, attn_mask=mask, scale=scale)
     return {"exact": masked, "other": masked, "flash": flash}

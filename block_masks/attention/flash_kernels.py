@@ -24,7 +24,7 @@ def forward(
     values: Tensor,
     plan: RowPlan,
     slots: Slots,
-    pool_keys: Tensor,
+    pool_lengths: Tensor,
     section: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def forward(
 
     rows = move_kernels.take_rows(query.flatten(0, 1), plan.row_query[section], plan.row_pool[section])
     keys, values = (_of_section(x, query, plan, section) for x in (keys, values))
-    lists = (x[None, None].contiguous() for x in key_tile_lists(plan, slots, pool_keys, section, whole=True))
+    lists = (x[None, None].contiguous() for x in key_tile_lists(plan, slots, pool_lengths, section, whole=True))
     output, lse, *_ = _flash_attn_fwd(
         *(x.reshape(1, -1, 1, x.shape[-1]) for x in (rows, keys, values)),
         softmax_scale=scale, return_lse=True,
@@ -48,7 +48,8 @@ def forward(
 
 def backward(
     query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, keys: Tensor, values: Tensor,
-    grad_keys: Tensor, grad_values: Tensor, plan: RowPlan, slots: Slots, pool_keys: Tensor, section: int, scale: float,
+    grad_keys: Tensor, grad_values: Tensor, plan: RowPlan, slots: Slots, pool_lengths: Tensor, section: int,
+    scale: float,
 ) -> Tensor:  # fmt: skip
     """Gradients through a section's rows; see ``row_steps.backward``."""
     from flash_attn.cute.interface import _flash_attn_bwd
@@ -67,7 +68,7 @@ def backward(
     # It writes to the slots of the keys that take part alone: what stands in the others is read by nobody.
     grad_rows, *_ = _flash_attn_bwd(
         rows, *(x.flatten(0, 1)[:, None] for x in (keys, values)), outputs, grads, row_lse[None],
-        dlse=-row_delta[None], softmax_scale=scale, **_lengths(plan, slots, pool_keys, section),
+        dlse=-row_delta[None], softmax_scale=scale, **_lengths(plan, slots, pool_lengths, section),
         **{name: x[part].flatten(0, 1)[:, None] for name, x in (("dk", grad_keys), ("dv", grad_values))},
     )  # fmt: skip
     return grad_rows[:, 0]
@@ -120,9 +121,9 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _lengths(plan: RowPlan, slots: Slots, pool_keys: Tensor, section: int) -> dict[str, object]:
-    """A section's pools as sequences: their rows, fillers included, and their slots, with the keys that take part."""
-    groups, sections = len(slots.group_keys), len(plan.row_pool)
+def _lengths(plan: RowPlan, slots: Slots, pool_lengths: Tensor, section: int) -> dict[str, object]:
+    """A section's pools as sequences: their rows, padding included, and their slots, with the keys that take part."""
+    groups, sections = len(slots.group_lengths), len(plan.row_pool)
     heads = len(plan.query_count) // sections
     part = slice(section * heads * groups, (section + 1) * heads * groups)
     ends = plan.first_tile[part] + plan.tiles[part]
@@ -132,7 +133,7 @@ def _lengths(plan: RowPlan, slots: Slots, pool_keys: Tensor, section: int) -> di
     return {
         "cu_seqlens_q": torch.cat([torch.zeros_like(ends[:1]), ends * plan.tile_size]),
         "cu_seqlens_k": torch.cat([torch.zeros_like(slot_ends[:1]), slot_ends]),
-        "seqused_k": pool_keys[part],
+        "seqused_k": pool_lengths[part],
         "max_seqlen_q": -(-plan.query_rows.shape[-1] // plan.tile_size) * plan.tile_size,
         "max_seqlen_k": max(slots.group_sizes),
     }

@@ -7,7 +7,7 @@ its query from the merged log-sum-exp: ``p = exp(score - lse)``.
 
 Three backends do the work on the rows: ``"eager"``, plain PyTorch on any device (``row_steps.py``), ``"triton"``
 (``attend_kernels.py``) and ``"flash"`` (``flash_kernels.py``); the latter two move rows by ``row_kernels.py``. The last
-one attends whole tiles alone, and slots that only fill a tile are taken out as rows are merged: ``slot_attention.py``
+one attends whole tiles alone, and padding slots are taken out as rows are merged: ``slot_attention.py``
 says how.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from block_masks.attention import row_steps
 from block_masks.launching.device import on_device
 from block_masks.plans.rows import plan_rows
-from block_masks.plans.slots import HeldKeys, Slots
+from block_masks.plans.slots import Slots, ValidSlots
 
 
 def attend_packed(
@@ -34,7 +34,7 @@ def attend_packed(
     heads: tuple[int, int],
     scale: float,
     backend: str,
-    group_keys: Tensor | None = None,
+    group_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query over the keys of the groups that it chose, at the price of the pairs that it chose.
 
@@ -49,46 +49,48 @@ def attend_packed(
         heads: heads of a section, divisors of H, likewise.
         scale: factor on the scores.
         backend: ``"eager"``, ``"triton"`` or ``"flash"``.
-        group_keys: int32 ``(H, G)``: how many of a group's keys, the first ones, the queries of a head attend; all if
-            None. At least one where a query chose the group. For ``"flash"`` the same in all heads that share a key
+        group_lengths: int32 ``(H, G)``: how many of a group's keys, the first ones, the queries of a head attend; all
+            if None. At least one where a query chose the group. For ``"flash"`` the same in all heads that share a key
             head.
 
     Returns:
         The output ``(H, S, value dim)``, 0 where a query chose nothing, and the natural log-sum-exp of each query's
         scores ``(H, S)``, float32, or float64 for float64 inputs. Gradients flow through the output alone; those of key
-        and value are zero at keys that ``group_keys`` leaves out.
+        and value are zero at keys that ``group_lengths`` leaves out.
     """
-    return _attend(query, key, value, selected, group_keys, *slots.flat, list(row_tiles), list(heads), scale, backend)
+    return _attend(
+        query, key, value, selected, group_lengths, *slots.flat, list(row_tiles), list(heads), scale, backend
+    )
 
 
 @torch.library.custom_op("block_masks::attend_packed", mutates_args=())
 @on_device
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_keys: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_lengths: Tensor | None,
     slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool,
     row_tiles: list[int], heads: list[int], scale: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     move, attend = _modules(backend)
     slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
-    held = _held(group_keys, slots, len(query) // len(key), backend)
+    valid = _valid(group_lengths, slots, len(query) // len(key), backend)
     query = query.contiguous()
-    keys, values = (_in_slots(x, slots, move, held) for x in (key, value))
+    keys, values = (_in_slots(x, slots, move, valid) for x in (key, value))
     plan = plan_rows(selected, row_tiles[0], heads[0], tile_size)
-    pool_keys = _pool_keys(group_keys, slots, len(query))
-    of_fillers = None
-    if backend == "flash" and not (slots.whole and held is None):
-        from block_masks.attention import filler_kernels
+    pool_lengths = _pool_keys(group_lengths, slots, len(query))
+    padding_lse = None
+    if backend == "flash" and not (slots.whole and valid is None):
+        from block_masks.attention import padding_kernels
 
-        held = held or slots.held(slots.group_keys[None])
-        last_keys = move.take_slots(keys, held.last)[None]
-        of_fillers = filler_kernels.filler_lse(query[None], last_keys, held.fillers, selected[None], scale, 1)[0]
-        keys = move.take_slots(keys, held.copied(slots))
+        valid = valid or slots.valid(slots.group_lengths[None])
+        last_keys = move.take_slots(keys, valid.last)[None]
+        padding_lse = padding_kernels.padding_lse(query[None], last_keys, valid.padding, selected[None], scale, 1)[0]
+        keys = move.take_slots(keys, valid.copied(slots))
     output, lse = query.new_empty(*query.shape[:2], value.shape[-1]), _like_lse(query)
     for section in range(len(plan.row_pool)):
-        rows = attend.forward(query, keys, values, plan, slots, pool_keys, section, scale)
+        rows = attend.forward(query, keys, values, plan, slots, pool_lengths, section, scale)
         part = slice(section * heads[0], (section + 1) * heads[0])
         lists = plan.query_rows[part], plan.query_count[part]
-        move.merge_rows(*rows, *lists, output[part], lse[part], None if of_fillers is None else of_fillers[part])
+        move.merge_rows(*rows, *lists, output[part], lse[part], None if padding_lse is None else padding_lse[part])
         del rows
     return output, lse
 
@@ -101,32 +103,32 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Te
 @torch.library.custom_op("block_masks::attend_packed_backward", mutates_args=())
 @on_device
 def _attend_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_keys: Tensor | None,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_lengths: Tensor | None,
     output: Tensor, lse: Tensor, slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool,
     row_tiles: list[int], heads: list[int], scale: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     move, attend = _modules(backend)
     slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
-    held = _held(group_keys, slots, len(query) // len(key), backend)
+    valid = _valid(group_lengths, slots, len(query) // len(key), backend)
     grad, query = grad.contiguous(), query.contiguous()
-    keys, values = (_in_slots(x, slots, move, held) for x in (key, value))
+    keys, values = (_in_slots(x, slots, move, valid) for x in (key, value))
     plan = plan_rows(selected, row_tiles[1], heads[1], tile_size)
-    pool_keys = _pool_keys(group_keys, slots, len(query))
+    pool_lengths = _pool_keys(group_lengths, slots, len(query))
     delta = move.delta(grad, output)
     grad_query = torch.empty_like(query)
     # Of each query head, summed over those that share a key head at the end.
     grad_keys, grad_values = (x.new_empty(len(query), *x.shape[1:]) for x in (keys, values))
     for section in range(len(plan.row_pool)):
         rows = attend.backward(
-            query, grad, lse, delta, keys, values, grad_keys, grad_values, plan, slots, pool_keys, section, scale
+            query, grad, lse, delta, keys, values, grad_keys, grad_values, plan, slots, pool_lengths, section, scale
         )
         part = slice(section * heads[1], (section + 1) * heads[1])
         move.sum_rows(rows, plan.query_rows[part], plan.query_count[part], grad_query[part])
         del rows
     repeats = len(query) // len(key)
-    if slots.in_place and repeats == 1 and held is None:
+    if slots.in_place and repeats == 1 and valid is None:
         return grad_query, grad_keys, grad_values
-    key_slot = slots.key_slot if held is None else held.key_slot(slots)
+    key_slot = slots.key_slot if valid is None else valid.key_slot(slots)
     grad_key, grad_value = (move.take_slots(x, key_slot, repeats) for x in (grad_keys, grad_values))
     return grad_query, grad_key, grad_value
 
@@ -152,22 +154,22 @@ def _backward_of_attend(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
 _attend.register_autograd(_backward_of_attend, setup_context=_save)
 
 
-def _held(group_keys: Tensor | None, slots: Slots, repeats: int, backend: str) -> HeldKeys | None:
+def _valid(group_lengths: Tensor | None, slots: Slots, repeats: int, backend: str) -> ValidSlots | None:
     """For each key head the keys that are there; None where all are, or where the kernels themselves count them."""
-    return None if group_keys is None or backend != "flash" else slots.held(group_keys[::repeats])
+    return None if group_lengths is None or backend != "flash" else slots.valid(group_lengths[::repeats])
 
 
-def _in_slots(x: Tensor, slots: Slots, move: ModuleType, held: HeldKeys | None) -> Tensor:
+def _in_slots(x: Tensor, slots: Slots, move: ModuleType, valid: ValidSlots | None) -> Tensor:
     """Keys or values ``(key heads, keys, D)`` in slots, contiguous; zero in those of keys that are not there."""
     x = x.contiguous()
-    if held is not None:
-        return move.take_slots(x, held.slot_key(slots))
+    if valid is not None:
+        return move.take_slots(x, valid.slot_key(slots))
     return x if slots.in_place else move.take_slots(x, slots.slot_key)
 
 
-def _pool_keys(group_keys: Tensor | None, slots: Slots, heads: int) -> Tensor:
+def _pool_keys(group_lengths: Tensor | None, slots: Slots, heads: int) -> Tensor:
     """The keys that the rows of each pool attend, int32 ``(H * G,)``."""
-    return slots.group_keys.repeat(heads) if group_keys is None else group_keys.flatten()
+    return slots.group_lengths.repeat(heads) if group_lengths is None else group_lengths.flatten()
 
 
 def _like_lse(query: Tensor) -> Tensor:

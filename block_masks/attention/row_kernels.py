@@ -49,17 +49,17 @@ def sum_rows(rows: Tensor, query_rows: Tensor, query_count: Tensor, total: Tenso
 
 
 @triton.jit
-def share_left(lse, filler_lse):
-    """What filling slots leave of the sum of ``exp(score)``."""
-    return 1 - tl.where(filler_lse == -float("inf"), 0.0, tl.exp(filler_lse - lse))
+def share_left(lse, padding_lse):
+    """What padding slots leave of the sum of ``exp(score)``."""
+    return 1 - tl.where(padding_lse == -float("inf"), 0.0, tl.exp(padding_lse - lse))
 
 
 @QuickLaunch
 @triton.jit
 def _merge_kernel(
-    output, lse, query_rows, query_count, filler_lse, merged, merged_lse, queries, groups,
+    output, lse, query_rows, query_count, padding_lse, merged, merged_lse, queries, groups,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, LISTED: tl.constexpr, UNROLL: tl.constexpr,
-    FILLERS: tl.constexpr,
+    PADDING: tl.constexpr,
 ):  # fmt: skip
     """First the whole log-sum-exp, then the weighted sum: its loads wait for nothing but the list of rows."""
     blocks = tl.cdiv(queries, ROWS)
@@ -84,9 +84,9 @@ def _merge_kernel(
         total = total * keep + tl.sum(add, 0)
         top = new_top
     whole = top + tl.log(tl.where(total == 0, 1.0, total))
-    if FILLERS:
-        of_fillers = tl.load(filler_lse + head * queries + query, mask=inside, other=-float("inf"))
-        whole += tl.log(share_left(whole, of_fillers))
+    if PADDING:
+        padding_lse = tl.load(padding_lse + head * queries + query, mask=inside, other=-float("inf"))
+        whole += tl.log(share_left(whole, padding_lse))
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for start in range(0, most, UNROLL):
         for i in tl.static_range(UNROLL):
@@ -102,14 +102,14 @@ def _merge_kernel(
 
 def merge_rows(
     output: Tensor, lse: Tensor, query_rows: Tensor, query_count: Tensor, merged: Tensor, merged_lse: Tensor,
-    filler_lse: Tensor | None = None,
+    padding_lse: Tensor | None = None,
 ) -> None:  # fmt: skip
     """See ``row_steps.merge_rows``."""
     (heads, groups, queries), dim = query_rows.shape, output.shape[1]
     _merge_kernel[heads * triton.cdiv(queries, 16),](
-        output, lse, query_rows, query_count, lse if filler_lse is None else filler_lse, merged, merged_lse,
+        output, lse, query_rows, query_count, lse if padding_lse is None else padding_lse, merged, merged_lse,
         queries, groups, D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=16, LISTED=16, UNROLL=4,
-        FILLERS=filler_lse is not None, num_warps=2,
+        PADDING=padding_lse is not None, num_warps=2,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The steps of attention over packed rows in plain PyTorch: for any device, and what the kernels are held to.
+"""The steps of attention over packed rows in plain PyTorch: for any device, and what the kernels are valid to.
 
 ``row_kernels.py`` has the steps that move rows, ``attend_kernels.py`` and ``flash_kernels.py`` the two that attend.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from block_masks.plans.rows import RowPlan
 from block_masks.plans.slots import Slots, take_slots
 
-# Scores held at a time, over tiles of rows, their rows and the slots that they may see: 256 MiB in float32.
+# Scores valid at a time, over tiles of rows, their rows and the slots that they may see: 256 MiB in float32.
 _CHUNK_SCORES = 2**26
 
 __all__ = ["backward", "delta", "forward", "merge_rows", "sum_rows", "take_slots"]
@@ -20,7 +20,7 @@ __all__ = ["backward", "delta", "forward", "merge_rows", "sum_rows", "take_slots
 
 def merge_rows(
     output: Tensor, lse: Tensor, query_rows: Tensor, query_count: Tensor, merged: Tensor, merged_lse: Tensor,
-    filler_lse: Tensor | None = None,
+    padding_lse: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Merges each query's rows: the attention over all keys that any of its rows saw.
 
@@ -31,14 +31,14 @@ def merge_rows(
         query_count: ``(H, S)``.
         merged: ``(H, S, D)``, written: 0 where a query has no rows.
         merged_lse: ``(H, S)``, written: -inf where a query has no rows.
-        filler_lse: ``(H, S)``, of what to leave out of each query's sum, see ``slot_steps.filler_lse``; None for
+        padding_lse: ``(H, S)``, of what to leave out of each query's sum, see ``slot_steps.padding_lse``; None for
             nothing.
     """
     index = _listed(query_rows, query_count)
     parts = torch.where(index >= 0, lse[index.clamp(min=0)], -torch.inf)
     torch.logsumexp(parts, 1, out=merged_lse)
-    if filler_lse is not None:
-        merged_lse += share_left(merged_lse, filler_lse).log()
+    if padding_lse is not None:
+        merged_lse += share_left(merged_lse, padding_lse).log()
     total = torch.zeros(merged.shape, dtype=_accumulator(merged), device=merged.device)
     for part, rows in zip(parts.unbind(1), index.unbind(1), strict=True):
         weight = torch.where(part == -torch.inf, 0, (part - merged_lse).exp())
@@ -46,9 +46,9 @@ def merge_rows(
     merged.copy_(total)
 
 
-def share_left(lse: Tensor, filler_lse: Tensor) -> Tensor:
-    """What filling slots leave of the sum of ``exp(score)``; all ``(H, S)``."""
-    return 1 - torch.where(filler_lse == -torch.inf, 0, (filler_lse - lse).exp())
+def share_left(lse: Tensor, padding_lse: Tensor) -> Tensor:
+    """What padding slots leave of the sum of ``exp(score)``; all ``(H, S)``."""
+    return 1 - torch.where(padding_lse == -torch.inf, 0, (padding_lse - lse).exp())
 
 
 def sum_rows(rows: Tensor, query_rows: Tensor, query_count: Tensor, total: Tensor) -> None:
@@ -71,7 +71,7 @@ def forward(
     values: Tensor,
     plan: RowPlan,
     slots: Slots,
-    pool_keys: Tensor,
+    pool_lengths: Tensor,
     section: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,7 @@ def forward(
         values: ``(key heads, slots, value dim)``.
         plan: of the rows.
         slots: of the keys.
-        pool_keys: int32 ``(H * G,)``, the keys that the rows of each pool attend, the first ones of its group.
+        pool_lengths: int32 ``(H * G,)``, the keys that the rows of each pool attend, the first ones of its group.
         section: which rows.
         scale: factor on the scores.
 
@@ -94,7 +94,7 @@ def forward(
     exact = _accumulator(query)
     output = query.new_zeros(*plan.row_query[section].shape, values.shape[-1])
     lse = torch.zeros(len(output), dtype=exact, device=query.device)
-    for chunk in _chunks(query, keys, values, plan, slots, pool_keys, section, scale):
+    for chunk in _chunks(query, keys, values, plan, slots, pool_lengths, section, scale):
         with torch.autocast(query.device.type, enabled=False):
             output[chunk.rows] = (chunk.scores.softmax(-1) @ chunk.values).to(output.dtype)
         lse[chunk.rows] = chunk.scores.logsumexp(-1)
@@ -103,7 +103,8 @@ def forward(
 
 def backward(
     query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, keys: Tensor, values: Tensor,
-    grad_keys: Tensor, grad_values: Tensor, plan: RowPlan, slots: Slots, pool_keys: Tensor, section: int, scale: float,
+    grad_keys: Tensor, grad_values: Tensor, plan: RowPlan, slots: Slots, pool_lengths: Tensor, section: int,
+    scale: float,
 ) -> Tensor:  # fmt: skip
     """Gradients through a section's rows.
 
@@ -118,7 +119,7 @@ def backward(
         grad_values: ``(H, slots, value dim)``, likewise.
         plan: of the rows.
         slots: of the keys.
-        pool_keys: int32 ``(H * G,)``, the keys that the rows of each pool attend, the first ones of its group.
+        pool_lengths: int32 ``(H * G,)``, the keys that the rows of each pool attend, the first ones of its group.
         section: which rows.
         scale: factor on the scores.
 
@@ -129,7 +130,7 @@ def backward(
     heads, head_slots = len(query) // len(plan.row_pool), keys.shape[1]
     grad_rows = torch.zeros(*plan.row_query[section].shape, query.shape[-1], dtype=exact, device=query.device)
     sums = [torch.zeros(heads * head_slots, x.shape[-1], dtype=exact, device=x.device) for x in (keys, values)]
-    for chunk in _chunks(query, keys, values, plan, slots, pool_keys, section, scale):
+    for chunk in _chunks(query, keys, values, plan, slots, pool_lengths, section, scale):
         place = plan.row_query[section][chunk.rows]
         there = (place >= 0)[..., None]
         do = torch.where(there, grad.flatten(0, 1)[place.clamp(min=0)].to(exact), 0)
@@ -150,7 +151,7 @@ class _Chunk(NamedTuple):
 
     Attributes:
         rows: ``(tiles, tile_size)``.
-        queries: ``(tiles, tile_size, D)``, zero in rows that only fill a tile.
+        queries: ``(tiles, tile_size, D)``, zero in padding rows.
         keys: ``(tiles, W, D)``, zero past the group's end, since zero times what another group holds may be NaN.
         values: ``(tiles, W, value dim)``, likewise.
         scores: ``(tiles, tile_size, W)``, -inf past the group's end.
@@ -171,19 +172,19 @@ def _chunks(
     values: Tensor,
     plan: RowPlan,
     slots: Slots,
-    pool_keys: Tensor,
+    pool_lengths: Tensor,
     section: int,
     scale: float,
 ) -> Iterator[_Chunk]:
     exact = _accumulator(query)
-    tile, groups, head_slots = plan.tile_size, len(slots.group_keys), keys.shape[1]
+    tile, groups, head_slots = plan.tile_size, len(slots.group_lengths), keys.shape[1]
     heads, repeats = len(query) // len(plan.row_pool), len(query) // len(keys)
     within = torch.arange(max(slots.group_sizes), device=query.device)
     used = (plan.row_pool[section] >= 0).nonzero().flatten()
     for tiles in used.split(max(1, _CHUNK_SCORES // (tile * len(within)))):
         pool = plan.row_pool[section][tiles]
         head, group = pool // groups, pool % groups
-        seen = within < pool_keys[pool][:, None]
+        seen = within < pool_lengths[pool][:, None]
         slot = torch.where(seen, slots.first_slot[group][:, None] + within, 0)
         index = slot + (head // repeats * head_slots)[:, None]
         k, v = (torch.where(seen[..., None], x.flatten(0, 1)[index].to(exact), 0) for x in (keys, values))

@@ -3,19 +3,19 @@
 FlashAttention-4 runs tiles with a mask at a third of its speed. A group's last tile would need one, for the slots that
 only fill it. It goes without:
 
-Forward. A filling slot holds a copy of its group's last key, and a value of zero. So it adds nothing to the output, and
+Forward. A padding slot holds a copy of its group's last key, and a value of zero. So it adds nothing to the output, and
 to a query's sum of ``exp(score)`` as much as that key does. What all of them add is known, and taken out again: the
 output is divided by the share that is left, and the logarithm of it added to the log-sum-exp. At least one in
 ``tile_size`` of a group's part in the sum is a key's own, so at least that share is left.
 
-A key that is not there, such as padding of text, is no other: its slot is a filling one. Those of a group stand behind
+A key that is not there, such as padding of text, is no other: its slot is a padding one. Those of a group stand behind
 its other keys, and tiles that hold no key at all are skipped.
 
-Backward. With the output and log-sum-exp so corrected, ``p = exp(score - lse)`` is right for each key. A filling slot
+Backward. With the output and log-sum-exp so corrected, ``p = exp(score - lse)`` is right for each key. A padding slot
 holds a key of zeros here: it adds nothing to the gradient of query, and its own gradients are dropped. Its p is
 ``exp(-lse)``, which must stay finite.
 
-``slot_steps.py`` has the steps in plain PyTorch, for a CPU; ``flash_kernels.py`` and ``filler_kernels.py`` for a GPU.
+``slot_steps.py`` has the steps in plain PyTorch, for a CPU; ``flash_kernels.py`` and ``padding_kernels.py`` for a GPU.
 """
 
 from types import ModuleType
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from block_masks.launching.device import on_device
 from block_masks.masks.tile_map import tile_lists
-from block_masks.plans.slots import HeldKeys, Slots
+from block_masks.plans.slots import Slots, ValidSlots
 
 
 def attend_slots(
@@ -36,7 +36,7 @@ def attend_slots(
     selected: Tensor,
     slots: Slots,
     scale: float,
-    group_keys: Tensor | None = None,
+    group_lengths: Tensor | None = None,
 ) -> Tensor:
     """Attention of each tile of slots over the keys of the groups that it chose.
 
@@ -50,7 +50,7 @@ def attend_slots(
         selected: bool ``(B, H, tiles, G)``: which groups each tile of slots attends, at least one with a key.
         slots: of these tiles and groups.
         scale: factor on the scores.
-        group_keys: int32 ``(B, G)``: how many of each group's keys, the first ones, are there; all if None.
+        group_lengths: int32 ``(B, G)``: how many of each group's keys, the first ones, are there; all if None.
 
     Returns:
         ``(B, H, slots, value dim)``. Gradients of key and value mean nothing in slots that hold no key. The gradient of
@@ -59,34 +59,34 @@ def attend_slots(
 
     Raises:
         ValueError: if the dtype is float16, in which ``exp(-lse)`` overflows, and a group is no whole number of tiles
-            or ``group_keys`` is given.
+            or ``group_lengths`` is given.
     """
     if query.dtype == torch.float16 and not slots.whole:
         raise ValueError(f"query must not be float16 where groups are no whole tiles, got sizes {slots.group_sizes}")
-    if query.dtype == torch.float16 and group_keys is not None:
-        raise ValueError("query must not be float16 with group_keys, got torch.float16")
-    output, _ = _attend(query, key, value, selected, group_keys, *slots.flat, scale)
+    if query.dtype == torch.float16 and group_lengths is not None:
+        raise ValueError("query must not be float16 with group_lengths, got torch.float16")
+    output, _ = _attend(query, key, value, selected, group_lengths, *slots.flat, scale)
     return output
 
 
 @torch.library.custom_op("block_masks::attend_slots", mutates_args=())
 @on_device
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_keys: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_lengths: Tensor | None,
     slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
-    attend, fillers = _modules(query)
-    if slots.whole and group_keys is None:
+    attend, padding = _modules(query)
+    if slots.whole and group_lengths is None:
         return attend.attend_tiles(query, key, value, _whole_tiles(_key_tiles(selected, slots)), scale, tile_size)
-    held = slots.held(slots.group_keys[None] if group_keys is None else group_keys)
-    lists = _whole_tiles(_key_tiles(selected, slots, held))
+    valid = slots.valid(slots.group_lengths[None] if group_lengths is None else group_lengths)
+    lists = _whole_tiles(_key_tiles(selected, slots, valid))
     keys = key.flatten(0, 1).contiguous()
-    copied = fillers.take_slots(keys, held.copied(slots)).view(key.shape)
+    copied = padding.take_slots(keys, valid.copied(slots)).view(key.shape)
     output, lse = attend.attend_tiles(query, copied, value, lists, scale, tile_size)
-    last_keys = fillers.take_slots(keys, held.last).unflatten(0, key.shape[:2])
-    of_fillers = fillers.filler_lse(query, last_keys, held.fillers, selected, scale, tile_size)
-    return output, fillers.leave_out(output, lse, of_fillers)
+    last_keys = padding.take_slots(keys, valid.last).unflatten(0, key.shape[:2])
+    padding_lse = padding.padding_lse(query, last_keys, valid.padding, selected, scale, tile_size)
+    return output, padding.remove_padding(output, lse, padding_lse)
 
 
 @_attend.register_fake
@@ -99,13 +99,13 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Te
 @torch.library.custom_op("block_masks::attend_slots_backward", mutates_args=())
 @on_device
 def _attend_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_keys: Tensor | None,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_lengths: Tensor | None,
     output: Tensor, lse: Tensor,
     slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
     attend, _ = _modules(query)
-    tiles = _key_tiles(selected, slots, None if group_keys is None else slots.held(group_keys))
+    tiles = _key_tiles(selected, slots, None if group_lengths is None else slots.valid(group_lengths))
     lists = _whole_tiles(tiles.mT)
     return attend.attend_tiles_backward(grad, query, key, value, output, lse, lists, scale, tile_size)
 
@@ -131,10 +131,10 @@ def _backward_of_attend(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
 _attend.register_autograd(_backward_of_attend, setup_context=_save)
 
 
-def _key_tiles(selected: Tensor, slots: Slots, held: HeldKeys | None = None) -> Tensor:
+def _key_tiles(selected: Tensor, slots: Slots, valid: ValidSlots | None = None) -> Tensor:
     """The tiles of keys that each tile of slots attends: bool ``(B, H, tiles, tiles)``."""
     tiles = selected.index_select(-1, slots.tile_group)
-    return tiles if held is None else tiles & held.live_tiles[:, None, None]
+    return tiles if valid is None else tiles & valid.tiles[:, None, None]
 
 
 def _whole_tiles(tiles: Tensor) -> list[Tensor]:
@@ -144,11 +144,11 @@ def _whole_tiles(tiles: Tensor) -> list[Tensor]:
 
 
 def _modules(query: Tensor) -> tuple[ModuleType, ModuleType]:
-    """What attends tiles, and what deals with filling slots. Triton and FlashAttention-4 are imported on first use."""
+    """What attends tiles, and what deals with padding slots. Triton and FlashAttention-4 are imported on first use."""
     if not query.is_cuda:
         from block_masks.attention import slot_steps
 
         return slot_steps, slot_steps
-    from block_masks.attention import filler_kernels, flash_kernels
+    from block_masks.attention import flash_kernels, padding_kernels
 
-    return flash_kernels, filler_kernels
+    return flash_kernels, padding_kernels

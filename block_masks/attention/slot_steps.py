@@ -1,4 +1,4 @@
-"""The steps of attention of tiles of slots in plain PyTorch: for a CPU, and what the kernels are held to."""
+"""The steps of attention of tiles of slots in plain PyTorch: for a CPU, and what the kernels are valid to."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from block_masks.attention.row_steps import share_left
 from block_masks.plans.slots import take_slots
 
-__all__ = ["attend_tiles", "attend_tiles_backward", "filler_lse", "leave_out", "take_slots"]
+__all__ = ["attend_tiles", "attend_tiles_backward", "padding_lse", "remove_padding", "take_slots"]
 
 
 def attend_tiles(
@@ -59,15 +59,15 @@ def attend_tiles_backward(
     return grad_query, grad_key, grad_value
 
 
-def filler_lse(
-    query: Tensor, last_keys: Tensor, fillers: Tensor, selected: Tensor, scale: float, together: int
+def padding_lse(
+    query: Tensor, last_keys: Tensor, padding: Tensor, selected: Tensor, scale: float, together: int
 ) -> Tensor:
-    """What filling slots weigh in the attention of each query, where each slot holds its group's last key.
+    """What padding slots weigh in the attention of each query, where each slot holds its group's last key.
 
     Args:
         query: ``(B, H, S, D)``.
         last_keys: the last key of each group, ``(B, key heads, G, D)``.
-        fillers: filling slots of each group, int32 ``(rows, G)``, for as many of the ``B * H`` heads each.
+        padding: padding slots of each group, int32 ``(rows, G)``, for as many of the ``B * H`` heads each.
         selected: bool ``(B, H, rows, G)``: which groups were attended by each ``together`` queries.
         scale: factor on the scores.
         together: queries to a row of ``selected``.
@@ -77,25 +77,25 @@ def filler_lse(
     """
     last_keys = last_keys.repeat_interleave(query.shape[1] // last_keys.shape[1], 1)
     batch, heads = query.shape[:2]
-    fillers = fillers.repeat_interleave(batch * heads // len(fillers), 0).view(batch, heads, 1, -1)
-    chosen = selected.repeat_interleave(together, 2)[:, :, : query.shape[2]] & (fillers > 0)
+    padding = padding.repeat_interleave(batch * heads // len(padding), 0).view(batch, heads, 1, -1)
+    chosen = selected.repeat_interleave(together, 2)[:, :, : query.shape[2]] & (padding > 0)
     scores = _scores(query, last_keys, scale)
-    scores += fillers.clamp(min=1).to(scores.dtype).log()
+    scores += padding.clamp(min=1).to(scores.dtype).log()
     return scores.masked_fill(~chosen, -torch.inf).logsumexp(-1)
 
 
-def leave_out(output: Tensor, lse: Tensor, filler_lse: Tensor) -> Tensor:
-    """Takes filling slots out of attention in which each one had a value of zero.
+def remove_padding(output: Tensor, lse: Tensor, padding_lse: Tensor) -> Tensor:
+    """Takes padding slots out of attention in which each one had a value of zero.
 
     Args:
-        output: ``(B, H, S, value dim)``, filling slots included; contiguous. They are taken out in place.
-        lse: ``(B, H, S)``, filling slots included; contiguous.
-        filler_lse: ``(B, H, S)``, theirs; contiguous.
+        output: ``(B, H, S, value dim)``, padding slots included; contiguous. They are taken out in place.
+        lse: ``(B, H, S)``, padding slots included; contiguous.
+        padding_lse: ``(B, H, S)``, theirs; contiguous.
 
     Returns:
         The log-sum-exp without them.
     """
-    left = share_left(lse, filler_lse)
+    left = share_left(lse, padding_lse)
     output /= left[..., None]
     return lse + left.log()
 

@@ -31,7 +31,7 @@ def _check(selected: Tensor, key_group: Tensor, tile_size: int) -> None:
         )
 
 
-def group_tiles(selected: Tensor, key_group: Tensor, tile_size: int = 128, key_live: Tensor | None = None) -> TileMap:
+def group_tiles(selected: Tensor, key_group: Tensor, tile_size: int = 128, key_valid: Tensor | None = None) -> TileMap:
     """Finds the tiles that must run and those of them that need no mask.
 
     Works on tiles x groups and tiles x tiles, never on queries x keys. Groups may lie anywhere: straddle tiles, be
@@ -41,7 +41,7 @@ def group_tiles(selected: Tensor, key_group: Tensor, tile_size: int = 128, key_l
         selected: bool ``(B, H, queries, G)``: which groups each query attends.
         key_group: int ``(keys,)``: the group in ``[0, G)`` of each key.
         tile_size: queries, and keys, in a tile.
-        key_live: as ``group_mask``.
+        key_valid: as ``group_mask``.
 
     Raises:
         TypeError: as ``group_mask``.
@@ -56,8 +56,8 @@ def group_tiles(selected: Tensor, key_group: Tensor, tile_size: int = 128, key_l
     padded_group = F.pad(key_group, (0, -keys % tile_size), value=-1).view(-1, tile_size, 1)
     of_group = padded_group == torch.arange(groups, device=key_group.device)
     whole = torch.arange(len(padded_group), device=key_group.device) < keys // tile_size
-    if key_live is not None:  # by sample, and the same in each head
-        live = F.pad(key_live, (0, -keys % tile_size)).unflatten(-1, (-1, tile_size))[:, None]
+    if key_valid is not None:  # by sample, and the same in each head
+        live = F.pad(key_valid, (0, -keys % tile_size)).unflatten(-1, (-1, tile_size))[:, None]
         of_group, whole = of_group & live[..., None], whole & live.all(-1)[:, :, None]
     holds = of_group.any(-2).to(torch.float32).mT
     # Counts of groups are at most G: exact in float32, and in the reduced precisions that a matmul may choose.
@@ -67,7 +67,7 @@ def group_tiles(selected: Tensor, key_group: Tensor, tile_size: int = 128, key_l
 
 
 def group_mask(
-    selected: Tensor, key_group: Tensor, *, tile_size: int = 128, key_live: Tensor | None = None
+    selected: Tensor, key_group: Tensor, *, tile_size: int = 128, key_valid: Tensor | None = None
 ) -> BlockMask:
     """Builds the mask ``selected[b, h, q, key_group[k]]`` as a ``BlockMask``.
 
@@ -78,7 +78,7 @@ def group_mask(
         selected: bool ``(B, H, queries, G)``: which groups each query attends.
         key_group: int ``(keys,)``: the group in ``[0, G)`` of each key.
         tile_size: queries, and keys, in a tile. Compiled kernels on Hopper GPUs need a multiple of 128.
-        key_live: bool ``(B, keys)``: False at keys that nobody attends, such as padding; all True if None.
+        key_valid: bool ``(B, keys)``: False at keys that nobody attends, such as padding; all True if None.
 
     Returns:
         A ``BlockMask`` of shape ``(B, H, queries, keys)`` whose ``mask_mod`` alone says everything.
@@ -89,10 +89,10 @@ def group_mask(
         ValueError: if a rank, device or ``tile_size`` does not fit, or ``selected`` is too large to index, see
             ``pair_lookup``.
     """
-    tiles = group_tiles(selected, key_group, tile_size, key_live)
+    tiles = group_tiles(selected, key_group, tile_size, key_valid)
     chosen = pair_lookup(selected)
     group = realize(key_group.to(torch.int32))
-    live = None if key_live is None else realize(key_live)
+    live = None if key_valid is None else realize(key_valid)
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         attended = chosen(b, h, q_idx, group[kv_idx])

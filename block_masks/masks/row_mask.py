@@ -18,13 +18,13 @@ def row_mask(plan: RowPlan, slots: Slots, section: int = 0) -> BlockMask:
 
     Returns:
         A ``BlockMask`` of shape ``(1, 1, rows, heads of the section * slots)`` whose ``mask_mod`` alone says
-        everything. Rows that fill a tile attend what their tile attends.
+        everything. Padding rows attend what their tile attends.
     """
-    tile, groups, head_slots = plan.tile_size, len(slots.group_keys), len(slots.slot_key)
+    tile, groups, head_slots = plan.tile_size, len(slots.group_lengths), len(slots.slot_key)
     heads = len(plan.query_count) // len(plan.row_pool)
     device = plan.row_pool.device
-    pool_keys = slots.group_keys.repeat(len(plan.query_count))
-    cut, cut_list, full, full_list = key_tile_lists(plan, slots, pool_keys, section)
+    pool_lengths = slots.group_lengths.repeat(len(plan.query_count))
+    cut, cut_list, full, full_list = key_tile_lists(plan, slots, pool_lengths, section)
     # Row tiles of each key tile: one contiguous range, full or cut like the key tile.
     head = section * heads + torch.arange(heads, device=device)[:, None]
     pools = (head * groups + slots.tile_group).flatten()
@@ -53,26 +53,26 @@ def row_mask(plan: RowPlan, slots: Slots, section: int = 0) -> BlockMask:
 
 
 def key_tile_lists(
-    plan: RowPlan, slots: Slots, pool_keys: Tensor, section: int, whole: bool = False
+    plan: RowPlan, slots: Slots, pool_lengths: Tensor, section: int, whole: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The tiles of slots that each tile of rows attends: those cut short, counted and listed, and the full ones.
 
     Args:
         plan: of the rows.
         slots: of the keys; the h-th head of the section holds the slots from ``h * slots`` on.
-        pool_keys: int32 ``(H * G,)``, the keys that the rows of each pool attend, the first ones of its group.
+        pool_lengths: int32 ``(H * G,)``, the keys that the rows of each pool attend, the first ones of its group.
         section: which section's rows.
-        whole: whether to count slots that only fill a tile as if they held a key, so that no tile is cut.
+        whole: whether to count padding slots as if they valid a key, so that no tile is cut.
 
     Returns:
         int32 counts ``(row tiles,)`` and lists ``(row tiles, tiles of the largest group)`` of cut tiles; the same of
         full tiles. Lists can be read to their ends.
     """
-    tile, groups, head_tiles = plan.tile_size, len(slots.group_keys), len(slots.tile_group)
+    tile, groups, head_tiles = plan.tile_size, len(slots.group_lengths), len(slots.tile_group)
     heads = len(plan.query_count) // len(plan.row_pool)
     used = plan.row_pool[section] >= 0
     pool = torch.where(used, plan.row_pool[section], section * heads * groups)
-    keys = pool_keys[pool]
+    keys = pool_lengths[pool]
     if whole:
         keys = -(-keys // tile) * tile
     pool = pool - section * heads * groups

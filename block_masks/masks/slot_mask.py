@@ -1,7 +1,7 @@
 """Which slots each tile of slots attends, as a map of tiles and as a ``BlockMask``.
 
 A tile whose slots all hold a key runs without a mask. Only the last tile of a group can be cut short, and then its
-filling slots are masked.
+padding slots are masked.
 """
 
 from torch import Tensor
@@ -13,38 +13,38 @@ from block_masks.masks.tile_map import TileMap, block_mask_from_tiles
 from block_masks.plans.slots import Slots
 
 
-def live_slots(slots: Slots, key_live: Tensor | None) -> Tensor | None:
+def valid_slots(slots: Slots, key_valid: Tensor | None) -> Tensor | None:
     """Which slots hold a key that is attended: bool ``(B, slots)``, of keys ``(B, keys)``; None of None."""
-    if key_live is None:
+    if key_valid is None:
         return None
-    return (slots.slot_key >= 0) & key_live[:, slots.slot_key.clamp(min=0)]
+    return (slots.slot_key >= 0) & key_valid[:, slots.slot_key.clamp(min=0)]
 
 
-def slot_tile_map(selected: Tensor, slots: Slots, slot_live: Tensor | None = None) -> TileMap:
+def slot_tile_map(selected: Tensor, slots: Slots, slot_valid: Tensor | None = None) -> TileMap:
     """Finds the tiles of ``slot_mask`` that must run, and those of them that need no mask.
 
     Args:
         selected: bool ``(B, H, tiles, G)``: which groups each tile of slots attends.
         slots: of these tiles and groups.
-        slot_live: as in ``slot_mask``.
+        slot_valid: as in ``slot_mask``.
     """
     some = selected.index_select(-1, slots.tile_group)
     full = slots.tile_keys == slots.tile_size
-    if slot_live is not None:
-        tiles = slot_live.unflatten(-1, (-1, slots.tile_size))
+    if slot_valid is not None:
+        tiles = slot_valid.unflatten(-1, (-1, slots.tile_size))
         some, full = some & tiles.any(-1)[:, None, None], tiles.all(-1)[:, None, None]
     return TileMap(some, some & full)
 
 
-def slot_mask(selected: Tensor, slots: Slots, slot_live: Tensor | None = None) -> BlockMask:
+def slot_mask(selected: Tensor, slots: Slots, slot_valid: Tensor | None = None) -> BlockMask:
     """Builds the mask in which all slots of a tile attend the keys of the groups that the tile chose.
 
-    A filling slot attends what its tile attends, so that its output is finite, and no slot attends a filling one.
+    A padding slot attends what its tile attends, so that its output is finite, and no slot attends a padding one.
 
     Args:
         selected: bool ``(B, H, tiles, G)``: which groups each tile of slots attends.
         slots: of these tiles and groups.
-        slot_live: bool ``(B, slots)``: False at slots that nobody attends, the filling ones among them; these alone if
+        slot_valid: bool ``(B, slots)``: False at slots that nobody attends, the padding ones among them; these alone if
             None.
 
     Returns:
@@ -52,7 +52,7 @@ def slot_mask(selected: Tensor, slots: Slots, slot_live: Tensor | None = None) -
     """
     chosen, group, tile_size = pair_lookup(selected), slots.slot_group, slots.tile_size
 
-    live = None if slot_live is None else realize(slot_live)
+    live = None if slot_valid is None else realize(slot_valid)
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         key_group = group[kv_idx]
@@ -60,4 +60,4 @@ def slot_mask(selected: Tensor, slots: Slots, slot_live: Tensor | None = None) -
         return there & chosen(b, h, q_idx // tile_size, key_group)
 
     lengths = (len(group), len(group))
-    return block_mask_from_tiles(slot_tile_map(selected, slots, slot_live), mask_mod, lengths, (tile_size, tile_size))
+    return block_mask_from_tiles(slot_tile_map(selected, slots, slot_valid), mask_mod, lengths, (tile_size, tile_size))

@@ -37,9 +37,9 @@ def take_rows(
 
     Args:
         source: contiguous.
-        row_query: int32 ``(rows,)``, -1 in rows that only fill a tile; these get ``fill``.
+        row_query: int32 ``(rows,)``, -1 in padding rows; these get ``fill``.
         row_pool: int32 ``(row tiles,)``, -1 in unused tiles, behind the others; these are left as they are.
-        fill: for rows that only fill a tile.
+        fill: for padding rows.
         clear_next: whether the first unused tile gets ``fill`` too.
     """
     (rows,), tiles = row_query.shape, row_pool.shape[0]

@@ -128,26 +128,26 @@ def place_rows(
 
 @QuickLaunch
 @triton.jit
-def _count_keys_kernel(key_group, counts, group_keys, keys, chunks, CHUNK: tl.constexpr):
+def _count_keys_kernel(key_group, counts, group_lengths, keys, chunks, CHUNK: tl.constexpr):
     group, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     key = chunk * CHUNK + tl.arange(0, CHUNK)
     there = tl.load(key_group + key, mask=key < keys, other=-1) == group
     count = tl.sum(there.to(tl.int32), 0)
     tl.store(counts + tl.program_id(0), count)
-    tl.atomic_add(group_keys + group, count)
+    tl.atomic_add(group_lengths + group, count)
 
 
 @QuickLaunch
 @triton.jit
 def _place_keys_kernel(
-    key_group, counts, group_keys, slot_key, key_slot, slot_group, tile_group, tile_keys, first_slot,
+    key_group, counts, group_lengths, slot_key, key_slot, slot_group, tile_group, tile_keys, first_slot,
     keys, chunks, num_tiles,
     TILE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Places a chunk of a group's keys; the group's first program describes its tiles too."""
     group, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     other, earlier = tl.arange(0, GROUPS), tl.arange(0, CHUNKS)
-    sizes = tl.load(group_keys + other, mask=other < group, other=0)
+    sizes = tl.load(group_lengths + other, mask=other < group, other=0)
     first_tile = tl.sum((sizes + (TILE - 1)) // TILE, 0)
     first = first_tile * TILE
     before = tl.sum(tl.load(counts + group * chunks + earlier, mask=earlier < chunk, other=0), 0)
@@ -158,19 +158,19 @@ def _place_keys_kernel(
     tl.store(slot_group + slot, tl.zeros_like(slot) + group, mask=there)
     tl.store(key_slot + key, slot.to(tl.int64), mask=there)
     if chunk == 0:
-        size = tl.load(group_keys + group)
+        size = tl.load(group_lengths + group)
         tiles = (size + (TILE - 1)) // TILE
         tl.store(first_slot + group, first)
-        filler = first + size + tl.arange(0, SPAN)
-        filling = filler < first + tiles * TILE
-        tl.store(slot_key + filler, tl.full((SPAN,), -1, tl.int64), mask=filling)
-        tl.store(slot_group + filler, tl.full((SPAN,), -1, tl.int32), mask=filling)
+        padding = first + size + tl.arange(0, SPAN)
+        filling = padding < first + tiles * TILE
+        tl.store(slot_key + padding, tl.full((SPAN,), -1, tl.int64), mask=filling)
+        tl.store(slot_group + padding, tl.full((SPAN,), -1, tl.int32), mask=filling)
         for start in range(0, tiles, SPAN):
             tile = start + tl.arange(0, SPAN)
             inside = (tile < tiles) & (first_tile + tile < num_tiles)
             tl.store(tile_group + first_tile + tile, tl.zeros_like(tile).to(tl.int64) + group, mask=inside)
-            held = tl.minimum(size - tile * TILE, TILE)
-            tl.store(tile_keys + first_tile + tile, held.to(tl.int64), mask=inside)
+            valid = tl.minimum(size - tile * TILE, TILE)
+            tl.store(tile_keys + first_tile + tile, valid.to(tl.int64), mask=inside)
 
 
 def place_keys(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) -> list[Tensor]:
@@ -184,14 +184,14 @@ def place_keys(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) -
     """
     (keys,), short = key_group.shape, {"dtype": torch.int32, "device": key_group.device}
     chunks, slots = triton.cdiv(keys, _CHUNK), num_tiles * tile_size
-    counts, group_keys = torch.empty(groups * chunks, **short), torch.zeros(groups, **short)
+    counts, group_lengths = torch.empty(groups * chunks, **short), torch.zeros(groups, **short)
     first_slot, slot_group = torch.empty(groups, **short), torch.empty(slots, **short)
     slot_key, key_slot = key_group.new_empty(slots), key_group.new_empty(keys)
     tile_group, tile_keys = key_group.new_empty(num_tiles), key_group.new_empty(num_tiles)
-    _count_keys_kernel[groups * chunks,](key_group, counts, group_keys, keys, chunks, CHUNK=_CHUNK)
+    _count_keys_kernel[groups * chunks,](key_group, counts, group_lengths, keys, chunks, CHUNK=_CHUNK)
     _place_keys_kernel[groups * chunks,](
-        key_group, counts, group_keys, slot_key, key_slot, slot_group, tile_group, tile_keys, first_slot,
+        key_group, counts, group_lengths, slot_key, key_slot, slot_group, tile_group, tile_keys, first_slot,
         keys, chunks, num_tiles, TILE=tile_size, CHUNK=_CHUNK, CHUNKS=triton.next_power_of_2(chunks),
         GROUPS=triton.next_power_of_2(groups), SPAN=triton.next_power_of_2(tile_size),
     )  # fmt: skip
-    return [slot_key, key_slot, slot_group, tile_group, tile_keys, first_slot, group_keys]
+    return [slot_key, key_slot, slot_group, tile_group, tile_keys, first_slot, group_lengths]

@@ -25,7 +25,7 @@ class RowPlan:
     A pool is a (head, group), ``h * G + g``; its rows fill whole tiles.
 
     Attributes:
-        row_query: int32 ``(sections, rows)``, the query ``h * S + s`` of each row, -1 in rows that only fill a tile.
+        row_query: int32 ``(sections, rows)``, the query ``h * S + s`` of each row, -1 in padding rows.
         row_pool: int32 ``(sections, row tiles)``, the pool of each tile of rows, -1 in unused tiles.
         query_rows: int32 ``(H, G, S)``, the rows of each query in the order of their groups: ``query_count`` of them,
             and anything behind.

@@ -3,7 +3,7 @@
     plan_slots    the group of each key -> which key is in which slot
     to_slots      keys, values or queries -> slots; from_slots takes them back
 
-Only the last tile of a group can be cut short; its filling slots hold no key.
+Only the last tile of a group can be cut short; its padding slots hold no key.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ class Slots:
     """Where keys lie in slots. All tensors are on the device; nothing is read back.
 
     Attributes:
-        slot_key: int64 ``(slots,)``, the key in each slot, -1 in slots that only fill a tile. Groups stand in the order
+        slot_key: int64 ``(slots,)``, the key in each slot, -1 in padding slots. Groups stand in the order
             of their ids, and the keys of a group in their own order.
         key_slot: int64 ``(keys,)``, the slot of each key.
-        slot_group: int32 ``(slots,)``, the group of each slot's key, -1 in filling slots.
+        slot_group: int32 ``(slots,)``, the group of each slot's key, -1 in padding slots.
         tile_group: int64 ``(tiles,)``, the group of each tile of slots.
         tile_keys: int64 ``(tiles,)``, the keys in each tile, ``tile_size`` where it is full and at least 1.
         first_slot: int32 ``(G,)``, the first slot of each group.
-        group_keys: int32 ``(G,)``, the keys in each group.
+        group_lengths: int32 ``(G,)``, the keys in each group.
         tile_size: slots in a tile.
         group_sizes: keys in each group, on the host.
         sorted_keys: whether keys are known to stand in the order of their groups.
@@ -40,7 +40,7 @@ class Slots:
     tile_group: Tensor
     tile_keys: Tensor
     first_slot: Tensor
-    group_keys: Tensor
+    group_lengths: Tensor
     tile_size: int
     group_sizes: tuple[int, ...]
     sorted_keys: bool = False
@@ -66,49 +66,49 @@ class Slots:
         """Whether each key is known to be in its slot already."""
         return self.whole and self.sorted_keys
 
-    def held(self, group_keys: Tensor) -> "HeldKeys":
+    def valid(self, group_lengths: Tensor) -> "ValidSlots":
         """What the slots hold where only the first keys of each group are there, int32 ``(rows, G)`` of them."""
         groups, size = self.tile_group, self.tile_size
         first = torch.arange(len(groups), device=groups.device) * size - self.first_slot[groups]
-        tile_keys = group_keys[:, groups] - first
+        tile_keys = group_lengths[:, groups] - first
         within = torch.arange(size, device=groups.device)
-        return HeldKeys(
-            live=(within < tile_keys[..., None]).flatten(1),
-            live_tiles=tile_keys > 0,
-            last=(self.first_slot + group_keys.clamp(min=1) - 1).long(),
-            fillers=-group_keys % size,
+        return ValidSlots(
+            slots=(within < tile_keys[..., None]).flatten(1),
+            tiles=tile_keys > 0,
+            last=(self.first_slot + group_lengths.clamp(min=1) - 1).long(),
+            padding=-group_lengths % size,
         )
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldKeys:
-    """Which keys are there, for each of some rows: samples, heads, or one row for all.
+class ValidSlots:
+    """Which keys are valid, for each of some rows: samples, heads, or one row for all.
 
     Attributes:
-        live: bool ``(rows, slots)``, whether the slot holds one of them.
-        live_tiles: bool ``(rows, tiles)``, whether any slot of the tile does.
+        slots: bool ``(rows, slots)``, whether the slot holds a valid key.
+        tiles: bool ``(rows, tiles)``, whether any slot of the tile does.
         last: int64 ``(rows, G)``, the slot of each group's last one; its first slot if it has none.
-        fillers: int32 ``(rows, G)``, the other slots of each group's tiles that hold one.
+        padding: int32 ``(rows, G)``, the other slots of each group's tiles that hold one.
     """
 
-    live: Tensor
-    live_tiles: Tensor
+    slots: Tensor
+    tiles: Tensor
     last: Tensor
-    fillers: Tensor
+    padding: Tensor
 
     def slot_key(self, slots: Slots) -> Tensor:
         """As in ``Slots``, but -1 at keys that are not there: int64 ``(rows, slots)``."""
-        return torch.where(self.live, slots.slot_key, -1)
+        return torch.where(self.slots, slots.slot_key, -1)
 
     def key_slot(self, slots: Slots) -> Tensor:
         """As in ``Slots``, but -1 for keys that are not there: int64 ``(rows, keys)``."""
-        return torch.where(self.live[:, slots.key_slot], slots.key_slot, -1)
+        return torch.where(self.slots[:, slots.key_slot], slots.key_slot, -1)
 
     def copied(self, slots: Slots) -> Tensor:
-        """Each slot itself, or where it is a filling one, the slot of its group's last key: int64 ``(rows, slots)``."""
-        of_slot = torch.arange(len(slots.slot_key), device=self.live.device)
+        """Each slot itself, or where it is a padding one, the slot of its group's last key: int64 ``(rows, slots)``."""
+        of_slot = torch.arange(len(slots.slot_key), device=self.slots.device)
         last = self.last[:, slots.tile_group].repeat_interleave(slots.tile_size, 1, output_size=len(of_slot))
-        return torch.where(self.live, of_slot, last)
+        return torch.where(self.slots, of_slot, last)
 
 
 SLOT_TENSORS = [field.name for field in dataclasses.fields(Slots) if field.type is Tensor]
@@ -137,7 +137,7 @@ def _plan_slots(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) 
     plan = plan_rows(chosen.mT[None], num_tiles, tile_size=tile_size)
     slot_key, tile_group = plan.row_query[0], plan.row_pool[0].long()
     of_slot = tile_group[:, None].expand(-1, tile_size).flatten()
-    group_keys = chosen.sum(1, dtype=torch.int32)
+    group_lengths = chosen.sum(1, dtype=torch.int32)
     first_slot = plan.first_tile * tile_size
     place = torch.arange(num_tiles, device=key_group.device) * tile_size - first_slot[tile_group]
     return [
@@ -145,9 +145,9 @@ def _plan_slots(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) 
         plan.query_rows[0, 0].long(),
         torch.where(slot_key >= 0, of_slot, -1).int(),
         tile_group,
-        (group_keys[tile_group] - place).clamp(max=tile_size).long(),
+        (group_lengths[tile_group] - place).clamp(max=tile_size).long(),
         first_slot,
-        group_keys,
+        group_lengths,
     ]
 
 
@@ -168,19 +168,19 @@ def _(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) -> list[Te
     ]  # fmt: skip
 
 
-def to_slots(x: Tensor, slots: Slots, held: HeldKeys | None = None) -> Tensor:
+def to_slots(x: Tensor, slots: Slots, valid: ValidSlots | None = None) -> Tensor:
     """Tokens in slots. Differentiable.
 
     Args:
         x: ``(B, H, keys, D)``.
         slots: of these keys.
-        held: which of each sample's keys are there; all if None.
+        valid: which of each sample's keys are there; all if None.
 
     Returns:
-        ``(B, H, slots, D)``, zero in filling slots and in those of keys that are not there.
+        ``(B, H, slots, D)``, zero in padding slots and in those of keys that are not there.
     """
-    if held is not None:
-        return _gather_slots(x, held.slot_key(slots), held.key_slot(slots))
+    if valid is not None:
+        return _gather_slots(x, valid.slot_key(slots), valid.key_slot(slots))
     return x if slots.in_place else _gather_slots(x, slots.slot_key, slots.key_slot)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Scores held at a time, over samples, heads, queries of the chunk and keys: 256 MiB in float32.
+# Scores valid at a time, over samples, heads, queries of the chunk and keys: 256 MiB in float32.
 _CHUNK_SCORES = 2**26
 
 
@@ -17,7 +17,7 @@ def chunked_attention(
     selected: Tensor,
     key_group: Tensor,
     scale: float | None,
-    key_live: Tensor | None = None,
+    key_valid: Tensor | None = None,
 ) -> Tensor:
     """Attention of each query over the keys of its selected groups, a chunk of queries at a time.
 
@@ -30,7 +30,7 @@ def chunked_attention(
         selected: bool ``(B, H, S, G)``.
         key_group: int64 ``(S,)``.
         scale: ``1 / sqrt(D)`` if None.
-        key_live: bool ``(B, S)``: False at keys that nobody attends; all True if None.
+        key_valid: bool ``(B, S)``: False at keys that nobody attends; all True if None.
 
     Returns:
         ``(B, H, S, value dim)``, in query's dtype; accumulated in float32, or float64 for float64 inputs.
@@ -40,7 +40,7 @@ def chunked_attention(
     key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
     rows = max(1, _CHUNK_SCORES // (batch * heads * tokens))
     chunks = [
-        checkpoint(_masked_attention, q, key, value, chosen, key_group, scale, key_live, use_reentrant=False)
+        checkpoint(_masked_attention, q, key, value, chosen, key_group, scale, key_valid, use_reentrant=False)
         for q, chosen in zip(query.split(rows, 2), selected.split(rows, 2), strict=True)
     ]
     return torch.cat(chunks, dim=2)
@@ -53,13 +53,13 @@ def _masked_attention(
     selected: Tensor,
     key_group: Tensor,
     scale: float,
-    key_live: Tensor | None,
+    key_valid: Tensor | None,
 ) -> Tensor:
     exact = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         scores = (query.to(exact) @ key.to(exact).mT) * scale
         attended = selected[..., key_group]
-        if key_live is not None:
-            attended = attended & key_live[:, None, None]
+        if key_valid is not None:
+            attended = attended & key_valid[:, None, None]
         scores = scores.masked_fill(~attended, -torch.inf)
         return (scores.softmax(-1) @ value.to(exact)).to(query.dtype)

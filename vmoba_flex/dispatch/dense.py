@@ -16,7 +16,7 @@ _FEW_OPERATIONS = 5e10
 
 
 def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, enable_gqa: bool, key_live: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, enable_gqa: bool, key_valid: Tensor | None = None
 ) -> Tensor:
     """``scaled_dot_product_attention``, by cuDNN where it can run and is worth asking for.
 
@@ -26,9 +26,9 @@ def dense_attention(
         value: ``(B, key heads, S, value dim)``.
         scale: ``1 / sqrt(D)`` if None.
         enable_gqa: whether key may have fewer heads.
-        key_live: bool ``(B, S)``: False at keys that nobody attends; all True if None.
+        key_valid: bool ``(B, S)``: False at keys that nobody attends; all True if None.
     """
-    mask = None if key_live is None else key_live[:, None, None]
+    mask = None if key_valid is None else key_valid[:, None, None]
     if not query.is_cuda or 4 * query.numel() * query.shape[2] < _FEW_OPERATIONS:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
     with sdpa_kernel(_FASTEST_FIRST, set_priority=True):

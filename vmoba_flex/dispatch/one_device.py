@@ -9,7 +9,7 @@ from vmoba_flex.dispatch.dense import dense_attention
 from vmoba_flex.dispatch.packed import packed_attention
 from vmoba_flex.dispatch.shared import shared_attention
 from vmoba_flex.dispatch.tiles import tiles_attention
-from vmoba_flex.groups import keys_there
+from vmoba_flex.groups import valid_keys
 from vmoba_flex.part import Part
 from vmoba_flex.selection.select import choose_blocks
 from vmoba_flex.stats import Attended
@@ -31,7 +31,7 @@ def attend_here(
     """
     attended = functools.partial(Attended, query=query, key=key, call=call, part=part)
     if dispatch == "dense":
-        live = keys_there(call.partition, call.text_lengths)
+        live = valid_keys(call.partition, call.text_lengths)
         return attended(dense_attention(query, key, value, call.scale, call.enable_gqa, live))
     if dispatch == "shared":
         output, selected, slots = shared_attention(query, key, value, call, kernels, part=part)

@@ -8,7 +8,7 @@ from torch import Tensor
 from block_masks import attend_packed
 from block_masks.plans.rows import TILE
 from vmoba_flex.call import Call
-from vmoba_flex.groups import block_slots, group_sizes, keys_of_groups, with_text
+from vmoba_flex.groups import block_slots, group_sizes, valid_group_lengths, with_text
 from vmoba_flex.part import Part, Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
@@ -48,10 +48,10 @@ def packed_attention(
     scale = 1 / math.sqrt(head_dim) if call.scale is None else call.scale
     queries = Queries.of(partition) if part is None else part.queries
     selected = with_text(selection, partition, queries)
-    group_keys = None
+    group_lengths = None
     if text_lengths is not None:
-        group_keys = keys_of_groups(partition, text_lengths).repeat_interleave(heads, 0)
-        selected = selected & (group_keys > 0).view(batch, heads, 1, -1)  # no row without a key
+        group_lengths = valid_group_lengths(partition, text_lengths).repeat_interleave(heads, 0)
+        selected = selected & (group_lengths > 0).view(batch, heads, 1, -1)  # no row without a key
     selected = selected.flatten(0, 1)
     row_bytes = max(head_dim, value.shape[-1]) * query.element_size()
     all_heads = part.size if part is not None and part.dim == 1 else heads
@@ -61,7 +61,7 @@ def packed_attention(
     query, key, value = (x.flatten(0, 1) for x in (query, key, value))
     output, _ = attend_packed(
         query, key, value, selected, block_slots(partition, query.device), heads=(forward[0], backward[0]),
-        row_tiles=(forward[1], backward[1]), scale=scale, backend=backend, group_keys=group_keys,
+        row_tiles=(forward[1], backward[1]), scale=scale, backend=backend, group_lengths=group_lengths,
     )  # fmt: skip
     return output.unflatten(0, (batch, heads))
 

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from block_masks import Slots, attend_slots, from_slots, live_slots, realize, slot_mask, to_slots
+from block_masks import Slots, attend_slots, from_slots, realize, slot_mask, to_slots, valid_slots
 from block_masks.plans.rows import TILE
 from vmoba_flex.call import Call
 from vmoba_flex.dispatch.chunked import chunked_attention
 from vmoba_flex.dispatch.compiled import compiled_flex_attention, has_flex_kernel
-from vmoba_flex.groups import block_slots, group_of_key, keys_of_groups, keys_there
+from vmoba_flex.groups import block_slots, group_of_key, valid_group_lengths, valid_keys
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
@@ -63,19 +63,19 @@ def shared_attention(
     if not has_flex_kernel(query, key, value):
         of_token = selected.index_select(2, slots.key_slot // tile_size)
         key_group = group_of_key(partition, query.device)
-        live = keys_there(partition, text_lengths)
+        live = valid_keys(partition, text_lengths)
         return chunked_attention(query, key, value, of_token, key_group, scale, live), selected, slots
-    group_keys, held = None, None
+    group_lengths, valid = None, None
     if backend == "flash" and text_lengths is not None:
-        group_keys = keys_of_groups(partition, text_lengths)
-        held = slots.held(group_keys)
-    q, k, v = query_slots, to_slots(key, slots, held), to_slots(value, slots, held)
+        group_lengths = valid_group_lengths(partition, text_lengths)
+        valid = slots.valid(group_lengths)
+    q, k, v = query_slots, to_slots(key, slots, valid), to_slots(value, slots, valid)
     if not query.is_cuda:  # FlexAttention's kernel for CPUs reads no views of what an op made.
         q, k, v = map(realize, (q, k, v))
     if backend == "flash":
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        return from_slots(attend_slots(q, k, v, selected, slots, scale, group_keys), slots), selected, slots
-    mask = slot_mask(selected, slots, live_slots(slots, keys_there(partition, text_lengths)))
+        return from_slots(attend_slots(q, k, v, selected, slots, scale, group_lengths), slots), selected, slots
+    mask = slot_mask(selected, slots, valid_slots(slots, valid_keys(partition, text_lengths)))
     output = compiled_flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=call.enable_gqa)
     return from_slots(output, slots), selected, slots
 
@@ -87,7 +87,7 @@ def choose_tiles(
     """Chooses what the queries of each tile attend.
 
     Args:
-        query_slots: ``(B, H, slots, D)``, zero in filling slots.
+        query_slots: ``(B, H, slots, D)``, zero in padding slots.
         key: ``(B, key heads, S, D)`` in raster order.
         partition: the blocks.
         rule: chooses them.

@@ -76,7 +76,7 @@ def _inspect(record: Record, rule: Rule | VMoBAConfig, rows: int, seed: int) -> 
     chosen = choose(record, partition, plain)
     own = own_blocks(partition, record.query.device)
     best = best_choice(mass, own[sample], chosen[:, sample], "query" if plain is None else plain.pool)
-    tiles = selection_tiles(chosen[None], partition, "block", key_live=_batched(record.key_live())).some[0]
+    tiles = selection_tiles(chosen[None], partition, "block", key_valid=_batched(record.key_valid())).some[0]
     values = (
         chosen.float().mean((1, 2)),
         tiles.float().mean((1, 2)),
@@ -136,7 +136,7 @@ def true_mass(record: Record, partition: BlockPartition, rows: Tensor) -> tuple[
         ``(heads, rows)``.
     """
     groups = group_of_key(partition, record.key.device).long()
-    live, scale = record.key_live(), record.query.shape[-1] ** -0.5
+    live, scale = record.key_valid(), record.query.shape[-1] ** -0.5
     mass = torch.zeros(len(record.query), len(rows), partition.num_blocks + 1, device=record.key.device)
     entropy = torch.zeros(mass.shape[:2], device=record.key.device)
     for head, (query, key) in enumerate(zip(record.query, record.key, strict=True)):

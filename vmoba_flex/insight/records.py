@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.config import KINDS
-from vmoba_flex.groups import keys_there
+from vmoba_flex.groups import valid_keys
 from vmoba_flex.inputs import check_choice, check_count, check_query_key
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import TopK
@@ -66,11 +66,11 @@ class Record:
             text = self.partition.prefix + self.partition.suffix
             check_count("text_length", self.text_length, text + 1, "prefix + suffix + 1")
 
-    def key_live(self) -> Tensor | None:
+    def key_valid(self) -> Tensor | None:
         """Which keys exist, bool ``(S,)``; None if all do."""
         if self.text_length is None:
             return None
-        live = keys_there(self.partition, torch.tensor([self.text_length], device=self.key.device))
+        live = valid_keys(self.partition, torch.tensor([self.text_length], device=self.key.device))
         return None if live is None else live[0]
 
     def to(self, device: torch.device | str) -> "Record":

@@ -9,7 +9,7 @@ from torch import Tensor
 from vmoba_flex.attention import attend
 from vmoba_flex.call import Call
 from vmoba_flex.dispatch.dense import dense_attention
-from vmoba_flex.groups import keys_there
+from vmoba_flex.groups import valid_keys
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK
 from vmoba_flex.warmup import WarmedThreshold
@@ -129,7 +129,7 @@ def attend_everything(
     query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None, partition: BlockPartition, backend: str
 ) -> Tensor:
     """Full attention; ``backend``: diffusers' name of one, or empty for the fastest that torch brings."""
-    live = keys_there(partition, text_lengths)
+    live = valid_keys(partition, text_lengths)
     if not backend:
         return dense_attention(query, key, value, None, False, live)
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn

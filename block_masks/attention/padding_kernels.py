@@ -1,4 +1,4 @@
-"""Triton forms of taking filling slots out of attention, loaded on first use on a CUDA device."""
+"""Triton forms of taking padding slots out of attention, loaded on first use on a CUDA device."""
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
 import torch
@@ -11,15 +11,15 @@ from block_masks.attention.row_kernels import share_left
 from block_masks.launching.launch import QuickLaunch
 from block_masks.plans.move_kernels import take_slots
 
-__all__ = ["filler_lse", "leave_out", "take_slots"]
+__all__ = ["padding_lse", "remove_padding", "take_slots"]
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @QuickLaunch
 @triton.jit
-def _filler_lse_kernel(
-    query, last_keys, fillers, selected, filler_lse,
+def _padding_lse_kernel(
+    query, last_keys, padding, selected, padding_lse,
     scale, heads, rows, groups, repeats, together, alike, batch_step, head_step, row_step, group_step,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -31,12 +31,12 @@ def _filler_lse_kernel(
     q = tl.load(query + place[:, None] * D + dim, mask=inside[:, None] & (dim < D), other=0.0)
     choices = selected + head // heads * batch_step + head % heads * head_step + (row // together * row_step)[:, None]
     last_keys += head // repeats * groups * D
-    fillers += head // alike * groups
+    padding += head // alike * groups
     top = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     for start in range(0, groups, GROUPS):
         group = start + tl.arange(0, GROUPS)
-        count = tl.load(fillers + group, mask=group < groups, other=0)
+        count = tl.load(padding + group, mask=group < groups, other=0)
         there = (count > 0)[None, :] & inside[:, None]
         chosen = tl.load(choices + group[None, :] * group_step, mask=there, other=0).to(tl.int1)
         k = tl.load(last_keys + group[:, None] * D + dim, mask=(group < groups)[:, None] & (dim < D), other=0.0)
@@ -47,19 +47,19 @@ def _filler_lse_kernel(
         total = total * tl.exp2((top - base) * _LOG2E) + tl.sum(tl.exp2((score - base[:, None]) * _LOG2E), 1)
         top = new_top
     log_sum = tl.where(top == -float("inf"), 0.0, top) + tl.log(tl.where(total == 0, 1.0, total))
-    tl.store(filler_lse + place, tl.where(total == 0, -float("inf"), log_sum), mask=inside)
+    tl.store(padding_lse + place, tl.where(total == 0, -float("inf"), log_sum), mask=inside)
 
 
-def filler_lse(
-    query: Tensor, last_keys: Tensor, fillers: Tensor, selected: Tensor, scale: float, together: int
+def padding_lse(
+    query: Tensor, last_keys: Tensor, padding: Tensor, selected: Tensor, scale: float, together: int
 ) -> Tensor:
-    """See ``slot_steps.filler_lse``."""
+    """See ``slot_steps.padding_lse``."""
     batch, heads, rows, dim = query.shape
     result = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    _filler_lse_kernel[triton.cdiv(rows, 128), batch * heads](
-        query.contiguous(), last_keys.contiguous(), fillers.contiguous(), selected, result,
+    _padding_lse_kernel[triton.cdiv(rows, 128), batch * heads](
+        query.contiguous(), last_keys.contiguous(), padding.contiguous(), selected, result,
         scale, heads, rows, selected.shape[-1], heads // last_keys.shape[1], together,
-        batch * heads // len(fillers), *selected.stride(),
+        batch * heads // len(padding), *selected.stride(),
         D=dim, BLOCK_D=dot_width(dim), ROWS=128, GROUPS=16,
         PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee", num_warps=8,
     )  # fmt: skip
@@ -68,8 +68,8 @@ def filler_lse(
 
 @QuickLaunch
 @triton.jit
-def _leave_out_kernel(
-    output, lse, filler_lse, kept_lse, rows, DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr
+def _remove_padding_kernel(
+    output, lse, padding_lse, kept_lse, rows, DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -77,20 +77,20 @@ def _leave_out_kernel(
     place, mask = row[:, None] * DV + dim, inside[:, None] & (dim < DV)
     x = tl.load(output + place, mask=mask, other=0.0).to(tl.float32)
     whole = tl.load(lse + row, mask=inside, other=0.0)
-    left = share_left(whole, tl.load(filler_lse + row, mask=inside, other=0.0))
+    left = share_left(whole, tl.load(padding_lse + row, mask=inside, other=0.0))
     tl.store(output + place, (x / left[:, None]).to(output.dtype.element_ty), mask=mask)
     tl.store(kept_lse + row, whole + tl.log(left), mask=inside)
 
 
-def leave_out(output: Tensor, lse: Tensor, filler_lse: Tensor) -> Tensor:
-    """See ``slot_steps.leave_out``."""
+def remove_padding(output: Tensor, lse: Tensor, padding_lse: Tensor) -> Tensor:
+    """See ``slot_steps.remove_padding``."""
     assert output.is_contiguous()
     assert lse.is_contiguous()
     # In place only what one thread reads and writes. Several threads read the log-sum-exp of a row, and one might write
     # it before another has read it. So it would be with values, were there fewer in a program than threads.
     dim, kept_lse = output.shape[-1], torch.empty_like(lse)
-    _leave_out_kernel[triton.cdiv(lse.numel(), 32),](
-        output, lse, filler_lse, kept_lse, lse.numel(),
+    _remove_padding_kernel[triton.cdiv(lse.numel(), 32),](
+        output, lse, padding_lse, kept_lse, lse.numel(),
         DV=dim, BLOCK_DV=max(8, triton.next_power_of_2(dim)), ROWS=32,
     )  # fmt: skip
     return kept_lse
