@@ -60,7 +60,7 @@ def sum_rows(rows: Tensor, query_rows: Tensor, query_count: Tensor, total: Tenso
 
 
 def delta(grad: Tensor, output: Tensor) -> Tensor:
-    """Sum over the value dim of ``grad * output``, both ``(H, S, value dim)``: ``(H, S)`` in float32 at least."""
+    """Sum over the value dim of ``grad * output``, both ``(..., value dim)``: ``(...)`` in float32 at least."""
     exact = _accumulator(grad)
     return (grad.to(exact) * output.to(exact)).sum(-1)
 
