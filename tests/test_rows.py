@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 
 from block_masks import RowPlan, Slots, attend_packed, plan_rows, plan_slots, row_mask
 from block_masks.attention import row_steps
+from block_masks.plans.section import sections_of
 from tests.strategies import generators
 from tests.test_block_masks import INDEX_TENSORS
 
@@ -176,9 +177,8 @@ def test_flex_attention_over_the_mask_gives_the_same_rows(problem: RowProblem):
         output, aux = flex_attention(
             *inputs, block_mask=row_mask(plan, slots, section), scale=0.5, return_aux=AuxRequest(lse=True)
         )
-        mine, lse = row_steps.forward(
-            problem.query, keys, values, plan, slots, slots.group_lengths.repeat(len(problem.query)), section, 0.5
-        )
+        of_section = sections_of(plan, slots, None)[section]
+        mine, lse = row_steps.forward(problem.query, keys, values, of_section, 0.5)
         used = plan.row_pool[section].repeat_interleave(problem.tile_size) >= 0
         torch.testing.assert_close(output[0, 0][used], mine[used], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(aux.lse[0, 0][used], lse[used], rtol=1e-5, atol=1e-5)

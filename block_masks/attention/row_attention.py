@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from block_masks.attention import row_steps
+from block_masks.attention.row_steps import Merged
 from block_masks.launching.device import on_device
 from block_masks.plans.rows import plan_rows
+from block_masks.plans.section import sections_of
 from block_masks.plans.slots import Slots, ValidSlots
 
 
@@ -76,7 +78,6 @@ def _attend(
     query = query.contiguous()
     keys, values = (_in_slots(x, slots, move, valid) for x in (key, value))
     plan = plan_rows(selected, row_tiles[0], heads[0], tile_size)
-    pool_lengths = _pool_keys(group_lengths, slots, len(query))
     padding_lse = None
     if backend == "flash" and not (slots.whole and valid is None):
         from block_masks.attention import padding_kernels
@@ -86,11 +87,11 @@ def _attend(
         padding_lse = padding_kernels.padding_lse(query[None], last_keys, valid.padding, selected[None], scale, 1)[0]
         keys = move.take_slots(keys, valid.copied(slots))
     output, lse = query.new_empty(*query.shape[:2], value.shape[-1]), _like_lse(query)
-    for section in range(len(plan.row_pool)):
-        rows = attend.forward(query, keys, values, plan, slots, pool_lengths, section, scale)
-        part = slice(section * heads[0], (section + 1) * heads[0])
-        lists = plan.query_rows[part], plan.query_count[part]
-        move.merge_rows(*rows, *lists, output[part], lse[part], None if padding_lse is None else padding_lse[part])
+    for section in sections_of(plan, slots, group_lengths):
+        rows = attend.forward(query, keys, values, section, scale)
+        part = section.of_heads
+        padding = None if padding_lse is None else padding_lse[part]
+        move.merge_rows(*rows, *section.query_rows, output[part], lse[part], padding)
         del rows
     return output, lse
 
@@ -113,17 +114,13 @@ def _attend_backward(
     grad, query = grad.contiguous(), query.contiguous()
     keys, values = (_in_slots(x, slots, move, valid) for x in (key, value))
     plan = plan_rows(selected, row_tiles[1], heads[1], tile_size)
-    pool_lengths = _pool_keys(group_lengths, slots, len(query))
-    delta = move.delta(grad, output)
+    merged = Merged(grad, lse, move.delta(grad, output))
     grad_query = torch.empty_like(query)
     # Of each query head, summed over those that share a key head at the end.
     grad_keys, grad_values = (x.new_empty(len(query), *x.shape[1:]) for x in (keys, values))
-    for section in range(len(plan.row_pool)):
-        rows = attend.backward(
-            query, grad, lse, delta, keys, values, grad_keys, grad_values, plan, slots, pool_lengths, section, scale
-        )
-        part = slice(section * heads[1], (section + 1) * heads[1])
-        move.sum_rows(rows, plan.query_rows[part], plan.query_count[part], grad_query[part])
+    for section in sections_of(plan, slots, group_lengths):
+        rows = attend.backward(query, keys, values, merged, (grad_keys, grad_values), section, scale)
+        move.sum_rows(rows, *section.query_rows, grad_query[section.of_heads])
         del rows
     repeats = len(query) // len(key)
     if slots.in_place and repeats == 1 and valid is None:
@@ -165,11 +162,6 @@ def _in_slots(x: Tensor, slots: Slots, move: ModuleType, valid: ValidSlots | Non
     if valid is not None:
         return move.take_slots(x, valid.slot_key(slots))
     return x if slots.in_place else move.take_slots(x, slots.slot_key)
-
-
-def _pool_keys(group_lengths: Tensor | None, slots: Slots, heads: int) -> Tensor:
-    """The keys that the rows of each pool attend, int32 ``(H * G,)``."""
-    return slots.group_lengths.repeat(heads) if group_lengths is None else group_lengths.flatten()
 
 
 def _like_lse(query: Tensor) -> Tensor:
