@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from model_shapes import FLASH_4, NONE, Attention
 from torch import Tensor, nn
+
+from bench.models.rows import FLASH_4, NONE, Attention
 
 
 @contextlib.contextmanager

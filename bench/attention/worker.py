@@ -12,29 +12,31 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from checks import ERROR_FACTOR, Inputs, attended_pairs, expected_selection
-from machine import error_text, free_memory, print_trace, run_facts
-from peers import CPU_PEERS, PEERS, Peer
-from report import HEADER, Report, Row, line
-from shapes import FULL, SMALL, Case, Contenders, Sizes, Spec, specs
-from stages import kernel_milliseconds, stage_milliseconds
-from timing import milliseconds, peak_bytes
 from torch import Tensor
 
+from bench.attention.checks import ERROR_FACTOR, Inputs, attended_pairs, expected_selection
+from bench.attention.peers import CPU_PEERS, PEERS, Peer
+from bench.attention.report import HEADER, AttentionReport, line
+from bench.attention.rows import Contenders, Spec, specs
+from bench.attention.shapes import FULL, SMALL, Case, Sizes
+from bench.attention.stages import kernel_milliseconds, stage_milliseconds
+from bench.common.machine import error_text, free_memory, print_trace, run_facts
+from bench.common.report import Row
+from bench.common.timing import milliseconds, peak_bytes
 from vmoba_flex import vmoba_attention
 from vmoba_flex.dispatch.choose import BACKENDS, DISPATCHES
 
 
 def work(args: Namespace) -> int:
-    """Measures what ``args`` ask for, within their budget; the exit status."""
+    """Measures what ``args`` ask for, within their budget; returns the exit status."""
     started = time.monotonic()
     sizes = SMALL if args.small else FULL
-    # Each shape and grad mode of dense FlexAttention is a kernel; past torch's 8 a compiled function is an error here.
+    # Each shape and grad mode of dense FlexAttention is a kernel; with fullgraph, more than the limit is an error.
     torch.compiler.config.recompile_limit = 128  # pyright: ignore[reportAttributeAccessIssue]
     warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
     if args.device == "cpu":
         torch.set_num_threads(1)  # small tensors, and not the only process
-    report = Report.load(args.output) if args.add else Report(args.output)
+    report = AttentionReport.load(args.output) if args.add else AttentionReport(args.output)
     bench = Bench(sizes, args, report)
     facts = run_facts(args.device, args.command) | {
         "shape": f"batch 1, head dim {sizes.head_dim}, {str(sizes.dtype).removeprefix('torch.')}",
@@ -43,7 +45,7 @@ def work(args: Namespace) -> int:
     run = report.start_run(facts)
 
     def rows() -> Iterator[tuple[Row, Callable[[Row], bool]]]:
-        # One at a time: which backend is the best one follows from the rows before.
+        # One at a time: the best backend follows from earlier rows.
         for spec in map(bench.resolve, specs(sizes, args.sections, bench.contenders)):
             if report.has(spec.id):
                 row = report.rows[spec.id]
@@ -56,19 +58,19 @@ def work(args: Namespace) -> int:
 
 
 class Bench:
-    """What rows share: the peers that are there, and the inputs of the shape that was measured last."""
+    """What rows share: the installed peers, and the inputs of the shape that was measured last."""
 
-    def __init__(self, sizes: Sizes, args: Namespace, report: Report) -> None:
+    def __init__(self, sizes: Sizes, args: Namespace, report: AttentionReport) -> None:
         self.sizes, self.device, self.report = sizes, args.device, report
         self.error_factor = args.error_factor or ERROR_FACTOR[sizes.dtype]
         self.peers = {name: peer for name, peer in _peers(self.device).items() if name in args.peers}
         self.missing = {name: why for name, peer in self.peers.items() if (why := _why_missing(peer))}
-        there = [name for name in self.peers if name not in self.missing]
-        fast = tuple(name for name in there if self.peers[name].fast) or tuple(there)
+        installed = [name for name in self.peers if name not in self.missing]
+        fast = tuple(name for name in installed if self.peers[name].fast) or tuple(installed)
         self.contenders = Contenders(
             asked=tuple(self.peers),
             fast=fast,
-            other=tuple(name for name in there if name not in fast),
+            other=tuple(name for name in installed if name not in fast),
             dispatches=tuple(name for name in DISPATCHES if name != "dense"),
             backends=tuple(name for name in BACKENDS if name != "auto") if self.device == "cuda" else ("auto",),
             compile=self.device == "cuda",
@@ -83,7 +85,7 @@ class Bench:
         return dataclasses.replace(spec, backend=backend)
 
     def measure(self, spec: Spec, row: Row) -> bool:
-        """Fills the row, with an error's text if there is one; whether the device still works."""
+        """Fills the row, with the error's text if it fails; returns whether the device still works."""
         began = time.monotonic()
         try:
             if spec.attention in self.missing:
@@ -126,7 +128,7 @@ class Bench:
                 if "main" in row["sections"]:
                     row["gradient_errors"] = self._gradient_errors(row, gradients, inputs, selection, spec)
                 del gradients
-                # The output and the gradients in query, key and value come on top of what is there before.
+                # The output and the gradients in query, key and value come on top of what was allocated before.
                 self._time(row, "forward_backward", forward_backward, 4, size)
             except Exception as error:
                 row["status"], row["error"] = "forward only", error_text(error)
@@ -227,7 +229,7 @@ def _peers(device: str) -> dict[str, Peer]:
 
 
 def _why_missing(peer: Peer) -> str | None:
-    # Importing others' packages fails in many ways, one of which is another package's version.
+    # Importing others' packages fails in many ways, such as by another package's version.
     try:
         peer.load()
     except Exception as error:

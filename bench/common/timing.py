@@ -1,13 +1,13 @@
 """Times and memory of calls on a device.
 
-Time: after warm-up, five batches of n calls are queued one behind another with a CUDA event between batches and no host
-synchronisation until the last. n comes from a first estimate and makes a batch last about 30 ms: at least 3 calls, or 1
-where a call takes 100 ms and more. The result is the median over the batches of the batch's time per call. Launches
-overlap with the device's work as they do in a model; where a call's launches take longer than its kernels, their time
-is what is measured. Inputs are the same in each call and gradients fresh: nothing is accumulated. A working set that
-fits the L2 cache is found there.
+Time: the median over five batches of a batch's time per call. After warm-up, batches of n calls are queued one after
+another, with a CUDA event between batches and no host synchronisation until the last. n comes from a first estimate and
+makes a batch last about 30 ms: at least 3 calls, or 1 where a call takes 100 ms or more. Launches overlap with the
+device's work as they do in a model; where a call's launches take longer than its kernels, the launches are what is
+measured. Inputs are the same in each call; gradients are fresh, and nothing is accumulated. A working set that fits the
+L2 cache stays in it.
 
-Memory: the most that the caching allocator had given out during one call, above what was given out before.
+Memory: the most that the caching allocator had given out during one call, above what it had given out before.
 """
 
 import math
@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-# On a CPU times are only tried out.
+# On a CPU the timing is only tried out.
 BATCHES = {"cuda": 5, "cpu": 1}
 BATCH_MS = {"cuda": 30.0, "cpu": 0.0}
 
 
 def milliseconds(call: Callable[[], Any], device: str) -> float:
-    """Median time of a call that has been made before."""
+    """Median milliseconds of a call that has been made before."""
     call()
     estimate = batches(call, 1, 1, device)[0]
     calls = min(100, math.ceil(BATCH_MS[device] / max(estimate, 1e-3)))
@@ -34,7 +34,7 @@ def milliseconds(call: Callable[[], Any], device: str) -> float:
 
 
 def batches(call: Callable[[], Any], count: int, calls: int, device: str) -> list[float]:
-    """Time per call in each batch."""
+    """Milliseconds per call in each batch."""
     cuda = device == "cuda"
     marks: list[Any] = []
 

@@ -1,6 +1,6 @@
 """Times attention and a training step of Wan 1.3B's shape over 1, 2 and more GPUs.
 
-    python bench/distributed.py --gpus 1,2,4 --output bench/results/<gpu>_<date>_distributed.json --budget-s 120
+    python -m bench.distributed.run --gpus 1,2,4 --output bench/results/<gpu>_<date>_distributed.json --budget-s 120
 
 Ours and full attention run under the same exchange of tokens for heads, over torch.distributed. A row is one attention
 on one number of tokens and GPUs: the whole call forward and forward + backward, and apart from it what a rank computes
@@ -11,8 +11,8 @@ The script starts its own ranks. The most urgent rows come first. A row that fai
 again for the others. The file is rewritten after each row; `--budget-s` stops starting rows, `--only` chooses rows by
 words of their names, and `--add` keeps the good rows of a file and measures the others.
 
-    python bench/distributed.py --gpus 1,2 --output x.json --only "packed,55296" --budget-s 30
-    python bench/distributed.py --gpus 1,2 --output x.json --device cpu --small     # tries it out without a GPU
+    python -m bench.distributed.run --gpus 1,2 --output x.json --only "packed,55296" --budget-s 30
+    python -m bench.distributed.run --gpus 1,2 --output x.json --device cpu --small     # tries it out without a GPU
 """
 
 import argparse
@@ -23,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from supervisor import script_parser, shown, stated_command, supervise
+from bench.common.supervisor import script_parser, shown, stated_command, supervise
 
 
 def main() -> int:
@@ -31,10 +31,10 @@ def main() -> int:
     args = parse(sys.argv[1:])
     if args.worker:
         return start_ranks(args)
-    from distributed_report import DistributedReport
+    from bench.distributed.report import DistributedReport
 
     DistributedReport.begin(args.output, args.add, args.only)
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
+    command = [sys.executable, "-m", "bench.distributed.run", *sys.argv[1:], "--worker"]
     status = supervise(command, args.output, args.budget_s, args.row_limit_s, DistributedReport)
     if status == 0:
         print(f"table: {args.output.with_suffix('.md')}")
@@ -50,13 +50,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if any(n < 1 or max(args.gpus) % n for n in args.gpus):
         parser.error(f"--gpus must divide the most of them, got {args.gpus}")
     gpus = f"--gpus {','.join(map(str, args.gpus))}"
-    args.command = stated_command("distributed", args.output.name, [gpus, *shown(args)])
+    args.command = stated_command("bench.distributed.run", args.output.name, [gpus, *shown(args)])
     return args
 
 
 def start_ranks(args: argparse.Namespace) -> int:
     """Starts as many ranks as the most GPUs asked for; where one ends badly, all do. The exit status."""
-    from distributed_worker import rank_main
+    from bench.distributed.worker import rank_main
 
     args.started = time.monotonic()
     size = max(args.gpus)

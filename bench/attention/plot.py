@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from report import Report, Row
+from bench.attention.report import AttentionReport
+from bench.common.report import Row
 
 _MODES = {"forward": "forward", "forward_backward": "forward + backward"}
 # Told apart without colour: line style, marker and fill.
@@ -23,7 +24,7 @@ def draw(source: Path, target: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-    report = Report.load(source)
+    report = AttentionReport.load(source)
     rows = [row for row in report.rows.values() if row["blocks"] and row["inputs"] == "random" and not row["compiled"]]
     rows = [row for row in rows if row["rule"].startswith("TopK(") and row["kind"] == "2D" and "stages" not in row]
     few = min((row["heads"] for row in rows), default=0)

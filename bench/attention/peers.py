@@ -1,8 +1,7 @@
-"""Dense attention by others: what ours is compared with."""
+"""Dense attention by others, for comparison with ours."""
 
 import dataclasses
 import functools
-import importlib.metadata
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,9 +13,6 @@ from torch.nn.attention.flex_attention import flex_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# Distributions whose versions a table must state.
-DISTRIBUTIONS = ("torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl", "xformers", "vmoba-flex")
-
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
@@ -24,8 +20,8 @@ class Peer:
 
     Attributes:
         load: imports it and returns the call; raises ``ImportError`` where it is not installed.
-        context: surrounds all calls, outside of what is timed.
-        fast: whether it may be the fastest: then it is measured on every shape.
+        context: surrounds all calls; entering it is not timed.
+        fast: whether it may be the fastest dense attention, and so is measured on every shape.
     """
 
     load: Callable[[], Attend]
@@ -79,20 +75,9 @@ PEERS = {
     "memory-efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),
     "xformers": Peer(_xformers),
 }
-# What runs on a CPU; there PyTorch's own flash kernel is the fastest.
+# Of these PyTorch's own flash kernel is the fastest on a CPU.
 CPU_PEERS = {
     "FlashAttention-2": _sdpa(SDPBackend.FLASH_ATTENTION, fast=True),
     "FlexAttention": PEERS["FlexAttention"],
     "xformers": PEERS["xformers"],
 }
-
-
-def versions(others: tuple[str, ...] = ()) -> dict[str, str]:
-    """Versions of what is installed, and of ``others``."""
-    found = {}
-    for name in (*DISTRIBUTIONS, *others):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found | {"torch": str(torch.__version__)}

@@ -1,14 +1,15 @@
-"""The time of each stage of one call of ours, without knowing how a stage is called.
+"""The time of each stage of one call of ours.
 
-Stages are functions of the package, known by module and name alone: while a call is watched, each is replaced by itself
-between two CUDA events, or inside a profiler range. The time of a stage is the sum over its calls in one call of
-``vmoba_attention``: over sections of heads, and in forward + backward once more where backward does it again. It
-includes the gaps between a stage's kernels. Kernels are the profiler's, under the stage or the registered op that
-launched them, and else under autograd's op.
+A stage is a list of functions of the packages, named by module. While a call is watched, each function is replaced by
+itself between two CUDA events, or inside a profiler range. A stage's time is the sum over its calls in one call of
+``vmoba_attention``: over sections of heads, and in forward + backward also what backward does again. It includes the
+gaps between a stage's kernels. A kernel counts for the stage or the registered op that launched it, and else for
+autograd's op.
 """
 
 import contextlib
 import importlib
+import importlib.util
 import re
 import time
 from collections import defaultdict
@@ -20,20 +21,21 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-# In the order of a call, forward before backward. Functions that the package does not have, or that cannot be loaded
-# here, are left out.
-_MOVE, _ATTEND = ("row_steps", "row_kernels"), ("row_steps", "attend_kernels", "flash_kernels")
+_MOVE = [f"block_masks.attention.{module}" for module in ("row_steps", "row_kernels")]
+_ATTEND = [f"block_masks.attention.{module}" for module in ("row_steps", "attend_kernels", "flash_kernels")]
 STAGES = {
     "gate": ["vmoba_flex.selection.select.gate"],
     "select": ["vmoba_flex.selection.select.select"],
     "plan": ["block_masks.attention.row_attention.plan_rows", "vmoba_flex.dispatch.packed.block_slots"],
-    "gather": [f"block_masks.{module}.{name}" for module in _MOVE for name in ("take_rows", "take_slots")],
-    "attention": [f"block_masks.{module}.forward" for module in _ATTEND],
-    "merge": [f"block_masks.{module}.merge_rows" for module in _MOVE],
-    "delta": [f"block_masks.{module}.delta" for module in _MOVE],
-    "attention backward": [f"block_masks.{module}.backward" for module in _ATTEND],
-    "sum rows": [f"block_masks.{module}.sum_rows" for module in _MOVE],
+    "gather": [*(f"{module}.take_slots" for module in _MOVE), "block_masks.plans.move_kernels.take_rows"],
+    "attention": [f"{module}.forward" for module in _ATTEND],
+    "merge": [f"{module}.merge_rows" for module in _MOVE],
+    "delta": [f"{module}.delta" for module in _MOVE],
+    "attention backward": [f"{module}.backward" for module in _ATTEND],
+    "sum rows": [f"{module}.sum_rows" for module in _MOVE],
 }
+"""The functions of each stage, in the order of a call, as the module that calls them looks them up."""
+
 _RANGE = "stage: "
 _OURS = re.compile(r"^(vmoba_flex|block_masks)::")
 _BACKWARD = re.compile(r"^autograd::engine::evaluate_function: ")
@@ -41,24 +43,30 @@ _BACKWARD = re.compile(r"^autograd::engine::evaluate_function: ")
 
 @contextlib.contextmanager
 def watched(around: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Replaces each stage's functions by ``around(stage, function)``."""
+    """Replaces each stage's functions by ``around(stage, function)``.
+
+    Raises:
+        AttributeError: if a module of ``STAGES`` lacks a function.
+        ImportError: if there is no such module.
+    """
     with contextlib.ExitStack() as stack:
         for stage, places in STAGES.items():
-            for place in places:
+            for place in filter(_is_loadable, places):
                 module_name, _, name = place.rpartition(".")
-                try:
-                    module = importlib.import_module(module_name)
-                except ImportError:  # of Triton, where there is none
-                    continue
-                if hasattr(module, name):
-                    stack.enter_context(mock.patch.object(module, name, around(stage, getattr(module, name))))
+                module = importlib.import_module(module_name)
+                stack.enter_context(mock.patch.object(module, name, around(stage, getattr(module, name))))
         yield
+
+
+def _is_loadable(place: str) -> bool:
+    """Whether a function can be imported here: modules named ``*_kernels`` need Triton."""
+    return not place.rpartition(".")[0].endswith("_kernels") or importlib.util.find_spec("triton") is not None
 
 
 def stage_milliseconds(call: Callable[[], Any], device: str, repeats: int) -> dict[str, float]:
     """Median time of each stage, and of the whole call, in one call that has been made before.
 
-    The time of a stage that another one calls counts for the inner one alone.
+    Where one stage calls another, the inner one's time counts for the inner one only.
     """
     runs = [_one_run(call, device) for _ in range(repeats)]
     return {stage: median(run[stage] for run in runs) for stage in (*STAGES, "whole call") if stage in runs[0]}
@@ -112,7 +120,7 @@ def kernel_milliseconds(call: Callable[[], Any], device: str, most: int = 12) ->
     by_kernel: dict[str, list[float]] = defaultdict(list)
     events: Any = profiler.events()
     of_cpu = [event for event in events if event.device_type.name == "CPU"]
-    # Ranges show up on the device too, beside the kernels in them.
+    # Ranges show up on the device too, next to the kernels in them.
     ranges = {event.name for event in of_cpu}
     linked = 0.0
     for event in of_cpu:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from report import Report, Row, number, table
+from bench.common.report import Report, Row, number, table
 
 # What is measured of a model.
 CHECKPOINTED, PLAIN, FORWARD = "training step, checkpointing", "training step", "inference forward"

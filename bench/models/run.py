@@ -1,6 +1,6 @@
 """Times whole video transformers: full attention through the fastest dense kernels against ours.
 
-    python bench/models.py --output bench/results/<gpu>_<date>_models.json
+    python -m bench.models.run --output bench/results/<gpu>_<date>_models.json
 
 Transformers of diffusers in their real shapes, with random weights, which say nothing about quality: Wan 1.3B whole,
 and a few layers of Wan 14B and HunyuanVideo, whose times are scaled to the layers of the whole model. A row is one
@@ -22,8 +22,8 @@ A row that fails is recorded with its error, and the others go on. The file is r
 beside it; `--budget-s` stops starting rows, `--only` chooses rows by words of their names, and `--add` keeps the good
 rows of a file and measures the others.
 
-    python bench/models.py --output x.json --only "Wan 1.3B,55296,checkpointing" --only "Wan 1.3B,75600,inference"
-    python bench/models.py --output x.json --device cpu --small     # tries it out without a GPU
+    python -m bench.models.run --output x.json --only "Wan 1.3B,55296,checkpointing" --only "Wan 1.3B,75600,inference"
+    python -m bench.models.run --output x.json --device cpu --small     # tries it out without a GPU
 """
 
 import argparse
@@ -33,23 +33,23 @@ import subprocess
 import sys
 import time
 
-from supervisor import script_parser, shown, stated_command, supervise
+from bench.common.supervisor import script_parser, shown, stated_command, supervise, worker_environment
 
 
 def main() -> int:
     """Runs the table; the exit status."""
     args = parse(sys.argv[1:])
     if args.worker:
-        from model_worker import compile_ahead, work  # the supervising process loads no torch
+        from bench.models.worker import compile_ahead, work  # the supervising process loads no torch
 
         return compile_ahead(args) if args.ahead else work(args)
-    from model_report import ModelReport
+    from bench.models.report import ModelReport
 
     if args.gpus > 1:
         return spread(args)
     started = time.monotonic()
     ModelReport.begin(args.output, args.add, args.only)
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
+    command = [sys.executable, "-m", "bench.models.run", *sys.argv[1:], "--worker"]
     if args.compile_ahead_s:
         compile_side_by_side(command, args.compile_ahead_s, args.ahead_processes)
     budget_s = args.budget_s - (time.monotonic() - started)
@@ -71,13 +71,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     index, count = args.share
     name = args.output.name.replace(f"_gpu{index}.", ".") if count > 1 else args.output.name
-    args.command = stated_command("models", name, shown(args) + [f"--gpus {count}"] * (count > 1))
+    args.command = stated_command("bench.models.run", name, shown(args) + [f"--gpus {count}"] * (count > 1))
     return args
 
 
 def spread(args: argparse.Namespace) -> int:
     """Runs this script once for each GPU, on its share of the rows and of the cores, and puts the results together."""
-    from model_report import ModelReport
+    from bench.models.report import ModelReport
 
     cores = sorted(os.sched_getaffinity(0))
     each = max(1, len(cores) // args.gpus)
@@ -88,7 +88,7 @@ def spread(args: argparse.Namespace) -> int:
             shutil.copy(args.output, output)
         # The last of an option counts.
         options = ["--output", str(output), "--gpus", "1", "--share", str(gpu), str(args.gpus)]
-        command = [sys.executable, __file__, *sys.argv[1:], *options]
+        command = [sys.executable, "-m", "bench.models.run", *sys.argv[1:], *options]
         command = ["taskset", "--cpu-list", ",".join(map(str, cores[gpu * each :][:each] or cores)), *command]
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if args.device == "cuda" else {})
         processes.append(subprocess.Popen(command, env=environment))
@@ -108,7 +108,7 @@ def compile_side_by_side(command: list[str], seconds: float, most: int) -> None:
     """Runs processes that compile every n-th group of rows; what goes wrong there goes wrong again when measured."""
     cores = len(os.sched_getaffinity(0))
     count = max(1, min(most, cores // 2))
-    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, cores // count))}
+    environment = worker_environment() | {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, cores // count))}
     deadline = time.monotonic() + seconds + 60  # each ends what it has begun
     commands = [[*command, "--ahead", str(first), str(count)] for first in range(count)]
     processes = [subprocess.Popen(one, env=environment) for one in commands]

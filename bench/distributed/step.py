@@ -4,12 +4,13 @@ import contextlib
 
 import torch
 import torch.distributed as dist
-from model_shapes import FULL, SMALL, STOCK
-from model_worker import mean_density, relative_error
-from shapes import Sizes3
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from bench.common.sizes import Sizes3
+from bench.models.rows import STOCK
+from bench.models.setup import mean_density, relative_error
+from bench.models.shapes import FULL, SMALL
 from vmoba_flex.models import apply_vmoba
 
 

@@ -1,19 +1,19 @@
 """The inputs of one shape, and what attention over them must come to.
 
-Outputs are checked in up to 3 heads and 128 query rows each, against attention in float64 over the keys that
-``vmoba_selection`` chose (for a peer all keys, for "shared" what each tile chose). The error is the Frobenius norm of
-the difference over that of the truth. The budget is the error of dense FlexAttention on the same rows, times a stated
-factor. Gradients are checked in one head, whole, against attention in float32 computed a chunk of queries at a time.
+Outputs are checked in up to 3 heads, on 128 query rows each, against attention in float64 over the keys that
+``vmoba_selection`` chose; for a peer over all keys, for "shared" over what each tile chose. The error is the Frobenius
+norm of the difference over that of the truth. The budget is the error of dense FlexAttention on the same rows, times a
+stated factor. Gradients are checked on one whole head, against attention in float32, a chunk of queries at a time.
 """
 
 import math
 from typing import Any
 
 import torch
-from peers import flex
-from shapes import Case, Sizes
 from torch import Tensor
 
+from bench.attention.peers import flex
+from bench.attention.shapes import Case, Sizes
 from block_masks import to_slots
 from vmoba_flex import reference, vmoba_selection
 from vmoba_flex.dispatch.shared import choose_tiles
@@ -22,12 +22,12 @@ from vmoba_flex.groups import block_slots
 # Dense FlexAttention rounds its weights and its output to 16 bits; packed rows round their outputs once more before
 # the merge: sqrt(3 / 2) = 1.22. In float32 the order of the sums decides, and errors vary.
 ERROR_FACTOR = {torch.bfloat16: 1.3, torch.float16: 1.3, torch.float32: 4.0}
-# Inside torch.compile the gate may round otherwise, and rows with a pair at the cut attend another block.
+# Inside torch.compile the gate may round differently, and a row whose scores nearly tie may attend another block.
 FLIPPED_ROWS = 0.02
 
 
 class Inputs:
-    """Query, key, value and an upstream gradient of one shape, the same for everything measured on it."""
+    """Query, key, value and an upstream gradient of one shape, the same for all rows on it."""
 
     def __init__(self, case: Case, sizes: Sizes, device: str) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -48,7 +48,7 @@ class Inputs:
 
     def selection(self, case: Case) -> Tensor:
         """What ``vmoba_selection`` chose, bool ``(1, H, S, N)``."""
-        assert case.partition is not None  # asked for ours alone
+        assert case.partition is not None  # asked for sparse cases only
         assert case.rule is not None
         query, key, _ = (x.detach() for x in self.leaves)
         if self._cache.get("selection", (None,))[0] != case:
@@ -68,7 +68,7 @@ class Inputs:
         return (output.detach()[0, heads, rows].double() - truth[0]).norm(dim=-1), truth[0].norm(dim=-1)
 
     def error(self, output: Tensor, selection: Tensor | None, case: Case, flips: bool = False) -> float:
-        """Relative error of the sampled rows; ``flips`` leaves out the few worst ones."""
+        """Relative error of the sampled rows; ``flips`` leaves out the worst few."""
         errors, norms = (x.flatten() for x in self.row_errors(output, selection, case))
         if flips:
             kept = (errors / norms).argsort()[: math.floor((1 - FLIPPED_ROWS) * len(errors))]
@@ -77,7 +77,7 @@ class Inputs:
 
     @torch.no_grad()
     def flex_error(self, case: Case) -> float:
-        """Error of dense FlexAttention on the sampled rows alone, which spares the compilation of its backward."""
+        """Error of dense FlexAttention on the sampled rows only, so that its backward need not be compiled."""
         if "flex" not in self._cache:
             heads, rows = self.sample
             query, key, value = (x.detach()[0] for x in self.leaves)
@@ -104,7 +104,7 @@ class Inputs:
 
 
 def expected_selection(dispatch: str, inputs: Inputs, case: Case) -> Tensor:
-    """What a dispatch has to attend, bool ``(1, H, S, N)``. "shared" makes one choice per tile of queries."""
+    """What a dispatch must attend, bool ``(1, H, S, N)``. "shared" makes one choice per tile of queries."""
     if dispatch != "shared":
         return inputs.selection(case)
     assert case.partition is not None  # a sparse case has both

@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from distributed_cost import MODES, Call, call_of, exchange_s, fit, predict_s
-from report import Report, Row, number, table
+from bench.common.report import Report, Row, number, table
+from bench.distributed.cost import MODES, Call, call_of, exchange_s, fit, predict_s
 
 STEP = "step"
 FORMULAS = {
@@ -18,7 +18,7 @@ FORMULAS = {
     "stays the same where GPUs grow with the work",
     "error": "||x - y|| / ||y|| of a rank's output and gradients, the worst of them, y being one GPU's; for a step "
     "of the model's output",
-    "predicted": "by bench/distributed_cost.py: rates from the rows on one GPU, the link from the largest exchange on "
+    "predicted": "by bench/distributed/cost.py: rates from the rows on one GPU, the link from the largest exchange on "
     "the fewest others",
 }
 # What is predicted beside what was measured: the paper's largest video, and up to a million tokens.
