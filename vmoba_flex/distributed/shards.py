@@ -4,8 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-import torch
-
+from vmoba_flex.constant import constant_when_compiled
 from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
 
@@ -94,7 +93,7 @@ def cut_evenly(start: int, count: int, parts: int) -> list[Run]:
 
 
 # Sizes and nothing else: a constant to torch.compile.
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _runs(
     prefix: int, video: int, suffix: int, ranks: int, sizes: tuple[int, ...] | None, text: str
 ) -> tuple[tuple[Run, ...], ...]:
@@ -115,7 +114,7 @@ def _runs(
 
 
 # A constant to torch.compile, too.
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def in_order(runs: tuple[tuple[Run, ...], ...]) -> tuple[tuple[int, int, int, int], ...]:
     """The runs of all ranks, the earliest first: first token, rank, where the run starts in what it holds, length."""
     ends = [list(itertools.accumulate(lengths(of_rank))) for of_rank in runs]
