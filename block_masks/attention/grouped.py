@@ -11,6 +11,7 @@ from torch import Tensor
 
 from block_masks.attention.coarse_steps import MAX_KERNEL_DIM, CoarseKeys
 from block_masks.attention.row_attention import Room, attend_rows
+from block_masks.launching.constant import constant_when_compiled
 from block_masks.plans.slots import Slots
 
 RowBackend = Literal["auto", "eager", "triton", "flash"]
@@ -157,7 +158,7 @@ def _backend(backend: Any, query: Tensor, key: Tensor, value: Tensor) -> str:
     return "triton" if refusal else "flash"
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _flash_refusal(device: int, dtype: torch.dtype, head_dim: int, value_dim: int, backward: bool) -> str | None:
     from block_masks.attention import flash_check
 
