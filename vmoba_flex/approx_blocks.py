@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from vmoba_flex.checks import check_positive
+from vmoba_flex.inputs import check_positive
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vmoba_flex.checks import check_positive
 from vmoba_flex.collectives import Ranks, all_reduce
 from vmoba_flex.distributed.shards import cut_evenly
+from vmoba_flex.inputs import check_positive
 
 # What one call counts in the running estimate of a head's density.
 _NEWEST = 0.1

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vmoba_flex.checks import check_count, check_positive
+from vmoba_flex.inputs import check_count, check_positive
 from vmoba_flex.insight.records import Record, save
 from vmoba_flex.models.handle import VMoBAHandle
 from vmoba_flex.models.processor import VMoBAProcessor
