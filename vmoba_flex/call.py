@@ -1,11 +1,18 @@
 """What a call of attention says beside query, key and value."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
+
+Dispatch = Literal["auto", "tiles", "packed", "shared", "dense"]
+Backend = Literal["auto", "triton", "flash"]
+# A backend once it has been chosen; "eager" is plain PyTorch.
+ChosenBackend = Literal["eager", "triton", "flash"]
+DISPATCHES: tuple[Dispatch, ...] = get_args(Dispatch)
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 # The default of max_row_bytes.
 MAX_ROW_BYTES = 2_200_000_000

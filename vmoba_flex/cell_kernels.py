@@ -81,7 +81,11 @@ def _backward_kernel(
     video = (token >= 0) & (token < frames * height * width)
     token = tl.where(video, token, 0)
     t, y, x = token // (height * width), token // width % height, token % width
-    cell_t, cell_y, cell_x = t // bt * many_t + t % bt // ct, y // bh * many_y + y % bh // ch, x // bw * many_x + x % bw // cw
+    cell_t, cell_y, cell_x = (
+        t // bt * many_t + t % bt // ct,
+        y // bh * many_y + y % bh // ch,
+        x // bw * many_x + x % bw // cw,
+    )
     _, nt, _ = _axis(cell_t, frames, bt, many_t, ct)
     _, ny, _ = _axis(cell_y, height, bh, many_y, ch)
     _, nx, _ = _axis(cell_x, width, bw, many_x, cw)
@@ -101,10 +105,10 @@ def _geometry(cells: Cells) -> tuple[int, ...]:
 
 def cell_groups(cells: Cells, device: torch.device) -> list[Tensor]:
     """See ``cells.cell_groups``; the logs in float32."""
-    bias = torch.empty(cells.count, dtype=torch.float32, device=device)
-    group = torch.empty(cells.count, dtype=torch.int64, device=device)
-    _groups_kernel[triton.cdiv(cells.count, 256),](
-        bias, group, cells.count, *_geometry(cells), *cells.partition.cells[1:], BLOCK=256
+    bias = torch.empty(cells.total, dtype=torch.float32, device=device)
+    group = torch.empty(cells.total, dtype=torch.int64, device=device)
+    _groups_kernel[triton.cdiv(cells.total, 256),](
+        bias, group, cells.total, *_geometry(cells), *cells.partition.cells[1:], BLOCK=256
     )
     return [bias, group]
 
@@ -112,10 +116,10 @@ def cell_groups(cells: Cells, device: torch.device) -> list[Tensor]:
 def cell_means(x: Tensor, cells: Cells) -> Tensor:
     """See ``cells.cell_means``; any strides."""
     batch, heads, _, dim = x.shape
-    means = torch.empty(batch, heads, cells.count, dim, dtype=x.dtype, device=x.device)
+    means = torch.empty(batch, heads, cells.total, dim, dtype=x.dtype, device=x.device)
     tokens = min(_TOKENS, triton.next_power_of_2(math.prod(cells.cell)))
-    _means_kernel[cells.count * batch * heads,](
-        x, means, *x.stride(), heads, cells.partition.prefix, *_geometry(cells), cells.count,
+    _means_kernel[cells.total * batch * heads,](
+        x, means, *x.stride(), heads, cells.partition.prefix, *_geometry(cells), cells.total,
         D=dim, BLOCK_D=triton.next_power_of_2(dim), TOKENS=tokens,
     )  # fmt: skip
     return means
@@ -127,7 +131,7 @@ def cell_means_backward(grad: Tensor, cells: Cells) -> Tensor:
     tokens = cells.partition.num_tokens
     whole = torch.empty(batch, heads, tokens, dim, dtype=grad.dtype, device=grad.device)
     _backward_kernel[batch * heads * triton.cdiv(tokens, 32),](
-        grad, whole, tokens, cells.partition.prefix, *_geometry(cells), cells.count,
+        grad, whole, tokens, cells.partition.prefix, *_geometry(cells), cells.total,
         D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=32,
     )  # fmt: skip
     return whole

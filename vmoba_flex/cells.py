@@ -3,6 +3,7 @@
 Shapes: ``B`` batch, ``H`` heads, ``S`` tokens, ``C`` cells, ``D`` head dim.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from block_masks import CoarseKeys
 from block_masks.launching.device import on_device
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.tail import Cells, Tail
+from vmoba_flex.tail import Cells, Tail, axis_cells
 
 _KERNEL_MAX_DIM = 256
 
@@ -30,7 +31,7 @@ def coarse_keys(key: Tensor, value: Tensor, partition: BlockPartition, tail: Tai
     """
     cells = Cells(partition, tail.cell_of(partition))
     bias, group = cell_groups(cells, key)
-    return CoarseKeys(*(cell_means(x, cells).flatten(0, 1) for x in (key, value)), bias, group)
+    return CoarseKeys(cell_means(key, cells).flatten(0, 1), cell_means(value, cells).flatten(0, 1), bias, group)
 
 
 def cell_groups(cells: Cells, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,9 +68,7 @@ def _cell_groups(like: Tensor, partition: list[int], cell: list[int]) -> list[Te
         return cell_kernels.cell_groups(cells, like.device)
     sizes = [torch.bincount(ids) for ids in _axis_cells(cells, like.device)]
     tokens = sizes[0][:, None, None] * sizes[1][:, None] * sizes[2]
-    t, y, x = (
-        torch.arange(n, device=like.device) // part for n, part in zip(cells.grid, cells.per_block, strict=True)
-    )
+    t, y, x = (torch.arange(n, device=like.device) // part for n, part in zip(cells.grid, cells.per_block, strict=True))
     _, blocks_y, blocks_x = cells.partition.cells
     group = (t[:, None, None] * blocks_y + y[:, None]) * blocks_x + x
     return [tokens.flatten().to(_accumulator(like)).log(), group.flatten()]
@@ -77,7 +76,7 @@ def _cell_groups(like: Tensor, partition: list[int], cell: list[int]) -> list[Te
 
 @_cell_groups.register_fake
 def _(like: Tensor, partition: list[int], cell: list[int]) -> list[Tensor]:
-    count = _cells(partition, cell).count
+    count = _count(partition, cell)
     return [like.new_empty(count, dtype=_accumulator(like)), like.new_empty(count, dtype=torch.int64)]
 
 
@@ -100,7 +99,7 @@ def _cell_means(x: Tensor, partition: list[int], cell: list[int]) -> Tensor:
 
 @_cell_means.register_fake
 def _(x: Tensor, partition: list[int], cell: list[int]) -> Tensor:
-    return x.new_empty(*x.shape[:2], _cells(partition, cell).count, x.shape[3])
+    return x.new_empty(*x.shape[:2], _count(partition, cell), x.shape[3])
 
 
 @torch.library.custom_op("vmoba_flex::cell_means_backward", mutates_args=())
@@ -122,8 +121,8 @@ def _cell_means_backward(grad: Tensor, partition: list[int], cell: list[int]) ->
 
 @_cell_means_backward.register_fake
 def _(grad: Tensor, partition: list[int], cell: list[int]) -> Tensor:
-    tokens = BlockPartition.of_flat(partition).num_tokens
-    return grad.new_empty(*grad.shape[:2], tokens, grad.shape[3])
+    t, y, x, _, _, _, prefix, suffix = partition
+    return grad.new_empty(*grad.shape[:2], prefix + t * y * x + suffix, grad.shape[3])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -139,6 +138,12 @@ _cell_means.register_autograd(_backward, setup_context=_save)
 
 def _cells(partition: list[int], cell: list[int]) -> Cells:
     return Cells(BlockPartition.of_flat(partition), (cell[0], cell[1], cell[2]))
+
+
+def _count(partition: list[int], cell: list[int]) -> int:
+    """As ``Cells.total``; sizes may be symbolic here, and of these no partition can be made."""
+    sizes = [axis_cells(*axis) for axis in zip(partition[:3], partition[3:6], cell, strict=True)]
+    return math.prod(sizes)
 
 
 def _axis_cells(cells: Cells, device: torch.device) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import NamedTuple, Self
+from typing import Self
 
 from vmoba_flex.approx_blocks import approx_block
 from vmoba_flex.checks import check_positive, check_sizes, is_int
@@ -75,7 +75,8 @@ class Tail:
         return cls(flat[0] if len(flat) == 1 else (flat[0], flat[1], flat[2]))
 
 
-class Cells(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Cells:
     """The cells of a partition, in raster order of their grid.
 
     Along an axis of ``size`` tokens in blocks of ``block``, token p lies in cell
@@ -98,15 +99,17 @@ class Cells(NamedTuple):
     @property
     def grid(self) -> Sizes:
         """Cells along frames, height and width."""
-        partition = self.partition
-        axes = zip(partition.grid, partition.block, partition.cells, self.per_block, self.cell, strict=True)
-        t, y, x = (
-            (blocks - 1) * cells - (-(size - (blocks - 1) * block) // cell)
-            for size, block, blocks, cells, cell in axes
-        )
+        axes = zip(self.partition.grid, self.partition.block, self.cell, strict=True)
+        t, y, x = (axis_cells(*axis) for axis in axes)
         return t, y, x
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """C, the number of cells."""
         return math.prod(self.grid)
+
+
+def axis_cells(size: int, block: int, cell: int) -> int:
+    """Cells along an axis of ``size`` tokens in blocks of ``block``."""
+    before = (size - 1) // block  # whole blocks before the last, which may be shorter
+    return before * -(-block // cell) - (-(size - before * block) // cell)

@@ -4,7 +4,7 @@ import functools
 
 from torch import Tensor
 
-from vmoba_flex.call import Call
+from vmoba_flex.call import Call, ChosenBackend, Dispatch
 from vmoba_flex.dispatch.dense import dense_attention
 from vmoba_flex.dispatch.packed import packed_attention
 from vmoba_flex.dispatch.shared import shared_attention
@@ -16,7 +16,13 @@ from vmoba_flex.stats import Attended
 
 
 def attend_here(
-    query: Tensor, key: Tensor, value: Tensor, call: Call, dispatch: str, kernels: str, part: Part | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: Call,
+    dispatch: Dispatch,
+    backend: ChosenBackend,
+    part: Part | None = None,
 ) -> Attended:
     """Attention by one dispatch.
 
@@ -26,7 +32,7 @@ def attend_here(
         value: ``(B, key heads, S, value dim)``.
         call: what they attend.
         dispatch: any but ``"auto"``.
-        kernels: what ``choose_backend`` says.
+        backend: what ``choose_backend`` returns.
         part: the heads, or the queries, of the call that lie here; None for all.
     """
     attended = functools.partial(Attended, query=query, key=key, call=call, part=part)
@@ -34,11 +40,11 @@ def attend_here(
         live = valid_keys(call.partition, call.text_lengths)
         return attended(dense_attention(query, key, value, call.scale, call.enable_gqa, live))
     if dispatch == "shared":
-        output, selected, slots = shared_attention(query, key, value, call, kernels, part=part)
-        return attended(output, tiles=(selected, slots))
+        output, selected, slots = shared_attention(query, key, value, call, backend, part=part)
+        return attended(output, tile_choice=(selected, slots))
     selection = choose_blocks(query, key, call.partition, call.rule, part)
     if dispatch == "packed":
-        output = packed_attention(query, key, value, selection, call, kernels, part)
+        output = packed_attention(query, key, value, selection, call, backend, part)
     else:
         queries = part.queries if part is not None and part.dim == 2 else None
         output = tiles_attention(query, key, value, selection, call, queries)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from block_masks.attention.row_attention import Room, attend_rows
 from block_masks.plans.rows import TILE
-from vmoba_flex.call import Call
+from vmoba_flex.call import Call, ChosenBackend
 from vmoba_flex.groups import block_slots, group_sizes, valid_group_lengths, with_text
 from vmoba_flex.part import Part, Queries
 from vmoba_flex.partition import BlockPartition
@@ -25,7 +25,7 @@ def packed_attention(
     value: Tensor,
     selection: Tensor,
     call: Call,
-    backend: str,
+    backend: ChosenBackend,
     part: Part | None = None,
 ) -> Tensor:
     """Attention with a row per (query, chosen block), a few heads at a time; see ``block_masks.attend_packed``.

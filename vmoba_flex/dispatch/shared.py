@@ -19,7 +19,7 @@ from torch import Tensor
 
 from block_masks import Slots, attend_slots, from_slots, realize, slot_mask, to_slots, valid_slots
 from block_masks.plans.rows import TILE
-from vmoba_flex.call import Call
+from vmoba_flex.call import Call, ChosenBackend
 from vmoba_flex.dispatch.chunked import chunked_attention
 from vmoba_flex.dispatch.compiled import compiled_flex_attention, has_flex_kernel
 from vmoba_flex.groups import block_slots, group_of_key, valid_group_lengths, valid_keys
@@ -35,7 +35,7 @@ def shared_attention(
     key: Tensor,
     value: Tensor,
     call: Call,
-    backend: str = "eager",
+    backend: ChosenBackend = "eager",
     tile_size: int = TILE,
     part: Part | None = None,
 ) -> tuple[Tensor, Tensor, Slots]:
