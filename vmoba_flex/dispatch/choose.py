@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from block_masks.launching.constant import constant_when_compiled
 from block_masks.plans.rows import TILE
 from vmoba_flex.call import BACKENDS as BACKENDS
 from vmoba_flex.call import DISPATCHES as DISPATCHES
@@ -123,7 +124,7 @@ def _flash_refusal(
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _flash_cannot_run(
     device: int, dtype: torch.dtype, head_dim: int, value_dim: int, of_slots: bool, backward: bool
 ) -> str | None:
