@@ -6,10 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmoba_flex.checks import check_choice as check_choice
-from vmoba_flex.checks import check_count as check_count
 from vmoba_flex.checks import check_number
-from vmoba_flex.checks import check_positive as check_positive
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK
 from vmoba_flex.tail import Tail
