@@ -173,7 +173,7 @@ def _draw_legend(figure: "Figure", story: Story, top: float) -> None:
     notes = (
         "Density: share of (query, block) pairs attended. Tiles run: share of the 128 x 128 tiles that FlexAttention "
         "computes; a tile runs as soon as one of its 128 queries wants it. Recall: share of full attention kept.\n"
-        f"They are means over {len(story.results[0].tiles)} heads; everything else is from head {story.head}. Query and "
+        f"They are means over {len(story.results[0].tiles)} heads; the rest is from head {story.head}. Query and "
         f"key are the trained model's in its layers {layers}, on the noisy video. {story.credit}"
     )
     canvas.text(figure, MARGIN, top + 0.33, notes, size=9.5, color="#444444", va="top", linespacing=1.4)
