@@ -70,7 +70,7 @@ def _short(data: Row) -> list[str]:
     sparse = [row for row in _packed(data) if row["backend"] == "flash"]
     lines = [[f"full attention, {row['attention']}", *_times(row)] for row in _by_time(dense)]
     lines += [[f"`packed`, {_blocks(row)}", *_times(row)] for row in _by_time(sparse)]
-    return table(["", "forward", "forward + backward"], lines)
+    return table(["attention", "forward", "forward + backward"], lines)
 
 
 def _dense(data: Row) -> list[str]:
@@ -179,7 +179,7 @@ def _distributed(data: Row) -> list[str]:
         cells = [f"{row[f'{mode}_ms']:.1f} ({row[f'{mode}_speed_up']:.2f}x)" for mode in MODES]
         parts = [number(row.get(f"forward_backward_{name}_ms"), 1) for name in ("compute", "exchange", "predicted")]
         lines.append([f"`{row['attention']}`", f"{row['tokens']:,}", str(row["gpus"]), *cells, *parts])
-    names = ["", "tokens", "GPUs", "forward ms", "forward + backward ms", "computing", "exchanging", "predicted"]
+    names = ["dispatch", "tokens", "GPUs", "forward ms", "forward + backward ms", "compute", "exchange", "predicted"]
     return table(names, lines)
 
 
@@ -189,7 +189,7 @@ def _distributed_steps(data: Row) -> list[str]:
         + [number(row.get(f"forward_backward_{name}"), 2) for name in ("speed_up", "over_dense")]
         for row in _over_gpus(data, steps=True)
     ]
-    return table(["", "tokens", "GPUs", "s", "speed-up", "against full attention"], lines)
+    return table(["dispatch", "tokens", "GPUs", "s", "speed-up", "against full attention"], lines)
 
 
 def _over_gpus(data: Row, steps: bool) -> list[Row]:
