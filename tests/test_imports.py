@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import vmoba_flex
+from block_masks.launching.constant import constant_when_compiled
 
 ROOT = Path(__file__).parent.parent
 BLOCK_MASKS = sorted((ROOT / "block_masks").rglob("*.py"))
@@ -49,3 +53,76 @@ def test_importing_stays_light(module):
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"
+
+
+def python(code: str) -> str:
+    """What a new interpreter prints that runs ``code``."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def test_a_name_loads_its_module_when_it_is_used():
+    modules = "[m in sys.modules for m in ('torch', 'torch._dynamo')]"
+    code = f"import sys, vmoba_flex; print({modules}); from vmoba_flex import *; print({modules})"
+    assert python(code).splitlines() == ["[False, False]", "[True, False]"]
+
+
+@pytest.mark.parametrize("module", ["distributed", "insight", "demo.show"])
+def test_no_module_loads_the_compiler(module: str):
+    assert python(f"import sys, vmoba_flex.{module}; print('torch._dynamo' in sys.modules)").strip() == "False"
+
+
+def test_importing_takes_hardly_longer_than_torch():
+    """The least processor seconds of some runs, taken in turns; the first ones, which fill caches, are not counted."""
+
+    def seconds(code: str) -> float:
+        return float(python(f"import time; start = time.process_time(); {code}; print(time.process_time() - start)"))
+
+    runs = ("import torch", "import torch, vmoba_flex", "from vmoba_flex import *")
+    times = [[seconds(code) for code in runs] for _ in range(6)][1:]
+    torch_only, package, every_name = map(min, zip(*times, strict=True))
+    assert package < 1.1 * torch_only
+    assert every_name < 1.5 * torch_only  # registers ops, a seventh; loading the compiler doubles it
+
+
+def test_names_are_those_of_their_modules():
+    assert dir(vmoba_flex) == sorted(vmoba_flex.__all__)
+    assert set(vmoba_flex._MODULES) | {"__version__"} == set(vmoba_flex.__all__)
+    for name in vmoba_flex._MODULES:
+        assert getattr(vmoba_flex, name).__name__ == name
+    with pytest.raises(AttributeError, match="module 'vmoba_flex' has no attribute 'attend'"):
+        _ = vmoba_flex.attend
+    with pytest.raises(ImportError, match="cannot import name 'attend'"):
+        from vmoba_flex import attend  # noqa: F401  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_type_checkers_see_each_name_at_its_module():
+    tree = ast.parse((ROOT / "vmoba_flex" / "__init__.py").read_text())
+    guarded = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in guarded.body if isinstance(node, ast.ImportFrom)]
+    seen = {alias.name: (node.module or "").removeprefix("vmoba_flex.") for node in imports for alias in node.names}
+    assert seen == vmoba_flex._MODULES
+
+
+def test_the_old_name_of_approx_blocks_warns():
+    with pytest.warns(DeprecationWarning, match="AboutBlocks is now ApproxBlocks"):
+        assert vmoba_flex.AboutBlocks is vmoba_flex.ApproxBlocks  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_constants_are_marked_as_torch_marks_them():
+    def ours() -> None: ...
+    def theirs() -> None: ...
+
+    torch.compiler.assume_constant_result(theirs)
+    assert constant_when_compiled(ours) is ours
+    assert vars(ours) == vars(theirs) != {}
+
+
+def test_a_name_may_be_used_for_the_first_time_in_a_graph():
+    code = """
+import torch, vmoba_flex
+def plan(x):
+    partition = vmoba_flex.VMoBAConfig.paper("training").partition("spatial", (2, 4, 4))
+    return vmoba_flex.vmoba_selection(x, x, partition, vmoba_flex.TopK(2))
+print(torch.compile(plan, fullgraph=True, backend="eager")(torch.ones(1, 1, 32, 8)).sum().item())
+"""
+    assert python(code).strip() == "64"

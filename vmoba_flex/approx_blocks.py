@@ -5,9 +5,8 @@ import functools
 import itertools
 import math
 
-import torch
-
-from vmoba_flex.inputs import check_positive
+from block_masks.launching.constant import constant_when_compiled
+from vmoba_flex.checks import check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,7 @@ def approx_block(count: int, grid: tuple[int, int, int], axes: tuple[int, ...]) 
 
 
 # Two functions, because torch.compile traces into a cached one even if it is marked as a constant.
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _constant(count: int, grid: tuple[int, int, int], axes: tuple[int, ...]) -> tuple[int, int, int]:
     return _search(count, grid, axes)
 

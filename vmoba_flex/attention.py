@@ -6,17 +6,10 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.call import MAX_ROW_BYTES, Call
+from vmoba_flex.checks import check_choice, check_positive
 from vmoba_flex.dispatch.choose import BACKENDS, DISPATCHES, choose_backend, choose_dispatch
 from vmoba_flex.dispatch.one_device import attend_here
-from vmoba_flex.inputs import (
-    check_choice,
-    check_positive,
-    check_query_key,
-    check_scale,
-    check_text_lengths,
-    check_value,
-    under_autocast,
-)
+from vmoba_flex.inputs import check_query_key, check_scale, check_text_lengths, check_value, under_autocast
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.stats import Attended, AttentionStats
@@ -200,7 +193,7 @@ def attend(
     else:
         check_query_key(query, key, call.partition, call.rule, layout.tokens, layout.ranks.size)
     check_value(value, query, key)
-    check_scale(call.scale)
+    call = call._replace(scale=check_scale(call.scale))
     check_positive("max_row_bytes", call.max_row_bytes)
     check_text_lengths(call.text_lengths, query, call.partition)
     if key.shape[1] != query.shape[1] and not call.enable_gqa:

@@ -6,8 +6,8 @@ from typing import Any, Self
 
 from vmoba_flex import config_json
 from vmoba_flex.approx_blocks import ApproxBlocks, approx_block
+from vmoba_flex.checks import check_choice, check_count, check_positive
 from vmoba_flex.dispatch.choose import BACKENDS, DISPATCHES
-from vmoba_flex.inputs import check_choice, check_count, check_positive
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK
 

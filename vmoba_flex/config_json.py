@@ -71,10 +71,8 @@ def _own(data: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"text must have {key!r}, got keys {sorted(data)}")
     for key in FIELDS[:3]:
         if isinstance(arguments[key], dict):
-            sizes = {
-                "approx_blocks" if name == "about_blocks" else name: count for name, count in arguments[key].items()
-            }
-            _check_keys(key, sizes, ("approx_blocks",))  # "about_blocks": its name in version 0.1.0
+            sizes: Any = {name.replace("about", "approx"): count for name, count in arguments[key].items()}
+            _check_keys(key, sizes, ("approx_blocks",))  # "about_blocks" before version 0.2
             arguments[key] = ApproxBlocks(sizes.get("approx_blocks"))
     rule = arguments["rule"]
     if isinstance(rule, dict) and any(isinstance(value, dict) for value in rule.values()):

@@ -4,8 +4,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from block_masks import TileMap, group_mask, group_tiles
+from vmoba_flex.checks import check_choice, check_positive
 from vmoba_flex.groups import key_groups, valid_keys
-from vmoba_flex.inputs import check_choice, check_positive, check_query_key, check_text_lengths
+from vmoba_flex.inputs import check_query_key, check_text_lengths
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection.select import choose_blocks

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Any
+
+from vmoba_flex.checks import check_choice, check_int, check_share
 
 POOLS = ("query", "block", "head", "global")
 NORMALIZE = ("minmax", "softmax")
@@ -38,13 +39,12 @@ class TopK:
         if (self.k is None) == (self.density is None):
             raise ValueError(f"exactly one of k and density must be given, got k={self.k!r}, density={self.density!r}")
         if self.k is not None:
-            if isinstance(self.k, bool) or not isinstance(self.k, int):
-                raise TypeError(f"k must be an int, got {self.k!r}")
+            check_int("k", self.k)
             if self.k < 1:
                 raise ValueError(f"k must lie in 1..num_blocks, got {self.k}")
         if self.density is not None:
-            _check_share("density", self.density)
-        _check_pool(self.pool)
+            object.__setattr__(self, "density", check_share("density", self.density))
+        check_choice("pool", self.pool, POOLS)
         if self.pool == "block":
             raise ValueError(
                 "pool must be 'query', 'head' or 'global' for TopK, got 'block': k counts the blocks of a query, and a "
@@ -108,12 +108,11 @@ class Threshold:
     normalize: str = dataclasses.field(default="minmax", kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_share("tau", self.tau)
+        object.__setattr__(self, "tau", check_share("tau", self.tau))
         if self.max_density is not None:
-            _check_share("max_density", self.max_density)
-        _check_pool(self.pool)
-        if self.normalize not in NORMALIZE:
-            raise ValueError(f"normalize must be one of {NORMALIZE}, got {self.normalize!r}")
+            object.__setattr__(self, "max_density", check_share("max_density", self.max_density))
+        check_choice("pool", self.pool, POOLS)
+        check_choice("normalize", self.normalize, NORMALIZE)
 
     def max_pairs(self, pool_pairs: int, num_blocks: int) -> int | None:
         """Pairs that a pool of ``pool_pairs`` may keep, own pairs included; None for no cap."""
@@ -121,15 +120,3 @@ class Threshold:
 
 
 Rule = TopK | Threshold
-
-
-def _check_share(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
-
-
-def _check_pool(pool: Any) -> None:
-    if pool not in POOLS:
-        raise ValueError(f"pool must be one of {POOLS}, got {pool!r}")

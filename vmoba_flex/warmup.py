@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from vmoba_flex.inputs import check_count, check_positive
+from vmoba_flex.checks import check_count, check_positive
 from vmoba_flex.rules import Rule, Threshold
 
 

@@ -1,4 +1,4 @@
-"""Draws the pictures next to this file: python docs/pictures/draw.py.
+"""Draws the pictures next to this file: python -m docs.pictures.draw.
 
 Those of docs/concepts.md are told apart by lightness and pattern only, and the same versions draw the same bytes. The
 README's is a part of docs/demo.png that is readable in the width of a column.
@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import matplotlib as mpl
-from choices import draw_pools, draw_threshold
-from cuts import draw_blocks, draw_order
 from PIL import Image
-from runs import draw_packed, draw_tiles
+
+from docs.pictures.choices import draw_pools, draw_threshold
+from docs.pictures.cuts import draw_blocks, draw_order
+from docs.pictures.runs import draw_packed, draw_tiles
 
 PICTURES = {
     "blocks": draw_blocks,

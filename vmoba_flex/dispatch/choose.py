@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from block_masks.launching.constant import constant_when_compiled
 from block_masks.plans.rows import TILE
 from vmoba_flex.groups import group_sizes
 from vmoba_flex.partition import BlockPartition
@@ -116,7 +117,7 @@ def _flash_refusal(
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _flash_cannot_run(
     device: int, dtype: torch.dtype, head_dim: int, value_dim: int, of_slots: bool, backward: bool
 ) -> str | None:

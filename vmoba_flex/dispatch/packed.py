@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from block_masks import attend_packed
+from block_masks.attention.row_attention import Room, attend_rows
 from block_masks.plans.rows import TILE
 from vmoba_flex.call import Call
 from vmoba_flex.groups import block_slots, group_sizes, valid_group_lengths, with_text
@@ -59,9 +59,9 @@ def packed_attention(
         selected, partition, rule, heads, all_heads, queries, call.max_row_bytes // row_bytes, _COPIES[backend]
     )
     query, key, value = (x.flatten(0, 1) for x in (query, key, value))
-    output, _ = attend_packed(
-        query, key, value, selected, block_slots(partition, query.device), heads=(forward[0], backward[0]),
-        row_tiles=(forward[1], backward[1]), scale=scale, backend=backend, group_lengths=group_lengths,
+    output, _ = attend_rows(
+        query, key, value, selected, block_slots(partition, query.device), rooms=(Room(*forward), Room(*backward)),
+        scale=scale, backend=backend, group_lengths=group_lengths,
     )  # fmt: skip
     return output.unflatten(0, (batch, heads))
 

@@ -74,7 +74,8 @@ def shared_attention(
         q, k, v = map(realize, (q, k, v))
     if backend == "flash":
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        return from_slots(attend_slots(q, k, v, selected, slots, scale, group_lengths), slots), selected, slots
+        output, _ = attend_slots(q, k, v, selected, slots, scale, group_lengths)
+        return from_slots(output, slots), selected, slots
     mask = slot_mask(selected, slots, valid_slots(slots, valid_keys(partition, text_lengths)))
     output = compiled_flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=call.enable_gqa)
     return from_slots(output, slots), selected, slots
