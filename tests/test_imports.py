@@ -21,13 +21,13 @@ MAX_LINES = 250
 # Modules and folders in the order in which data flows: each imports only what stands before it. A package's own name
 # stands for its __init__.py.
 ORDER = {
-    "block_masks": ["launching", "plans", "masks", "attention", "block_masks"],
+    "block_masks": ["precision", "launching", "plans", "masks", "attention", "block_masks"],
     "vmoba_flex": [
         *("reference", "version", "user_error"),
-        *("checks", "partition", "rules", "warmup"),
+        *("checks", "partition", "approx_blocks", "tail", "cell_kernels", "cells", "rules", "warmup"),
         *("call", "part", "groups", "inputs", "collectives"),
         *("selection", "mask", "stats", "dispatch", "distributed", "attention"),
-        *("approx_blocks", "config_json", "config", "module", "models", "vmoba_flex"),
+        *("config_json", "config", "module", "models", "vmoba_flex"),
         *("insight", "demo", "cli"),
     ],
 }

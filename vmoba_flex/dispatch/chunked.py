@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from block_masks.precision import accumulator
+
 # Scores valid at a time, over samples, heads, queries of the chunk and keys: 256 MiB in float32.
 _CHUNK_SCORES = 2**26
 
@@ -55,7 +57,7 @@ def _masked_attention(
     scale: float,
     key_valid: Tensor | None,
 ) -> Tensor:
-    exact = torch.promote_types(query.dtype, torch.float32)
+    exact = accumulator(query)
     with torch.autocast(query.device.type, enabled=False):
         scores = (query.to(exact) @ key.to(exact).mT) * scale
         attended = selected[..., key_group]
