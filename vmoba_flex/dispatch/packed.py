@@ -92,27 +92,27 @@ def _sections(
 
 
 def max_row_tiles(
-    partition: BlockPartition, rule: Rule, heads: int, group: int, queries: Queries | None = None
+    partition: BlockPartition, rule: Rule, heads: int, section: int, queries: Queries | None = None
 ) -> int | None:
-    """The most tiles of rows that the queries of ``group`` of a sample's ``heads`` can need; None without a cap."""
+    """The most tiles of rows that the queries of ``section`` of a sample's ``heads`` can need; None without a cap."""
     queries = queries or Queries.of(partition)
     tokens, blocks = partition.num_video_tokens, partition.num_blocks
-    # Entries of a pool, pools, and own pairs, which a pool keeps even beyond its cap.
-    entries, pools, own = {
-        "query": (blocks, group * queries.video, 1),
-        "head": (tokens * blocks, group, tokens),
+    # Pairs of a pool, pools, and own pairs, which a pool keeps even beyond its cap.
+    length, pools, own = {
+        "query": (blocks, section * queries.video, 1),
+        "head": (tokens * blocks, section, tokens),
         "block": (heads * tokens, blocks, max(group_sizes(partition)[:blocks]) * heads),
         "global": (heads * tokens * blocks, 1, heads * tokens),
     }[rule.pool]
-    cap = rule.max_pairs(entries, blocks)
+    cap = rule.max_pairs(length, blocks)
     if cap is None:
         return None
-    pairs = min(pools * max(cap, own), group * queries.video * blocks)
+    pairs = min(pools * max(cap, own), section * queries.video * blocks)
     groups = blocks
     if partition.prefix + partition.suffix:
         groups += 1
-        pairs += group * (queries.video + (queries.before + queries.behind) * groups)
-    return (pairs + group * groups * (TILE - 1)) // TILE
+        pairs += section * (queries.video + (queries.before + queries.behind) * groups)
+    return (pairs + section * groups * (TILE - 1)) // TILE
 
 
 def _read_row_tiles(selected: Tensor) -> int:
