@@ -66,6 +66,9 @@ def test_pictures_are_what_the_script_draws(tmp_path: Path):
     assert drawn.keys() == kept.keys()
     stale = [name for name in drawn if drawn[name] != kept[name]]
     assert not stale, f"run python -m docs.pictures.draw: {stale}"
+    image = pytest.importorskip("PIL.Image")
+    drawn, kept = (image.open(place / "demo_choice.png").convert("RGB") for place in (tmp_path, PICTURES))
+    assert drawn.tobytes() == kept.tobytes()
 
 
 class _Loads(html.parser.HTMLParser):

@@ -43,6 +43,7 @@ class Attended(NamedTuple):
         query: as given.
         key: as given.
         call: what they attend.
+        lse: ``(B, H, S)``, the natural log-sum-exp, where the call wants it.
         selection: bool ``(B, H, video tokens, N)``, where each query chose for itself.
         tile_choice: bool ``(B, H, tiles, G)`` and the slots of the tiles, where the queries of a tile chose together.
             With neither, the call attended everything.
@@ -53,6 +54,7 @@ class Attended(NamedTuple):
     query: Tensor
     key: Tensor
     call: Call
+    lse: Tensor | None = None
     selection: Tensor | None = None
     tile_choice: tuple[Tensor, Slots] | None = None
     part: Part | None = None
