@@ -98,8 +98,8 @@ def _calls(partition: BlockPartition, rule: Rule, tensors: tuple[Tensor, ...]) -
         backend: Backend = "triton" if query.is_cuda and dispatch != "dense" else "auto"
         leaves = [x.clone().requires_grad_() for x in (query, key, value)]
         output, stats = vmoba_attention(
-            *leaves, partition, rule, dispatch=dispatch, backend=backend, enable_gqa=True, text_lengths=lengths,
-            return_stats=True,
+            leaves[0], leaves[1], leaves[2], partition, rule, dispatch=dispatch, backend=backend, enable_gqa=True,
+            text_lengths=lengths, return_stats=True,
         )  # fmt: skip
         yield dispatch, digest(output, *torch.autograd.grad(output, leaves, grad), *stats)
 
