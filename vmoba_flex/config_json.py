@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vmoba_flex.approx_blocks import ApproxBlocks
-from vmoba_flex.rules import Rule, Threshold, TopK
+from vmoba_flex.rules import Pool, Rule, Threshold, TopK
 
 VERSION = 1
 FIELDS = (
@@ -130,7 +130,7 @@ def _sizes(length: int) -> Callable[[Any], bool]:
 
 _MAX_DIGITS = 20
 _MAX_CYCLE = 10_000  # more layers than any model has, few enough to list
-_POOLS = {"query_head": "query", "block": "block", "head_global": "head", "overall": "global"}
+_POOLS: dict[str, Pool] = {"query_head": "query", "block": "block", "head_global": "head", "overall": "global"}
 _MODES = ("topk", "threshold")
 
 _COUNT = ("an int of at least 1", _is_count)

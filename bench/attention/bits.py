@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vmoba_flex import BlockPartition, Threshold, TopK, vmoba_attention, vmoba_mask, vmoba_selection
+from vmoba_flex.call import Backend, Dispatch
 from vmoba_flex.rules import Rule
 
 RULES = {
@@ -40,7 +41,7 @@ PARTITIONS = {
 }
 
 
-DISPATCHES = ("packed", "shared", "tiles", "dense")
+DISPATCHES: tuple[Dispatch, ...] = ("packed", "shared", "tiles", "dense")
 DTYPES = {"cpu": (torch.float32, torch.bfloat16, torch.float64), "cuda": (torch.float32, torch.bfloat16)}
 
 
@@ -94,11 +95,11 @@ def _calls(partition: BlockPartition, rule: Rule, tensors: tuple[Tensor, ...]) -
     for dispatch in DISPATCHES:
         if query.is_cuda and query.dtype == torch.float32 and dispatch != "packed":
             continue  # each shape would be compiled: in bfloat16 only
-        backend = "triton" if query.is_cuda and dispatch != "dense" else "auto"
+        backend: Backend = "triton" if query.is_cuda and dispatch != "dense" else "auto"
         leaves = [x.clone().requires_grad_() for x in (query, key, value)]
         output, stats = vmoba_attention(
-            *leaves, partition, rule, dispatch=dispatch, backend=backend, enable_gqa=True, text_lengths=lengths,
-            return_stats=True,
+            leaves[0], leaves[1], leaves[2], partition, rule, dispatch=dispatch, backend=backend, enable_gqa=True,
+            text_lengths=lengths, return_stats=True,
         )  # fmt: skip
         yield dispatch, digest(output, *torch.autograd.grad(output, leaves, grad), *stats)
 

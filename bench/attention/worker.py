@@ -9,7 +9,7 @@ import time
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from bench.common.machine import error_text, free_memory, print_trace, run_facts
 from bench.common.report import Row
 from bench.common.timing import milliseconds, peak_bytes
 from vmoba_flex import vmoba_attention
-from vmoba_flex.dispatch.choose import BACKENDS, DISPATCHES
+from vmoba_flex.call import BACKENDS, DISPATCHES, Backend, Dispatch
 
 
 def work(args: Namespace) -> int:
@@ -154,8 +154,10 @@ class Bench:
         assert partition is not None  # a sparse case has both
         assert rule is not None
 
+        dispatch, backend = cast(Dispatch, spec.attention), cast(Backend, spec.backend)
+
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return vmoba_attention(query, key, value, partition, rule, dispatch=spec.attention, backend=spec.backend)
+            return vmoba_attention(query, key, value, partition, rule, dispatch=dispatch, backend=backend)
 
         if spec.compiled:
             return torch.compile(attend, fullgraph=True, dynamic=False), contextlib.nullcontext

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from bench.common.sizes import Sizes3
 from vmoba_flex import Threshold, TopK
+from vmoba_flex.call import Dispatch
 from vmoba_flex.config import ApproxBlocks, VMoBAConfig
 
 TRAINING_RULE = Threshold(0.25, pool="head", max_density=0.25)
@@ -141,9 +142,11 @@ class ModelSizes:
 
     def config(self, grid: Sizes3, training: bool, dispatch: str) -> VMoBAConfig:
         """What a row of ours is measured with."""
-        rule = TRAINING_RULE if training else INFERENCE_RULE
+        rule, dispatch = TRAINING_RULE if training else INFERENCE_RULE, cast(Dispatch, dispatch)
         if self.about is None:
-            return dataclasses.replace(VMoBAConfig.paper("training", grid), rule=rule, dispatch=dispatch)
+            return dataclasses.replace(
+                VMoBAConfig.paper("training", grid), rule=rule, dispatch=cast(Dispatch, dispatch)
+            )
         temporal, spatial, cubes = map(ApproxBlocks, self.about)
         return VMoBAConfig(temporal, spatial, cubes, rule, dispatch=dispatch)
 

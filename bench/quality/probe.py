@@ -10,9 +10,10 @@ from torch import Tensor
 from bench.common.timing import milliseconds
 from bench.quality.windows import Windows
 from vmoba_flex import BlockPartition, Threshold, TopK, VMoBAConfig, reference, vmoba_attention, vmoba_selection
+from vmoba_flex.call import Backend, Dispatch
 from vmoba_flex.demo.model import VideoTransformer
 from vmoba_flex.demo.run import TILE, Inputs, layer_inputs, recall
-from vmoba_flex.mask import selection_tiles
+from vmoba_flex.mask import TokenOrder, selection_tiles
 
 PROBED_LEVELS = (1, 4, 6)
 """Which of the held-out levels query and key are taken at."""
@@ -59,9 +60,9 @@ def tile_densities(selection: Tensor, partition: BlockPartition) -> dict[str, fl
     ``sorted``: keys in block order; each head's queries sorted by the set of blocks that they chose, as if read as a
     binary number.
     """
-    result = {
-        order: selection_tiles(selection, partition, order, TILE).some.float().mean().item()
-        for order in ("raster", "block")
+    orders: tuple[TokenOrder, ...] = ("raster", "block")
+    result: dict[str, float] = {
+        order: selection_tiles(selection, partition, order, TILE).some.float().mean().item() for order in orders
     }
     order = torch.arange(selection.shape[2], device=selection.device).expand(selection.shape[:3])
     for block in reversed(range(selection.shape[3])):
@@ -77,7 +78,7 @@ def tile_densities(selection: Tensor, partition: BlockPartition) -> dict[str, fl
     return result | {"sorted": (wanted @ member > 0).float().mean().item()}
 
 
-def errors(inputs: Inputs, partition: BlockPartition, rule: Rule, backend: str) -> dict[str, float]:
+def errors(inputs: Inputs, partition: BlockPartition, rule: Rule, backend: Backend) -> dict[str, float]:
     """Relative errors of outputs on some rows, against float64; ``dense``: of full attention, what rounding costs."""
     query, key, value = inputs
     rows = torch.linspace(0, query.shape[2] - 1, min(_ROWS, query.shape[2]), device=query.device).long()
@@ -92,11 +93,12 @@ def errors(inputs: Inputs, partition: BlockPartition, rule: Rule, backend: str) 
     return result
 
 
-def times(inputs: Inputs, partition: BlockPartition, rule: Rule, backend: str) -> dict[str, dict[str, float]]:
+def times(inputs: Inputs, partition: BlockPartition, rule: Rule, backend: Backend) -> dict[str, dict[str, float]]:
     """Milliseconds forward, and forward and backward, of each dispatch."""
     device = inputs[0].device.type
     result: dict[str, dict[str, float]] = {}
-    for dispatch in ("dense", "packed", "shared", "auto", "tiles"):
+    dispatches: tuple[Dispatch, ...] = ("dense", "packed", "shared", "auto", "tiles")
+    for dispatch in dispatches:
         kernels = backend if dispatch in ("packed", "shared") else "auto"
         leaves = [x.detach().clone().requires_grad_() for x in inputs]
         gradient = torch.randn_like(inputs[2])
