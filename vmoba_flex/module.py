@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from vmoba_flex.attention import vmoba_attention
+from vmoba_flex.checks import check_count, check_positive
 from vmoba_flex.config import VMoBAConfig
-from vmoba_flex.inputs import check_count, check_positive
 from vmoba_flex.warmup import check_warmup, warmed
 
 
@@ -27,7 +27,7 @@ class VMoBAAttention(nn.Module):
     Example:
         >>> import torch
         >>> from vmoba_flex.config import VMoBAConfig
-    from vmoba_flex.inputs import check_count, check_positive
+    from vmoba_flex.checks import check_count, check_positive
         >>> attention = VMoBAAttention(VMoBAConfig.paper("training"), layer=1, num_layers=30)
         >>> q, k, v = torch.randn(3, 1, 2, 4 * 8 * 8 + 5, 16)
         >>> attention(q, k, v, (4, 8, 8), suffix=5).shape

@@ -6,8 +6,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from vmoba_flex.inputs import check_count, check_positive
-from vmoba_flex.rules import Rule, Threshold
+from vmoba_flex.checks import check_count, check_positive
+from vmoba_flex.rules import FlatRule, Rule, Threshold, TopK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,21 @@ class WarmedThreshold(Threshold):
             now = torch.tensor([1 - share * (1 - rule.tau)], dtype=torch.float64, device="cpu")
         return cls(**fields, now=now)
 
+    @property
+    def flat(self) -> FlatRule:
+        """The rule, as the schema of a custom op takes it."""
+        return self._flat(self.now)
+
     def __repr__(self) -> str:
         return repr(Threshold(self.now.item(), pool=self.pool, max_density=self.max_density, normalize=self.normalize))
+
+
+def rule_of_flat(words: str, counts: list[int], shares: list[float], now: Tensor | None) -> Rule:
+    """The rule with this ``flat`` form."""
+    if words.startswith("topk"):
+        return TopK.of_flat(words, counts, shares)
+    rule = Threshold.of_flat(words, shares)
+    return rule if now is None else WarmedThreshold(**vars(rule), now=now)
 
 
 def warmed(rule: Rule, share: float) -> WarmedThreshold:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vmoba_flex.checks import check_positive
 from vmoba_flex.collectives import Ranks, all_reduce
 from vmoba_flex.distributed.shards import split_evenly
-from vmoba_flex.inputs import check_positive
 
 # The weight of one call in the running estimate of a head's density.
 _NEWEST = 0.1

@@ -4,8 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-import torch
-
+from block_masks.launching.constant import constant_when_compiled
 from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
 
@@ -94,7 +93,7 @@ def split_evenly(start: int, count: int, parts: int) -> list[Span]:
 
 
 # Depends on sizes only: a constant to torch.compile.
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _spans(
     prefix: int, video: int, suffix: int, ranks: int, sizes: tuple[int, ...] | None, text: str
 ) -> tuple[tuple[Span, ...], ...]:
@@ -115,7 +114,7 @@ def _spans(
 
 
 # Also a constant to torch.compile.
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def in_order(spans: tuple[tuple[Span, ...], ...]) -> tuple[tuple[int, int, int, int], ...]:
     """The spans of all ranks, earliest first: first token, rank, start among the rank's tokens, length."""
     ends = [list(itertools.accumulate(lengths(of_rank))) for of_rank in spans]

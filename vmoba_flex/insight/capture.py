@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vmoba_flex.inputs import check_count, check_positive
+from vmoba_flex.checks import check_count, check_positive
 from vmoba_flex.insight.records import Record, save
 from vmoba_flex.models.handle import VMoBAHandle
 from vmoba_flex.models.processor import VMoBAProcessor
@@ -111,6 +111,7 @@ class capture:  # noqa: N801 - read as a verb: with capture(model) as captured
         length = None if text_lengths is None else int(text_lengths[0])
         key_heads = [head // group for head in heads]
         facts: dict[str, Any] = {"kind": processor.kind, "layer": layer, "step": step, "heads": tuple(heads)}
+        facts["num_layers"] = len(state.processors)
         of_query, of_key = (x.detach().cpu() for x in (query[0, heads], key[0, key_heads]))
         self.records.append(Record(of_query, of_key, partition, text_length=length, model=name, **facts))
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from torch import nn
 
-from vmoba_flex.inputs import check_count, check_positive
+from vmoba_flex.checks import check_count, check_positive
 from vmoba_flex.models.adapters import find_adapter, unwrap
 from vmoba_flex.models.processor import VMoBAProcessor
 from vmoba_flex.models.state import ModelState
