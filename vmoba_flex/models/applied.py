@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 
 from vmoba_flex.models.adapters import Adapter, find_adapter, forward_arguments
 from vmoba_flex.models.processor import VMoBAProcessor
@@ -56,13 +57,21 @@ class Applied:
         if torch.is_grad_enabled():
             self._bind_checkpoints(model)
         self.state.enter(forward)
+        # Dynamo counts graphs by the code of a layer. Those of further grids and kinds are no recompilations.
+        self.state.blocks.update((plan.grid, plan.block) for plan in forward.plans)
+        limit = len(self.state.blocks) * dynamo_config.recompile_limit
+        settings = dynamo_config.patch(recompile_limit=limit)
+        settings.__enter__()
+        self.state.now.settings = settings
 
     @torch.compiler.disable(reason=_EXPORT)
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Ends the forward, which lives on in its graph."""
-        forward = self.state.enter(None)
-        if forward is None:
+        forward, settings = self.state.enter(None), self.state.now.settings
+        if forward is None or settings is None:
             return
+        self.state.now.settings = None
+        settings.__exit__(None, None, None)
         outputs = output.values() if isinstance(output, dict) else output
         for x in outputs if isinstance(outputs, Iterable) and not isinstance(outputs, Tensor) else [outputs]:
             if isinstance(x, Tensor) and x.grad_fn is not None:

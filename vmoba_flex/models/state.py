@@ -16,6 +16,7 @@ import dataclasses
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -70,13 +71,17 @@ class LayerNow(_ThreadLocal):
 
 
 class ModelNow(_ThreadLocal):
-    """The forward that is under way on this thread, and the step that this thread has set.
+    """This thread's part of a model's state.
 
-    ``"first"`` stands for the first step of the pipeline that runs.
+    Attributes:
+        forward: that is under way.
+        step: that was set by hand; ``"first"`` stands for the first step of the pipeline that runs.
+        settings: of the compiler, which hold until the forward's end.
     """
 
     forward: "Forward | None" = None
     step: Step | Literal["first"] | None = None
+    settings: AbstractContextManager[Any] | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -101,6 +106,7 @@ class ModelState:
         recorder: called with each layer's query and key, while these are captured.
         now: the forward under way.
         alive: forwards whose graphs may still need a recomputation.
+        blocks: each grid with each block shape so far, as many as each layer has graphs.
     """
 
     config: VMoBAConfig
@@ -112,6 +118,7 @@ class ModelState:
     recorder: Callable[..., None] | None = None
     now: ModelNow = dataclasses.field(default_factory=ModelNow)
     alive: "weakref.WeakSet[Forward]" = dataclasses.field(default_factory=weakref.WeakSet)
+    blocks: set[tuple[Grid, Grid]] = dataclasses.field(default_factory=set)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "alive"}
