@@ -75,7 +75,8 @@ class ModelNow(_ThreadLocal):
 
     Attributes:
         forward: that is under way.
-        step: that was set by hand; ``"first"`` stands for the first step of the pipeline that runs.
+        step: that was set by hand; ``"first"`` stands for the first step of the pipeline that runs, where its
+            scheduler does not count.
         settings: of the compiler, which hold until the forward's end.
     """
 
@@ -187,11 +188,10 @@ class ModelState:
         if isinstance(self.now.step, tuple):
             return self.now.step
         pipe = running_pipeline()
-        if self.now.step == "first":
-            return (0, 1) if pipe is None else step_at(pipe, first_call(pipe))
         if pipe is None and self.source is not None:
             pipe = self.source.pipe
-        return counted_step(pipe)
+        step = counted_step(pipe)
+        return step_at(pipe, first_call(pipe)) if step is None and self.now.step == "first" else step
 
     def _block(self, kind: str, grid: Grid) -> Grid:
         try:
