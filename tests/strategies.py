@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vmoba_flex import BlockPartition, Threshold, TopK
+from vmoba_flex.call import BACKENDS, DISPATCHES
 from vmoba_flex.config import KINDS, ApproxBlocks, VMoBAConfig
-from vmoba_flex.dispatch.choose import BACKENDS, DISPATCHES
 from vmoba_flex.rules import NORMALIZE, POOLS, Rule
 from vmoba_flex.selection.mass import block_mass
 

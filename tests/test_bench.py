@@ -1,41 +1,31 @@
-"""The benchmark script: every section in small, and what it does about rows that fail, lie, die or hang."""
+"""bench.attention and what all benchmarks share: a small run of each section; rows that fail, lie, die or hang."""
 
-import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
+from bench.attention import peers, run, worker
+from bench.attention.report import AttentionReport
+from bench.attention.rows import Contenders, specs
+from bench.attention.shapes import FULL
+from bench.common.supervisor import supervise
+
 ROOT = Path(__file__).parent.parent
-BENCH = ROOT / "bench"
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch):
-    """Imports the script's modules as the script does: by plain names, from its folder."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    names = {path.stem for path in BENCH.glob("*.py")}
-    before = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
-    yield lambda name: importlib.import_module(name)
-    for name in names:
-        sys.modules.pop(name, None)
-    sys.modules.update(before)
 
 
 def test_small_run_measures_every_section_and_draws_it(tmp_path: Path):
     output, plot = tmp_path / "small.json", tmp_path / "plots" / "small.png"
-    command = [sys.executable, "bench/attention.py", "--device", "cpu", "--small", "--output", output, "--plot", plot]
-    result = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-m", "bench.attention.run", "--output", output, "--device", "cpu", "--small"]
+    command += ["--plot", plot]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     report = json.loads(output.read_text())
     assert report["formulas"]
     assert report["runs"][0]["versions"]["torch"] == torch.__version__
+    assert report["runs"][0]["command"].startswith("python -m bench.attention.run --output bench/results/small.json")
     assert str(tmp_path) not in output.read_text()
     for section in ("main", "density", "tokens", "paper", "stages", "auto"):
         rows = [row for row in report["rows"] if section in row["sections"]]
@@ -59,9 +49,7 @@ def test_small_run_measures_every_section_and_draws_it(tmp_path: Path):
     assert "## density" in output.with_suffix(".md").read_text()
 
 
-def test_rows_that_fail_or_lie_are_recorded_and_the_others_go_on(bench, monkeypatch, tmp_path):
-    worker: ModuleType = bench("worker")
-    peers: ModuleType = bench("peers")
+def test_rows_that_fail_or_lie_are_recorded_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     failures = []
 
     def failing(query, key, value):
@@ -85,7 +73,7 @@ def test_rows_that_fail_or_lie_are_recorded_and_the_others_go_on(bench, monkeypa
     monkeypatch.setattr(worker, "DISPATCHES", ("tiles", "unheard-of"))
     output = tmp_path / "x.json"
     arguments = ["--device", "cpu", "--small", "--sections", "main", "--output", str(output)]
-    assert worker.work(bench("attention").parse(arguments)) == 0
+    assert worker.work(run.parse(arguments)) == 0
 
     def statuses() -> dict[str, str]:
         return {row["attention"]: row["status"] for row in json.loads(output.read_text())["rows"]}
@@ -107,7 +95,7 @@ def test_rows_that_fail_or_lie_are_recorded_and_the_others_go_on(bench, monkeypa
 
     # Another environment, where what was missing is there: nothing else is measured again.
     monkeypatch.setitem(stand_ins, "xformers", stand_ins["FlashAttention-2"])
-    assert worker.work(bench("attention").parse([*arguments, "--add"])) == 0
+    assert worker.work(run.parse([*arguments, "--add"])) == 0
     assert statuses() == expected | {"packed": "ok", "xformers": "ok"}
     assert len(failures) == 1
     after = {row["attention"]: row for row in json.loads(output.read_text())["rows"]}
@@ -115,18 +103,16 @@ def test_rows_that_fail_or_lie_are_recorded_and_the_others_go_on(bench, monkeypa
         assert after["tiles"][measured] == rows["tiles"][measured]
 
 
-def test_the_command_line_knows_all_peers_and_sections(bench):
-    assert set(bench("attention").PEERS) == bench("peers").PEERS.keys()
-    sizes = bench("shapes").FULL
-    contenders = bench("shapes").Contenders(("cuDNN",), ("cuDNN",), (), ("auto", "packed"), ("triton",), False)
-    sections = list(bench("attention").SECTIONS)
-    assert {spec.section for spec in bench("shapes").specs(sizes, sections, contenders)} == set(sections)
+def test_the_command_line_knows_all_peers_and_sections():
+    assert set(run.PEERS) == peers.PEERS.keys()
+    contenders = Contenders(("cuDNN",), ("cuDNN",), (), ("auto", "packed"), ("triton",), False)
+    assert {spec.section for spec in specs(FULL, list(run.SECTIONS), contenders)} == set(run.SECTIONS)
 
 
-def test_no_row_starts_without_budget(bench, tmp_path):
+def test_no_row_starts_without_budget(tmp_path: Path):
     output = tmp_path / "x.json"
     arguments = ["--device", "cpu", "--small", "--output", str(output), "--budget-s", "-1"]
-    assert bench("worker").work(bench("attention").parse(arguments)) == 0
+    assert worker.work(run.parse(arguments)) == 0
     assert {row["status"] for row in json.loads(output.read_text())["rows"]} == {"not run"}
 
 
@@ -148,15 +134,36 @@ save("ok")
 """
 
 
-def test_a_process_that_dies_hangs_or_loses_its_gpu_costs_one_row(bench, tmp_path):
+def test_a_process_that_dies_hangs_or_loses_its_gpu_costs_one_row(tmp_path: Path):
     output = tmp_path / "x.json"
     command = [sys.executable, "-c", PROCESS, str(output)]
-    assert bench("attention").supervise(command, output, budget_s=60, row_limit_s=1) == 0
+    assert supervise(command, output, 60, 1, AttentionReport) == 0
     rows = json.loads(output.read_text())["rows"]
     assert [row["status"] for row in rows] == ["failed", "failed", "failed", "ok"]
     assert rows[0]["error"] == "the process ended with 11"
     assert rows[1]["error"] == "the process was stopped after 1 s"
 
 
-def test_a_process_that_ends_between_rows_is_not_started_again(bench, tmp_path):
-    assert bench("attention").supervise([sys.executable, "-c", "exit(3)"], tmp_path / "x.json", 60, 60) == 3
+def test_a_process_that_ends_between_rows_is_not_started_again(tmp_path: Path):
+    assert supervise([sys.executable, "-c", "exit(3)"], tmp_path / "x.json", 60, 60, AttentionReport) == 3
+
+
+FLASH_CACHE = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])
+def test_measuring_processes_cache_flash_kernels_unless_told_otherwise(
+    given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.delenv(FLASH_CACHE, raising=False)
+    if given is not None:
+        monkeypatch.setenv(FLASH_CACHE, given)
+    code = f"import os, sys; sys.exit(10 + int(os.environ['{FLASH_CACHE}']))"
+    command = [sys.executable, "-c", code]
+    assert supervise(command, tmp_path / "x.json", 60, 60, AttentionReport) == 10 + int(expected)
+
+
+def test_importing_what_starts_processes_changes_no_environment():
+    runs = [f"bench.{name}.run" for name in ("attention", "models", "distributed", "quality")]
+    code = f"import os; before = dict(os.environ); import {', '.join(runs)}; assert dict(os.environ) == before"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

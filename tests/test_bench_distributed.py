@@ -1,5 +1,6 @@
-"""The benchmark over several GPUs: a small run on CPUs, and the model of what a call costs."""
+"""bench.distributed: a small run on CPUs, and the model of what a call costs."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_bench import ROOT, bench  # noqa: F401  a fixture
+from bench.distributed import cost
+from tests.test_bench import ROOT
 
 
 def test_a_small_run_checks_measures_and_predicts(tmp_path: Path):
     pytest.importorskip("diffusers")
     output = tmp_path / "small.json"
     options = ["--device", "cpu", "--small", "--gpus", "1,2", "--only", "packed", "--only", "dense | 576"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "bench/distributed.py", "--output", output, *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "bench.distributed.run", "--output", output, *options]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     report = json.loads(output.read_text())
     assert str(tmp_path) not in output.read_text()
@@ -44,8 +46,7 @@ def row_of(attention: str, tokens: int, gpus: int, forward: float, backward: flo
     }  # fmt: skip
 
 
-def test_a_machine_is_found_in_rows_that_its_costs_made(bench):  # noqa: F811
-    cost = bench("distributed_cost")
+def test_a_machine_is_found_in_rows_that_its_costs_made():
     rates = {("packed", "forward"): 4e14, ("packed", "forward_backward"): 3e14}
     per_token = {("packed", "forward"): 3e-9, ("packed", "forward_backward"): 8e-9}
     machine = cost.Machine(rates, per_token, link=200e9, latency=0.0)
@@ -64,8 +65,7 @@ def test_a_machine_is_found_in_rows_that_its_costs_made(bench):  # noqa: F811
             assert 1e3 * cost.predict_s(cost.call_of(row), row["gpus"], mode, found) == pytest.approx(row[f"{mode}_ms"])
 
 
-def test_costs_by_hand(bench):  # noqa: F811
-    cost = bench("distributed_cost")
+def test_costs_by_hand():
     call = cost.Call(1000, 12, 128, 0.5, "packed")
     assert cost.work(call, "forward") == 4 * 1000**2 * 12 * 128 * 0.5
     assert cost.share(call, 4) == 3 / 12
@@ -82,8 +82,7 @@ def test_costs_by_hand(bench):  # noqa: F811
     assert cost.exchange_s(call, 17, "forward", machine) == pytest.approx(expected)
 
 
-def test_rows_that_are_missing(bench):  # noqa: F811
-    cost = bench("distributed_cost")
+def test_rows_that_are_missing():
     with pytest.raises(ValueError, match="rows must hold some on one GPU, got none"):
         cost.fit([row_of("packed", 55296, 2, 5.0, 15.0, 1.0)])
     # One row gives a rate, and no time for tokens.
@@ -92,6 +91,7 @@ def test_rows_that_are_missing(bench):  # noqa: F811
     assert cost.predict_s(cost.Call(55296, 12, 128, 0.2, "packed"), 1, "forward", found) == pytest.approx(5e-3)
     # However many GPUs, a call of ours takes its launches.
     for attention, floor in (("packed", found.launches["packed", "forward"]), ("dense", 0.0)):
-        found.rates[attention, "forward"], found.tokens[attention, "forward"] = 1e30, 0.0
+        rates, tokens = {(attention, "forward"): 1e30}, {(attention, "forward"): 0.0}
+        machine = dataclasses.replace(found, rates=rates, tokens=tokens)
         call = cost.Call(128, 12, 128, 0.2, attention)
-        assert cost.predict_s(call, 4, "forward", found) == max(floor, cost.exchange_s(call, 4, "forward", found))
+        assert cost.predict_s(call, 4, "forward", machine) == max(floor, cost.exchange_s(call, 4, "forward", machine))

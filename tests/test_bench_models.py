@@ -1,26 +1,30 @@
-"""The end-to-end benchmark: small runs on the CPU, their file and table, and rows that fail or lie."""
+"""bench.models: small runs on the CPU, their file and table, and rows that fail or lie."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from tests.test_bench import ROOT, bench  # noqa: F401  a fixture
+from bench.models import rows as model_rows
+from bench.models import setup, shapes, worker
+from bench.models.report import ModelReport
+from bench.models.run import parse
+from tests.test_bench import ROOT
+from vmoba_flex import Threshold, TopK
 
 pytest.importorskip("diffusers")
 MODES = ("training step, checkpointing", "training step", "inference forward")
 
 
 def run(output: Path, *options: str) -> str:
-    """Runs the script in small; what it printed."""
-    command = [sys.executable, "bench/models.py", "--device", "cpu", "--small", "--output", str(output), *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    """Runs the command with small models; returns what it printed."""
+    command = [sys.executable, "-m", "bench.models.run", "--output", str(output), "--device", "cpu", "--small"]
+    result = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=True)
     return result.stdout + result.stderr
 
 
@@ -78,10 +82,9 @@ def test_gpus_share_the_rows(tmp_path: Path):
     assert one["command"].endswith("--device cpu --small --gpus 2") and "_gpu" not in one["command"]
 
 
-def test_every_row_has_one_share_and_shapes_stay_together(bench):  # noqa: F811
-    shapes = bench("model_shapes")
-    rows = list(shapes.specs(shapes.FULL, "cuda"))
-    shares = [shapes.shared_out(rows, index, 4) for index in range(4)]
+def test_every_row_has_one_share_and_shapes_stay_together():
+    rows = list(model_rows.specs(shapes.FULL, "cuda"))
+    shares = [model_rows.shared_out(rows, index, 4) for index in range(4)]
     assert sorted(row.id for share in shares for row in share) == sorted(row.id for row in rows)
     kept = [{(row.model.name, row.grid) for row in share} for share in shares]
     assert sum(map(len, kept)) == len(set.union(*kept))
@@ -103,8 +106,7 @@ def test_times_of_a_few_layers_are_scaled_to_the_whole_model(tmp_path: Path):
     assert "HunyuanVideo, 3 for 6 + 3 for 9 layers" in output.with_suffix(".md").read_text()
 
 
-def test_rows_that_fail_or_lie_are_recorded_and_the_others_go_on(bench, monkeypatch, tmp_path):  # noqa: F811
-    worker = bench("model_worker")
+def test_rows_that_fail_or_lie_are_recorded_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
     def apply(model, config):
         if config.dispatch == "auto":
@@ -112,11 +114,11 @@ def test_rows_that_fail_or_lie_are_recorded_and_the_others_go_on(bench, monkeypa
         model.register_forward_hook(lambda module, inputs, output: (output[0] * 1.001,))
         return SimpleNamespace(remove=lambda: None, set_enabled=lambda enabled: None)
 
-    monkeypatch.setattr(worker, "apply_vmoba", apply)
+    monkeypatch.setattr(setup, "apply_vmoba", apply)
     output = tmp_path / "x.json"
     only = ["--only", "Wan 1.3B,inference"]
     arguments = ["--device", "cpu", "--small", *only, "--output", str(output)]
-    assert worker.work(bench("models").parse(arguments)) == 0
+    assert worker.work(parse(arguments)) == 0
     rows = {row["attention"]: row for row in json.loads(output.read_text())["rows"]}
     assert {name: row["status"] for name, row in rows.items()} == {
         "SDPA": "ok",
@@ -129,46 +131,48 @@ def test_rows_that_fail_or_lie_are_recorded_and_the_others_go_on(bench, monkeypa
     assert "ms" not in rows["shared"]
 
 
-def test_a_new_run_tries_again_what_failed_of_the_rows_it_is_asked_for(bench, tmp_path):  # noqa: F811
-    report = bench("model_report").ModelReport
+def test_a_new_run_tries_again_what_failed_of_the_rows_it_is_asked_for(tmp_path: Path):
     row = {"mode": MODES[0], "model": "Wan", "dense": True, "attention": "SDPA", "parts": [{"layers": 1, "of": 1}]}
-    kept = report(tmp_path / "x.json")
+    kept = ModelReport(tmp_path / "x.json")
     kept.start_run({"device": "a GPU", "date": "today", "versions": {}, "command": "a command"})
     for tokens in (72, 144):
         name = f"Wan | {tokens} tokens"
         kept.rows[name] = row | {"id": name, "tokens": tokens, "status": "out of memory", "error": "too much", "run": 0}
     kept.save()
-    report.begin(kept.path, add=True, only=["Wan,144 tokens"])
-    statuses = {row["tokens"]: row["status"] for row in report.load(kept.path).rows.values()}
+    ModelReport.begin(kept.path, add=True, only=["Wan,144 tokens"])
+    statuses = {row["tokens"]: row["status"] for row in ModelReport.load(kept.path).rows.values()}
     assert statuses == {72: "out of memory", 144: "not run"}
 
 
-def test_a_part_still_compiled_is_not_built_again(bench, monkeypatch, tmp_path):  # noqa: F811
-    worker, built = bench("model_worker"), []
-    setup = worker.Setup
-    monkeypatch.setattr(worker, "Setup", lambda spec, part, *rest: built.append(part.of) or setup(spec, part, *rest))
+def test_a_part_still_compiled_is_not_built_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    built = []
+
+    def build(spec: model_rows.Spec, part: shapes.Part, *rest: Any) -> setup.Setup:
+        built.append(part.of)
+        return setup.Setup(spec, part, *rest)
+
+    monkeypatch.setattr(worker, "Setup", build)
     output, grids = tmp_path / "x.json", (*[(3, 4, 6)], *[(2, 4, 6)] * 4)
-    sizes = bench("model_shapes").SMALL
+    sizes = shapes.SMALL
     monkeypatch.setattr(worker, "SMALL", worker.dataclasses.replace(sizes, grids=grids))
     only = ["--only", "HunyuanVideo,72 tokens,training,SDPA"]
     arguments = ["--device", "cpu", "--small", *only, "--output", str(output)]
-    assert worker.work(bench("models").parse(arguments)) == 0
+    assert worker.work(parse(arguments)) == 0
     assert built == [6, 9, 6]  # with checkpointing first the dual layers; without, first the single ones
     for row in rows_of(output).values():
         assert row["status"] == "ok"
         assert row["ms"] == pytest.approx(2 * row["parts"][0]["ms"] + 3 * row["parts"][1]["ms"])
 
 
-def test_no_row_starts_without_budget(bench, tmp_path):  # noqa: F811
+def test_no_row_starts_without_budget(tmp_path: Path):
     output = tmp_path / "x.json"
     arguments = ["--device", "cpu", "--small", "--output", str(output), "--budget-s", "-1"]
-    assert bench("model_worker").work(bench("models").parse(arguments)) == 0
+    assert worker.work(parse(arguments)) == 0
     assert {row["status"] for row in json.loads(output.read_text())["rows"]} == {"not run"}
 
 
-def test_all_rows_are_there_and_the_goals_come_first(bench):  # noqa: F811
-    shapes = bench("model_shapes")
-    specs = list(shapes.specs(shapes.FULL, "cuda"))
+def test_all_rows_are_there_and_the_goals_come_first():
+    specs = list(model_rows.specs(shapes.FULL, "cuda"))
     assert len({spec.id for spec in specs}) == len(specs)
     ids = {spec.id for spec in specs}
     for model in shapes.FULL.models:
@@ -182,8 +186,7 @@ def test_all_rows_are_there_and_the_goals_come_first(bench):  # noqa: F811
     assert {spec.model.name for spec in specs[:18]} == {"Wan 1.3B"}
 
 
-def test_the_models_have_their_real_sizes(bench):  # noqa: F811
-    shapes = bench("model_shapes")
+def test_the_models_have_their_real_sizes():
     sizes = []
     for model in shapes.FULL.models:
         for part in model.parts:
@@ -200,11 +203,13 @@ def test_the_models_have_their_real_sizes(bench):  # noqa: F811
     assert dual + single == pytest.approx(12.8, abs=0.4)
 
 
-def test_the_paper_s_blocks_are_taken_where_it_has_them(bench):  # noqa: F811
-    full = bench("model_shapes").FULL
+def test_the_paper_s_blocks_are_taken_where_it_has_them():
+    assert Threshold(0.25, max_density=0.25) == shapes.TRAINING_RULE
+    assert TopK(density=0.25) == shapes.INFERENCE_RULE
+    full = shapes.FULL
     config = full.config((24, 36, 64), True, "shared")
     assert (config.temporal, config.spatial, config.spatiotemporal) == (3, (6, 8), (8, 12, 8))
-    assert config.dispatch == "shared" and config.rule.max_density == 0.25
+    assert config.dispatch == "shared" and config.rule == shapes.TRAINING_RULE
     other = full.config((32, 48, 72), False, "auto")
     assert [other.partition(kind, (32, 48, 72)).num_blocks for kind in other.cycle] == [8, 48, 72]
-    assert other.rule.density == 0.25 and other.dense_steps == 0
+    assert other.rule == shapes.INFERENCE_RULE and other.dense_steps == 0

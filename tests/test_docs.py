@@ -14,21 +14,21 @@ from typing import Any
 
 import pytest
 
-from tests.test_bench import ROOT, bench  # noqa: F401  a fixture
+from bench import pages
+from bench.models import tables
+from tests.test_bench import ROOT
 
 PICTURES = ROOT / "docs" / "pictures"
 # Whatever asks the network anyway finds nobody there.
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 
 
-def test_numbers_are_those_of_the_results(bench):  # noqa: F811
-    pages = bench("pages")
+def test_numbers_are_those_of_the_results():
     stale = [str(page) for page in pages.PAGES if pages.filled(page.read_text()) != page.read_text()]
-    assert not stale, f"run python bench/pages.py: {stale}"
+    assert not stale, f"run python -m bench.pages: {stale}"
 
 
-def test_a_number_that_was_changed_by_hand_is_seen(bench):  # noqa: F811
-    pages = bench("pages")
+def test_a_number_that_was_changed_by_hand_is_seen():
     text = (ROOT / "README.md").read_text()
     number = re.search(r"_attention -->([\d.]+)", text)
     assert number
@@ -37,12 +37,12 @@ def test_a_number_that_was_changed_by_hand_is_seen(bench):  # noqa: F811
 
 
 @pytest.mark.parametrize("mark", ["no_such_part h200_2026-11-24_attention", "dense no_such_file"])
-def test_a_mark_that_names_nothing_is_an_error(bench, mark: str):  # noqa: F811
+def test_a_mark_that_names_nothing_is_an_error(mark: str):
     with pytest.raises((KeyError, FileNotFoundError), match="no_such"):
-        bench("pages").filled(f"<!-- results: {mark} --><!-- end -->")
+        pages.filled(f"<!-- results: {mark} --><!-- end -->")
 
 
-def test_models_stand_beside_the_full_attention_of_their_case(bench):  # noqa: F811
+def test_models_stand_beside_the_full_attention_of_their_case():
     def row(tokens: int, attention: str, ms: float, status: str = "ok") -> dict[str, Any]:
         found = {"ms": ms, "peak_gb": ms / 1000} if status == "ok" else {}
         case = {"model": "Wan 1.3B", "mode": "training step", "tokens": tokens}
@@ -51,7 +51,7 @@ def test_models_stand_beside_the_full_attention_of_their_case(bench):  # noqa: F
     rows = [row(100, "none", 1), row(100, "exact", 2000), row(2000, "shared", 4000), row(2000, "cuDNN", 8000)]
     rows += [row(100, "cuDNN", 5000), row(100, "FlashAttention-4", 4000), row(30, "cuDNN", 1000)]
     rows += [row(100, "shared", 1, "out of memory"), row(30, "exact", 1, "failed")]
-    assert bench("pages")._models({"rows": rows})[2:] == [
+    assert tables.wan({"rows": rows})[2:] == [
         "| training step | 2,000 | 8.00 |  |  | 4.00 (2.00x) | 8.0 /  / 4.0 |",
         "| training step | 100 | 5.00 | 4.00 | 2.00 (2.50x, 2.00x) |  | 5.0 / 2.0 /  |",
     ]
@@ -61,25 +61,26 @@ def test_pictures_are_what_the_script_draws(tmp_path: Path):
     pinned = re.search(r"^matplotlib==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     if pinned is None or importlib.metadata.version("matplotlib") != pinned[1]:
         pytest.skip("another matplotlib may draw other bytes")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, PICTURES / "draw.py", tmp_path], env=environment, check=True)
+    subprocess.run([sys.executable, "-m", "docs.pictures.draw", tmp_path], cwd=ROOT, check=True)
     drawn, kept = ({path.name: path.read_bytes() for path in place.glob("*.svg")} for place in (tmp_path, PICTURES))
     assert drawn.keys() == kept.keys()
     stale = [name for name in drawn if drawn[name] != kept[name]]
-    assert not stale, f"run python docs/pictures/draw.py: {stale}"
+    assert not stale, f"run python -m docs.pictures.draw: {stale}"
 
 
 class _Loads(html.parser.HTMLParser):
-    """What a page makes a browser load, and its anchors."""
+    """What a page makes a browser load, its anchors, and its blocks of highlighted Python."""
 
     def __init__(self) -> None:
         super().__init__()
         self.loaded: list[str] = []
         self.anchors: set[str] = set()
+        self.highlighted = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
         self.anchors.add(found.get("id") or "")
+        self.highlighted += "language-python highlight" in (found.get("class") or "")
         if tag != "a":
             self.loaded += [found[name] or "" for name in ("src", "href", "srcset", "data") if name in found]
 
@@ -115,6 +116,13 @@ def test_every_public_name_is_in_the_reference(site: dict[str, _Loads], package:
     assert set(importlib.import_module(package).__all__) - {"__version__"} <= documented
 
 
+def test_fences_of_python_are_highlighted(site: dict[str, _Loads]):
+    for path in (ROOT / "docs" / "distributed.md", ROOT / "docs" / "models" / "wan.md", ROOT / "README.md"):
+        name = path.relative_to(ROOT / "docs" if path.parent != ROOT else ROOT).with_suffix("").as_posix()
+        fences = len(re.findall(r"^```python\b", path.read_text(), re.MULTILINE))
+        assert fences and site["." if name == "README" else name].highlighted == fences, name
+
+
 def test_what_the_repository_links_outside_of_docs_is_in_the_site(site: dict[str, _Loads]):
     assert {".", "CONTRIBUTING", "CHANGELOG", "bench/NOTES", "concepts", "models"} <= site.keys()
 
@@ -126,6 +134,6 @@ def test_links_become_those_of_the_site_and_code_is_left_alone():
     spec.loader.exec_module(hooks := importlib.util.module_from_spec(spec))
     file = files.File("bench/NOTES.md", str(ROOT), "site", use_directory_urls=True)
     text = "[a](../docs/faq.md#b) [`c`](../CONTRIBUTING.md) [d](https://e.f) ![j](k.png)"
-    text += " `g[h](../docs/i.md)`\n\n```python\nl[m](../docs/n)\n```\n"
-    expected = text.replace("../docs/faq", "../faq")
+    text += " `g[h](../docs/i.md)`\n\n```python\nl[m](../docs/n)\n```\n```python no-run\no\n```\n"
+    expected = text.replace("../docs/faq", "../faq").replace(" no-run", "")
     assert hooks.on_page_markdown(text, SimpleNamespace(file=file), None, None) == expected

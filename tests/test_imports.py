@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vmoba_flex
-from vmoba_flex.constant import constant_when_compiled
+from block_masks.launching.constant import constant_when_compiled
 
 ROOT = Path(__file__).parent.parent
 BLOCK_MASKS = sorted((ROOT / "block_masks").rglob("*.py"))

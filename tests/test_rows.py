@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
-from block_masks import RowPlan, Slots, attend_packed, plan_rows, plan_slots, row_mask
+from block_masks import RowPlan, Slots, plan_rows, plan_slots, row_mask
 from block_masks.attention import row_steps
+from block_masks.attention.row_attention import Room, attend_rows
+from block_masks.plans.section import sections_of
 from tests.strategies import generators
 from tests.test_block_masks import INDEX_TENSORS
 
@@ -49,12 +51,11 @@ class RowProblem:
         return plan_slots(self.key_group, self.group_sizes, self.tile_size, sorted_keys=known)
 
     def attend(self, *tensors: Tensor, scale: float = 0.5, backend: str = "eager") -> tuple[Tensor, Tensor]:
-        return attend_packed(
+        return attend_rows(
             *(tensors or (self.query, self.key, self.value)),
             self.selected,
             self.slots(),
-            row_tiles=(self.row_tiles, self.row_tiles),
-            heads=(self.heads, self.heads),
+            rooms=(Room(self.heads, self.row_tiles), Room(self.heads, self.row_tiles)),
             scale=scale,
             backend=backend,
             group_lengths=self.group_lengths,
@@ -176,9 +177,8 @@ def test_flex_attention_over_the_mask_gives_the_same_rows(problem: RowProblem):
         output, aux = flex_attention(
             *inputs, block_mask=row_mask(plan, slots, section), scale=0.5, return_aux=AuxRequest(lse=True)
         )
-        mine, lse = row_steps.forward(
-            problem.query, keys, values, plan, slots, slots.group_lengths.repeat(len(problem.query)), section, 0.5
-        )
+        of_section = sections_of(plan, slots, None)[section]
+        mine, lse = row_steps.forward(problem.query, keys, values, of_section, 0.5)
         used = plan.row_pool[section].repeat_interleave(problem.tile_size) >= 0
         torch.testing.assert_close(output[0, 0][used], mine[used], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(aux.lse[0, 0][used], lse[used], rtol=1e-5, atol=1e-5)
@@ -213,11 +213,12 @@ def test_a_nan_group_reaches_the_queries_that_chose_it_alone(bad: int):
 def test_registered_ops_are_well_formed():
     problem = _problem(torch.ones(2, 5, 2, dtype=torch.bool))
     leaves = [x.requires_grad_() for x in (problem.query, problem.key, problem.value)]
-    ops, tail = torch.ops.block_masks, (*problem.slots().flat, [16, 8], [2, 1], 0.5, "eager")
-    torch.library.opcheck(ops.attend_packed, (*leaves, problem.selected, None, *tail))
+    ops, tail = torch.ops.block_masks, (*problem.slots().flat, [2, 16, 1, 8], 0.5, "eager")
+    without = (None,) * 4  # coarse keys
+    torch.library.opcheck(ops.attend_packed, (*leaves, problem.selected, None, *without, *tail))
     output, lse = problem.attend()
     inputs = [x.detach() for x in (output, *leaves)]
-    saved = (problem.selected, None, output.detach(), lse.detach())
+    saved = (problem.selected, None, *without, output.detach(), lse.detach())
     torch.library.opcheck(ops.attend_packed_backward, (*inputs, *saved, *tail))
     torch.library.opcheck(ops.pack_bits, (problem.selected,))
     torch.library.opcheck(ops.tile_lists, (problem.selected,))

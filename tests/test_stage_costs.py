@@ -4,7 +4,9 @@
 assertions remain. Stages are called with the arguments that one packed call gave them, whatever these are.
 """
 
+import ast
 import functools
+import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +15,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.stages import STAGES, watched
+from bench.attention import stages
+from bench.attention.stages import STAGES, watched
+from tests.test_bench import ROOT
 from vmoba_flex import BlockPartition, Threshold, TopK, vmoba_attention, vmoba_mask, vmoba_selection
 from vmoba_flex.rules import POOLS, Rule
 
@@ -107,6 +111,40 @@ def assert_linear(benchmark: Any, few: Callable[[], Any], many: Callable[[], Any
 
 def test_each_stage_has_a_function():
     assert packed_calls(FEW).keys() == STAGES.keys()
+
+
+@pytest.mark.parametrize("place", [place for places in STAGES.values() for place in places])
+def test_each_function_of_a_stage_exists(place: str):
+    # By its source: modules of kernels can be imported only where Triton is.
+    module, _, name = place.rpartition(".")
+    source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
+    names = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    assert name in names
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [("block_masks.plans.rows.no_such", AttributeError), ("block_masks.no_such.plan_rows", ModuleNotFoundError)],
+)
+def test_a_stage_whose_function_is_missing_is_an_error(place: str, error: type[Exception], monkeypatch):
+    monkeypatch.setitem(STAGES, "plan", [place])
+    with pytest.raises(error, match="no_such"), watched(lambda stage, function: function):
+        pass
+
+
+def test_only_modules_of_kernels_are_left_out_and_only_without_triton(monkeypatch):
+    monkeypatch.setattr(stages, "STAGES", {"attention": ["block_masks.no_such_kernels.forward"]})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with watched(lambda stage, function: function):
+        pass
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(ModuleNotFoundError, match="no_such_kernels"), watched(lambda stage, function: function):
+        pass
 
 
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "select" and "attention" not in stage])

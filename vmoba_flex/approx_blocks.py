@@ -5,8 +5,8 @@ import functools
 import itertools
 import math
 
-from vmoba_flex.constant import constant_when_compiled
-from vmoba_flex.inputs import check_positive
+from block_masks.launching.constant import constant_when_compiled
+from vmoba_flex.checks import check_positive
 
 _MAX_TOKENS = 2**31
 

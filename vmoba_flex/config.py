@@ -7,9 +7,9 @@ from typing import Any, Self
 
 from vmoba_flex import config_json, dense_schedule
 from vmoba_flex.approx_blocks import ApproxBlocks, approx_block
+from vmoba_flex.call import BACKENDS, DISPATCHES, Backend, Dispatch
+from vmoba_flex.checks import check_choice, check_count, check_positive
 from vmoba_flex.config_fields import KINDS, checked_cycle, checked_rules, checked_sizes
-from vmoba_flex.dispatch.choose import BACKENDS, DISPATCHES
-from vmoba_flex.inputs import check_choice, check_count, check_positive
 from vmoba_flex.paper import Setting, paper_arguments
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
@@ -72,8 +72,8 @@ class VMoBAConfig:
     cycle: tuple[str, ...] = dataclasses.field(default=KINDS, kw_only=True)
     dense_layers: int | Sequence[int] = dataclasses.field(default=0, kw_only=True)
     dense_steps: int | float | tuple[int | float, int | float] = dataclasses.field(default=0, kw_only=True)
-    dispatch: str = dataclasses.field(default="auto", kw_only=True)
-    backend: str = dataclasses.field(default="auto", kw_only=True)
+    dispatch: Dispatch = dataclasses.field(default="auto", kw_only=True)
+    backend: Backend = dataclasses.field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.temporal, ApproxBlocks):

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vmoba_flex.approx_blocks import ApproxBlocks
-from vmoba_flex.inputs import check_positive
+from vmoba_flex.checks import check_positive
 from vmoba_flex.rules import Rule, Threshold, TopK
 
 KINDS = ("temporal", "spatial", "spatiotemporal")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from vmoba_flex.inputs import check_count
+from vmoba_flex.checks import check_count
 
 # What a config keeps: a number of first layers, or their indices; first steps, or first and last ones, each as a
 # number (int) or a share (float).

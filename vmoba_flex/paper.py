@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from vmoba_flex.approx_blocks import ApproxBlocks
-from vmoba_flex.inputs import check_choice
+from vmoba_flex.checks import check_choice
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Threshold, TopK
 

@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.common.report import table, write_whole
 from bench.quality import clips, tables
 from bench.quality.runs import SHIPPED, SIZES
 from bench.quality.train import loss_of
 from bench.quality.windows import Sample, Windows
-from bench.report import table, write_whole
 from vmoba_flex import VMoBAAttention, VMoBAConfig, vmoba_selection
 from vmoba_flex.demo import checkpoint
 from vmoba_flex.demo.model import Grid, VideoTransformer

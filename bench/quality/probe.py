@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.common.timing import milliseconds
 from bench.quality.windows import Windows
-from bench.timing import milliseconds
 from vmoba_flex import BlockPartition, Threshold, TopK, VMoBAConfig, reference, vmoba_attention, vmoba_selection
 from vmoba_flex.demo.model import VideoTransformer
 from vmoba_flex.demo.run import TILE, Inputs, layer_inputs, recall

@@ -8,10 +8,10 @@ import json
 import sys
 from pathlib import Path
 
+from bench.common.report import table, write_whole
 from bench.quality import tables
 from bench.quality.plot import draw
 from bench.quality.results import Log
-from bench.report import table, write_whole
 
 # Below the tables.
 _NOTES = {

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.common.report import write_whole
 from bench.quality import clips
 from bench.quality.results import last_loss, step_ms
 from bench.quality.runs import RUNS, SIZES, SMALL_SIZES
 from bench.quality.windows import HELD_OUT, LEVELS, TRAINING
-from bench.report import write_whole
 
 # A run is not started with less time left than this, of which it would take most to start and compile.
 _LEAST = 25.0

@@ -2,8 +2,8 @@
 
 from statistics import mean, median
 
-from .results import Log, finished, last_loss, loss, measured, step_ms, tokens
-from .runs import LONG, MAIN
+from bench.quality.results import Log, finished, last_loss, loss, measured, step_ms, tokens
+from bench.quality.runs import LONG, MAIN
 
 Table = tuple[list[str], list[list[str]]]
 

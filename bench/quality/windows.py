@@ -35,7 +35,7 @@ TRAINING = (
     Stretch("bikes", 76, 137),
     Stretch("bikes", 137, 187),
 )
-# The first is what the demo's clip begins with (bench/make_clip.py).
+# The first is what the demo's clip begins with (bench/quality/make_clip.py).
 HELD_OUT = (Stretch("bigbuckbunny", 6, 38), Stretch("bikes", 195, 227))
 
 

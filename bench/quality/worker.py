@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from bench.common.report import write_whole
 from bench.quality import clips, probe
 from bench.quality.runs import MAIN, RUNS, SHIPPED, SIZES, SMALL_SIZES, attentions
 from bench.quality.train import STRIDE, WARMUP, Trainer
-from bench.report import write_whole
 from vmoba_flex.demo import checkpoint
 
 MEASURES = 4

@@ -7,14 +7,16 @@ it writes, and the same bits come out twice.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from block_masks.attention.row_steps import Merged
 from block_masks.plans import move_kernels
-from block_masks.plans.rows import RowPlan
-from block_masks.plans.slots import Slots
+from block_masks.plans.section import Section
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -36,12 +38,12 @@ def _load_tile(x, start, COUNT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.const
 def _forward_step(
     acc, top, total, q, keys, values, start, left, factor,
     BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CUT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    PARTIAL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over ``BLOCK_N`` slots, of which the first ``left`` count if ``CUT``; ``factor`` is positive."""
+    """Online softmax over ``BLOCK_N`` slots, of which the first ``left`` count if ``PARTIAL``; ``factor`` > 0."""
     k = _load_tile(keys, start, BLOCK_N, D, BLOCK_D, TMA)
     score = tl.dot(q, k.T, input_precision=PRECISION)
-    if CUT:
+    if PARTIAL:
         score = tl.where(tl.arange(0, BLOCK_N)[None, :] < left, score, -float("inf"))
     new_top = tl.maximum(top, tl.max(score, 1) * factor)
     p = tl.exp2(score * factor - new_top[:, None])
@@ -55,13 +57,13 @@ def _forward_step(
 def _query_backward_step(
     acc, q, do, whole_lse, mean, keys, values, start, left, factor,
     BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CUT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    PARTIAL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what ``BLOCK_N`` slots give to the gradient of rows."""
     k = _load_tile(keys, start, BLOCK_N, D, BLOCK_D, TMA)
     v = _load_tile(values, start, BLOCK_N, DV, BLOCK_DV, TMA)
     p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * factor - whole_lse)
-    if CUT:
+    if PARTIAL:
         p = tl.where(tl.arange(0, BLOCK_N)[None, :] < left, p, 0.0)
     ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - mean)
     return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
@@ -172,7 +174,7 @@ def _key_backward_kernel(
         grad_v = tl.dot(p.to(do.dtype), do, grad_v, input_precision=PRECISION)
         ds = p * (tl.dot(v, do.T, input_precision=PRECISION) - mean)
         grad_k = tl.dot(ds.to(q.dtype), q, grad_k, input_precision=PRECISION)
-    # What the rows did not attend, they give nothing.
+    # Unattended slots get zero gradient.
     left = tl.load(first_slot + pool % groups) + tl.load(pool_lengths + pool) - slot % head_slots
     live = tl.arange(0, BLOCK_N)[:, None] < left
     grad_k, grad_v = tl.where(live, grad_k * scale, 0.0), tl.where(live, grad_v, 0.0)
@@ -226,56 +228,47 @@ _SHAPES = {
 }
 
 
-def forward(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    plan: RowPlan,
-    slots: Slots,
-    pool_lengths: Tensor,
-    section: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, keys: Tensor, values: Tensor, section: Section, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of a section's rows; see ``row_steps.forward``."""
     # What is masked is -inf before the scale, and zero times that would be NaN.
     scale = scale if abs(scale) > _LEAST_SCALE else _LEAST_SCALE
-    row_query, row_pool = plan.row_query[section], plan.row_pool[section]
-    output = query.new_empty(len(row_query), values.shape[-1])
-    lse = torch.empty(len(row_query), dtype=torch.float32, device=query.device)
-    launch = _Launch("forward", query, values, plan.tile_size)
-    _forward_kernel[len(row_query) // launch.block_m,](
+    rows = len(section.row_query)
+    output = query.new_empty(rows, values.shape[-1])
+    lse = torch.empty(rows, dtype=torch.float32, device=query.device)
+    launch = _Launch("forward", query, values, section.plan.tile_size)
+    _forward_kernel[rows // launch.block_m,](
         query, launch.tiles(keys, launch.block_n), launch.tiles(values, launch.block_n),
-        row_query, row_pool, slots.first_slot, pool_lengths, output, lse,
-        scale, len(slots.group_lengths), len(query) // len(keys), keys.shape[1], **launch.options,
+        section.row_query, section.row_pool, section.slots.first_slot, section.pool_lengths, output, lse,
+        scale, section.groups, len(query) // len(keys), keys.shape[1], **launch.options,
     )  # fmt: skip
     return output, lse
 
 
 def backward(
-    query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, keys: Tensor, values: Tensor,
-    grad_keys: Tensor, grad_values: Tensor, plan: RowPlan, slots: Slots, pool_lengths: Tensor, section: int,
+    query: Tensor, keys: Tensor, values: Tensor, merged: Merged, grads: tuple[Tensor, Tensor], section: Section,
     scale: float,
 ) -> Tensor:  # fmt: skip
     """Gradients through a section's rows; see ``row_steps.backward``."""
-    row_query, row_pool = plan.row_query[section], plan.row_pool[section]
     # Gathered once: reading rows where the queries lie costs the loop over rows more than a third of its speed.
-    rows, grads = (move_kernels.take_rows(x.flatten(0, 1), row_query, row_pool) for x in (query, grad))
-    row_lse = move_kernels.take_rows(lse.flatten(), row_query, row_pool, torch.inf)
-    row_delta = move_kernels.take_rows(delta.flatten(), row_query, row_pool)
-    groups, repeats, head_slots = len(slots.group_lengths), len(query) // len(keys), keys.shape[1]
+    take = functools.partial(move_kernels.take_rows, row_query=section.row_query, row_pool=section.row_pool)
+    rows, row_grads = take(query.flatten(0, 1)), take(merged.grad.flatten(0, 1))
+    row_lse, row_delta = take(merged.lse.flatten(), fill=torch.inf), take(merged.delta.flatten())
+    plan, slots, pools = section.plan, section.slots, (section.slots.first_slot, section.pool_lengths)
+    groups, repeats, head_slots = section.groups, len(query) // len(keys), keys.shape[1]
     grad_rows = torch.empty_like(rows)
+
+    def tiles(launch: _Launch) -> list[object]:
+        counts = launch.block_m, launch.block_n, launch.block_n, launch.block_m
+        return [launch.tiles(x, n) for x, n in zip((rows, keys, values, row_grads), counts, strict=True)]
+
     launch = _Launch("query", rows, values, plan.tile_size)
     _query_backward_kernel[len(rows) // launch.block_m,](
-        launch.tiles(rows, launch.block_m), *(launch.tiles(x, launch.block_n) for x in (keys, values)),
-        launch.tiles(grads, launch.block_m), row_lse, row_delta, row_pool,
-        slots.first_slot, pool_lengths, grad_rows, scale, groups, repeats, head_slots, **launch.options,
+        *tiles(launch), row_lse, row_delta, section.row_pool, *pools, grad_rows, scale, groups, repeats, head_slots,
+        **launch.options,
     )  # fmt: skip
     launch = _Launch("key", rows, values, plan.tile_size)
-    heads = len(query) // len(plan.row_pool)
-    _key_backward_kernel[heads * head_slots // launch.block_n,](
-        launch.tiles(rows, launch.block_m), *(launch.tiles(x, launch.block_n) for x in (keys, values)),
-        launch.tiles(grads, launch.block_m), row_lse, row_delta, plan.first_tile, plan.tiles, slots.tile_group,
-        slots.first_slot, pool_lengths, grad_keys, grad_values,
-        scale, section * heads, groups, repeats, head_slots, **launch.options,
+    _key_backward_kernel[section.heads * head_slots // launch.block_n,](
+        *tiles(launch), row_lse, row_delta, plan.first_tile, plan.tiles, slots.tile_group, *pools, *grads,
+        scale, section.first_head, groups, repeats, head_slots, **launch.options,
     )  # fmt: skip
     return grad_rows

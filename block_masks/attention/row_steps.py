@@ -1,4 +1,4 @@
-"""The steps of attention over packed rows in plain PyTorch: for any device, and what the kernels are valid to.
+"""The steps of attention over packed rows in plain PyTorch: for any device, and what the kernels are held to.
 
 ``row_kernels.py`` has the steps that move rows, ``attend_kernels.py`` and ``flash_kernels.py`` the two that attend.
 """
@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from block_masks.plans.rows import RowPlan
-from block_masks.plans.slots import Slots, take_slots
+from block_masks.plans.section import Section
+from block_masks.plans.slots import take_slots
 
-# Scores valid at a time, over tiles of rows, their rows and the slots that they may see: 256 MiB in float32.
+# Scores held at a time, over tiles of rows, their rows and the slots that they may see: 256 MiB in float32.
 _CHUNK_SCORES = 2**26
 
 __all__ = ["backward", "delta", "forward", "merge_rows", "sum_rows", "take_slots"]
@@ -60,30 +60,32 @@ def sum_rows(rows: Tensor, query_rows: Tensor, query_count: Tensor, total: Tenso
 
 
 def delta(grad: Tensor, output: Tensor) -> Tensor:
-    """Sum over the value dim of ``grad * output``, both ``(H, S, value dim)``: ``(H, S)`` in float32 at least."""
+    """Sum over the value dim of ``grad * output``, both ``(..., value dim)``: ``(...)`` in float32 at least."""
     exact = _accumulator(grad)
     return (grad.to(exact) * output.to(exact)).sum(-1)
 
 
-def forward(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    plan: RowPlan,
-    slots: Slots,
-    pool_lengths: Tensor,
-    section: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+class Merged(NamedTuple):
+    """What backward knows of the merged output of each query.
+
+    Attributes:
+        grad: ``(H, S, value dim)``, its gradient.
+        lse: ``(H, S)``, the log-sum-exp of all its rows.
+        delta: ``(H, S)``, the sum over the value dim of ``grad * output``.
+    """
+
+    grad: Tensor
+    lse: Tensor
+    delta: Tensor
+
+
+def forward(query: Tensor, keys: Tensor, values: Tensor, section: Section, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of a section's rows, each over its group's slots.
 
     Args:
         query: ``(H, S, D)``, of all heads.
         keys: ``(key heads, slots, D)``; query head h uses key head ``h // (H // key heads)``.
         values: ``(key heads, slots, value dim)``.
-        plan: of the rows.
-        slots: of the keys.
-        pool_lengths: int32 ``(H * G,)``, the keys that the rows of each pool attend, the first ones of its group.
         section: which rows.
         scale: factor on the scores.
 
@@ -92,9 +94,9 @@ def forward(
         least; unused tiles hold anything.
     """
     exact = _accumulator(query)
-    output = query.new_zeros(*plan.row_query[section].shape, values.shape[-1])
+    output = query.new_zeros(*section.row_query.shape, values.shape[-1])
     lse = torch.zeros(len(output), dtype=exact, device=query.device)
-    for chunk in _chunks(query, keys, values, plan, slots, pool_lengths, section, scale):
+    for chunk in _chunks(query, keys, values, section, scale):
         with torch.autocast(query.device.type, enabled=False):
             output[chunk.rows] = (chunk.scores.softmax(-1) @ chunk.values).to(output.dtype)
         lse[chunk.rows] = chunk.scores.logsumexp(-1)
@@ -102,24 +104,18 @@ def forward(
 
 
 def backward(
-    query: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, keys: Tensor, values: Tensor,
-    grad_keys: Tensor, grad_values: Tensor, plan: RowPlan, slots: Slots, pool_lengths: Tensor, section: int,
+    query: Tensor, keys: Tensor, values: Tensor, merged: Merged, grads: tuple[Tensor, Tensor], section: Section,
     scale: float,
 ) -> Tensor:  # fmt: skip
     """Gradients through a section's rows.
 
     Args:
-        query: ``(H, S, D)``, of all heads.
-        grad: ``(H, S, value dim)``, the output's gradient.
-        lse: ``(H, S)``, merged.
-        delta: ``(H, S)``, the sum of ``grad * output``.
+        query: as in ``forward``.
         keys: as in ``forward``.
         values: as in ``forward``.
-        grad_keys: ``(H, slots, D)``; the slots of this section's heads are written.
-        grad_values: ``(H, slots, value dim)``, likewise.
-        plan: of the rows.
-        slots: of the keys.
-        pool_lengths: int32 ``(H * G,)``, the keys that the rows of each pool attend, the first ones of its group.
+        merged: what is known of each query's output.
+        grads: gradients of keys ``(H, slots, D)`` and of values ``(H, slots, value dim)``; the slots of this section's
+            heads are written.
         section: which rows.
         scale: factor on the scores.
 
@@ -127,22 +123,22 @@ def backward(
         The gradients of the rows ``(rows, D)``; unused tiles hold anything.
     """
     exact = _accumulator(query)
-    heads, head_slots = len(query) // len(plan.row_pool), keys.shape[1]
-    grad_rows = torch.zeros(*plan.row_query[section].shape, query.shape[-1], dtype=exact, device=query.device)
+    heads, head_slots = section.heads, keys.shape[1]
+    grad_rows = torch.zeros(*section.row_query.shape, query.shape[-1], dtype=exact, device=query.device)
     sums = [torch.zeros(heads * head_slots, x.shape[-1], dtype=exact, device=x.device) for x in (keys, values)]
-    for chunk in _chunks(query, keys, values, plan, slots, pool_lengths, section, scale):
-        place = plan.row_query[section][chunk.rows]
-        there = (place >= 0)[..., None]
-        do = torch.where(there, grad.flatten(0, 1)[place.clamp(min=0)].to(exact), 0)
-        whole_lse, mean = (x.flatten()[place.clamp(min=0)][..., None] for x in (lse, delta))
+    for chunk in _chunks(query, keys, values, section, scale):
+        place = section.row_query[chunk.rows]
+        valid = (place >= 0)[..., None]
+        do = torch.where(valid, merged.grad.flatten(0, 1)[place.clamp(min=0)].to(exact), 0)
+        lse, delta = (x.flatten()[place.clamp(min=0)][..., None] for x in (merged.lse, merged.delta))
         with torch.autocast(query.device.type, enabled=False):
-            p = torch.where(there, (chunk.scores - whole_lse).exp(), 0)
-            ds = p * (do @ chunk.values.mT - mean) * scale
+            p = torch.where(valid, (chunk.scores - lse).exp(), 0)
+            ds = p * (do @ chunk.values.mT - delta) * scale
             grad_rows[chunk.rows] = ds @ chunk.keys
             for total, x in zip(sums, (ds.mT @ chunk.queries, p.mT @ do), strict=True):
                 total.index_add_(0, chunk.targets.flatten(), x.flatten(0, 1))
-    for target, total in zip((grad_keys, grad_values), sums, strict=True):
-        target[section * heads : (section + 1) * heads] = total.view(heads, head_slots, -1).to(target.dtype)
+    for target, total in zip(grads, sums, strict=True):
+        target[section.of_heads] = total.view(heads, head_slots, -1).to(target.dtype)
     return grad_rows
 
 
@@ -166,34 +162,25 @@ class _Chunk(NamedTuple):
     targets: Tensor
 
 
-def _chunks(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    plan: RowPlan,
-    slots: Slots,
-    pool_lengths: Tensor,
-    section: int,
-    scale: float,
-) -> Iterator[_Chunk]:
+def _chunks(query: Tensor, keys: Tensor, values: Tensor, section: Section, scale: float) -> Iterator[_Chunk]:
     exact = _accumulator(query)
-    tile, groups, head_slots = plan.tile_size, len(slots.group_lengths), keys.shape[1]
-    heads, repeats = len(query) // len(plan.row_pool), len(query) // len(keys)
+    plan, slots, head_slots = section.plan, section.slots, keys.shape[1]
+    tile, groups, repeats = plan.tile_size, section.groups, len(query) // len(keys)
     within = torch.arange(max(slots.group_sizes), device=query.device)
-    used = (plan.row_pool[section] >= 0).nonzero().flatten()
+    used = (section.row_pool >= 0).nonzero().flatten()
     for tiles in used.split(max(1, _CHUNK_SCORES // (tile * len(within)))):
-        pool = plan.row_pool[section][tiles]
+        pool = section.row_pool[tiles]
         head, group = pool // groups, pool % groups
-        seen = within < pool_lengths[pool][:, None]
-        slot = torch.where(seen, slots.first_slot[group][:, None] + within, 0)
+        valid = within < section.pool_lengths[pool][:, None]
+        slot = torch.where(valid, slots.first_slot[group][:, None] + within, 0)
         index = slot + (head // repeats * head_slots)[:, None]
-        k, v = (torch.where(seen[..., None], x.flatten(0, 1)[index].to(exact), 0) for x in (keys, values))
+        k, v = (torch.where(valid[..., None], x.flatten(0, 1)[index].to(exact), 0) for x in (keys, values))
         rows = tiles[:, None] * tile + torch.arange(tile, device=query.device)
-        place = plan.row_query[section][rows]
+        place = section.row_query[rows]
         q = torch.where((place >= 0)[..., None], query.flatten(0, 1)[place.clamp(min=0)].to(exact), 0)
         with torch.autocast(query.device.type, enabled=False):
-            scores = (q @ k.mT * scale).masked_fill(~seen[:, None], -torch.inf)
-        yield _Chunk(rows, q, k, v, scores, slot + (head % heads * head_slots)[:, None])
+            scores = (q @ k.mT * scale).masked_fill(~valid[:, None], -torch.inf)
+        yield _Chunk(rows, q, k, v, scores, slot + (head % section.heads * head_slots)[:, None])
 
 
 def _listed(query_rows: Tensor, query_count: Tensor) -> Tensor:

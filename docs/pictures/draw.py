@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/concepts.md beside this file: python docs/pictures/draw.py.
+"""Draws the pictures of docs/concepts.md next to this file: python -m docs.pictures.draw.
 
 Everything is told apart by lightness and pattern alone. The same versions draw the same bytes.
 """
@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import matplotlib as mpl
-from choices import draw_pools, draw_threshold
-from cuts import draw_blocks, draw_order
-from runs import draw_packed, draw_tiles
+
+from docs.pictures.choices import draw_pools, draw_threshold
+from docs.pictures.cuts import draw_blocks, draw_order
+from docs.pictures.runs import draw_packed, draw_tiles
 
 PICTURES = {
     "blocks": draw_blocks,

@@ -97,7 +97,8 @@ def plain(
     """One layer's output in raster order, and its mask in block order."""
     query, key, value = (partition.to_block_order(x) for x in (query, key, value))
     mask = vmoba_mask(query, key, partition, rule, token_order="block", tile_size=TILE)
-    return partition.to_raster_order(compiled_flex_attention(query, key, value, block_mask=mask)), mask
+    output, _ = compiled_flex_attention(query, key, value, block_mask=mask)
+    return partition.to_raster_order(output), mask
 
 
 @torch.no_grad()

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.attention import vmoba_attention
+from vmoba_flex.call import Dispatch
+from vmoba_flex.checks import check_positive
 from vmoba_flex.config import VMoBAConfig
-from vmoba_flex.inputs import check_positive
 from vmoba_flex.rules import Rule
 
 _FRAMES = 8
@@ -46,7 +47,7 @@ def crossover(
     *,
     heads: int = 12,
     head_dim: int = 128,
-    dispatch: str = "packed",
+    dispatch: Dispatch = "packed",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> list[Timing]:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vmoba_flex.checks import check_positive
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.groups import group_of_key
-from vmoba_flex.inputs import check_positive
 from vmoba_flex.insight.records import Record
 from vmoba_flex.mask import selection_tiles
 from vmoba_flex.partition import BlockPartition

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmoba_flex.checks import check_choice, check_count
 from vmoba_flex.config import KINDS
 from vmoba_flex.groups import valid_keys
-from vmoba_flex.inputs import check_choice, check_count, check_query_key
+from vmoba_flex.inputs import check_query_key
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import TopK
 from vmoba_flex.user_error import UserError, check_extra, new_file, one_line

@@ -1,0 +1,12 @@
+"""Attention on one GPU: ours and dense kernels by others, on the same tensors.
+
+run.py      the command
+shapes.py   sizes, and the problem of a row
+rows.py     all rows, the most urgent first
+peers.py    dense attention by others
+checks.py   inputs, and what attention over them must come to
+worker.py   measures the rows
+stages.py   the time of each stage of a call
+report.py   rows -> JSON and table; tables.py: -> the pages; plot.py: -> the picture
+bits.py     hashes of a fixed set of calls, to compare two commits
+"""

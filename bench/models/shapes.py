@@ -1,0 +1,171 @@
+"""The models of the end-to-end benchmark, and how they are built."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.common.sizes import Sizes3
+from vmoba_flex import Threshold, TopK
+from vmoba_flex.config import ApproxBlocks, VMoBAConfig
+
+TRAINING_RULE = Threshold(0.25, pool="head", max_density=0.25)
+INFERENCE_RULE = TopK(density=0.25)
+# What the weight of the norm on queries is multiplied by: fresh weights attend all keys about alike, and then the
+# output would hardly tell one attention from another.
+_SHARPEN = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Layers of one kind that are built, and how many of them the whole model has.
+
+    Attributes:
+        layers: built: a multiple of 3, so that each kind of block shape occurs as often.
+        of: in the whole model.
+        arguments: what makes them, beside the model's other arguments.
+    """
+
+    layers: int
+    of: int
+    arguments: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A transformer of diffusers.
+
+    Attributes:
+        name: in the table.
+        class_name: in diffusers.
+        heads: of its self-attention.
+        head_dim: D.
+        text_tokens: of the text that comes with the video.
+        arguments: of the class, but for the numbers of layers.
+        parts: measured one after another; times are added up, each scaled to the layers of the whole model.
+        text: the keyword arguments beside latents and timestep, for a function that makes random tensors of a shape.
+    """
+
+    name: str
+    class_name: str
+    heads: int
+    head_dim: int
+    text_tokens: int
+    arguments: dict[str, Any]
+    parts: tuple[Part, ...]
+    text: Callable[["Model", Callable[..., Tensor]], dict[str, Tensor]]
+
+    def build(self, part: Part, device: str, dtype: torch.dtype) -> Any:
+        """The transformer, of diffusers, with random weights, made on the device; the same at each call."""
+        import diffusers
+
+        before = torch.get_default_dtype()
+        torch.manual_seed(0)
+        try:
+            torch.set_default_dtype(dtype)
+            with torch.device(device):
+                model = getattr(diffusers, self.class_name)(**self.arguments, **part.arguments)
+        finally:
+            torch.set_default_dtype(before)
+        exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if exact & set(name.split(".")):
+                    parameter.data = parameter.data.float()  # as from_pretrained does
+                if name.endswith("norm_q.weight"):
+                    parameter.mul_(_SHARPEN)
+        return model
+
+    def inputs(self, grid: Sizes3, device: str, dtype: torch.dtype) -> dict[str, Any]:
+        """Random inputs of batch 1; the same at each call."""
+        generator = torch.Generator(device).manual_seed(1)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        frames, height, width = grid
+        latents = random(1, self.arguments["in_channels"], frames, 2 * height, 2 * width)
+        timestep = torch.tensor([500], device=device)
+        return {"hidden_states": latents, "timestep": timestep, **self.text(self, random), "return_dict": False}
+
+
+def _wan_text(model: Model, random: Callable[..., Tensor]) -> dict[str, Tensor]:
+    return {"encoder_hidden_states": random(1, model.text_tokens, model.arguments["text_dim"])}
+
+
+def _hunyuan_text(model: Model, random: Callable[..., Tensor]) -> dict[str, Tensor]:
+    text = random(1, model.text_tokens, model.arguments["text_embed_dim"])
+    return {
+        "encoder_hidden_states": text,
+        "encoder_attention_mask": torch.ones(text.shape[:2], dtype=torch.bool, device=text.device),
+        "pooled_projections": random(1, model.arguments["pooled_projection_dim"]),
+        "guidance": torch.full((1,), 6000.0, dtype=text.dtype, device=text.device),
+    }
+
+
+def _wan(name: str, layers: int, of: int, heads: int, head_dim: int, text: int, **arguments: int) -> Model:
+    arguments |= {"num_attention_heads": heads, "attention_head_dim": head_dim, "in_channels": 16, "out_channels": 16}
+    parts = (Part(layers, of, {"num_layers": layers}),)
+    return Model(name, "WanTransformer3DModel", heads, head_dim, text, arguments, parts, _wan_text)
+
+
+def _hunyuan(dual: int, single: int, heads: int, head_dim: int, text: int, **arguments: Any) -> Model:
+    arguments |= {"num_attention_heads": heads, "attention_head_dim": head_dim, "in_channels": 16}
+    arguments |= {"num_refiner_layers": 0}  # of the text alone: nothing beside the video, but long to compile
+    parts = (
+        Part(3, dual, {"num_layers": 3, "num_single_layers": 0}),
+        Part(3, single, {"num_layers": 0, "num_single_layers": 3}),
+    )
+    name = "HunyuanVideo"
+    return Model(name, "HunyuanVideoTransformer3DModel", heads, head_dim, text, arguments, parts, _hunyuan_text)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSizes:
+    """The sizes of one run of the script.
+
+    Attributes:
+        dtype: of weights and inputs.
+        models: the whole one, and those of which a few layers are measured.
+        grids: five latent video sizes from small to large, after patching. A row that is there already is not repeated.
+        about: how many blocks the three kinds have; None for the paper's block shapes, or, on a grid where it has none,
+            for about as many as it has elsewhere.
+    """
+
+    dtype: torch.dtype
+    models: tuple[Model, Model, Model]
+    grids: tuple[Sizes3, ...]
+    about: tuple[int, int, int] | None = None
+
+    def config(self, grid: Sizes3, training: bool, dispatch: str) -> VMoBAConfig:
+        """What a row of ours is measured with."""
+        rule = TRAINING_RULE if training else INFERENCE_RULE
+        if self.about is None:
+            return dataclasses.replace(VMoBAConfig.paper("training", grid), rule=rule, dispatch=dispatch)
+        temporal, spatial, cubes = map(ApproxBlocks, self.about)
+        return VMoBAConfig(temporal, spatial, cubes, rule, dispatch=dispatch)
+
+
+FULL = ModelSizes(
+    dtype=torch.bfloat16,
+    models=(
+        _wan("Wan 1.3B", 30, 30, heads=12, head_dim=128, text=512, ffn_dim=8960, text_dim=4096),
+        _wan("Wan 14B", 3, 40, heads=40, head_dim=128, text=512, ffn_dim=13824, text_dim=4096),
+        _hunyuan(20, 40, heads=24, head_dim=128, text=256, text_embed_dim=4096, pooled_projection_dim=768),
+    ),
+    grids=((14, 24, 40), (21, 30, 52), (24, 36, 64), (21, 45, 80), (32, 48, 72)),
+)
+SMALL = ModelSizes(
+    dtype=torch.float32,
+    models=(
+        _wan("Wan 1.3B", 3, 3, heads=2, head_dim=16, text=8, ffn_dim=48, text_dim=24),
+        _wan("Wan 14B", 3, 6, heads=3, head_dim=16, text=8, ffn_dim=48, text_dim=24),
+        _hunyuan(
+            6, 9, heads=2, head_dim=16, text=8, text_embed_dim=24, pooled_projection_dim=24, rope_axes_dim=(4, 6, 6)
+        ),
+    ),
+    grids=((3, 4, 6),) * 5,
+    about=(2, 4, 6),
+)
