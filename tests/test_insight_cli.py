@@ -54,9 +54,13 @@ def test_calibrate(here: Path, base: list[str], capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out.count("normalize='softmax'") == 3
 
 
-@pytest.mark.parametrize("options", [["mass"], ["choice", "--query", "1,2,3", "--head", "1"], ["density"]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [["mass", "--layer", "1"], ["choice", "--step", "5", "--query", "1,2,3", "--head", "1"], ["density"]],
+    ids=str,
+)
 def test_plot(here: Path, options: list[str]):
-    assert main(["plot", "ok.safetensors", "--output", "p.png", "--layer", "1", "--step", "5", "--what", *options]) == 0
+    assert main(["plot", "ok.safetensors", "--output", "p.png", "--what", *options]) == 0
     assert min(matplotlib.image.imread(here / "p.png").shape[:2]) > 300
 
 

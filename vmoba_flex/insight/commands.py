@@ -1,4 +1,4 @@
-"""The insight tools on the command line: inspect, calibrate, plot, bench."""
+"""The commands inspect, calibrate, plot and bench; ``arguments`` has their options."""
 
 import argparse
 import contextlib
@@ -15,8 +15,8 @@ from vmoba_flex.insight.calibrate import calibrate
 from vmoba_flex.insight.crossover import break_even, crossover
 from vmoba_flex.insight.measure import inspect
 from vmoba_flex.insight.records import Record, load
-from vmoba_flex.rules import NORMALIZE, POOLS, Rule, Threshold, TopK
-from vmoba_flex.user_error import UserError, check_extra, new_file
+from vmoba_flex.rules import Rule, Threshold, TopK
+from vmoba_flex.user_error import UserError, check_extra, new_file, one_line
 
 
 def run_inspect(arguments: argparse.Namespace) -> str:
@@ -39,12 +39,12 @@ def run_inspect(arguments: argparse.Namespace) -> str:
 def run_calibrate(arguments: argparse.Namespace) -> str:
     """Finds rules for a wanted recall or density, and writes a config."""
     with new_file(arguments.output, ".json", "the config is JSON") as draft, _mendable():
-        config = _config(arguments.config) if arguments.config else None
+        config = VMoBAConfig.load(arguments.config) if arguments.config else None
         records = _records(arguments)
         if config is None:
             paper = VMoBAConfig.paper("training", records[0].partition.grid)
             config = dataclasses.replace(paper, rule=Threshold(0.5, normalize="softmax"))
-        wanted = {"recall": arguments.recall, "density": arguments.density}
+        wanted = {"recall": arguments.recall, "density": arguments.wanted_density}
         config, found = calibrate(records, config, **wanted, rows=arguments.rows, seed=arguments.seed)
         draft.write_text(config.to_json() + "\n")
     return _table(found) + f"\nConfig: {arguments.output}, for VMoBAConfig.from_json"
@@ -99,62 +99,13 @@ def run_bench(arguments: argparse.Namespace) -> str:
         return "\n".join(lines)
 
 
-def add_commands(commands: Any, token: Any) -> None:
-    """Adds the subcommands to a parser; ``token`` parses T,Y,X."""
-    reading = argparse.ArgumentParser(add_help=False)
-    reading.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what capture(model).save wrote")
-    reading.add_argument("--rows", type=int, default=256, help="sampled queries of a record (default: %(default)s)")
-    reading.add_argument("--seed", type=int, default=0, help="that draws them (default: %(default)s)")
-    choosing = argparse.ArgumentParser(add_help=False)
-    choosing.add_argument("--config", type=Path, metavar="JSON", help="blocks and rules of a VMoBAConfig")
-    plain = argparse.ArgumentParser(add_help=False)
-    plain.add_argument("--tau", type=float, default=0.25, help="a Threshold's share (default: %(default)s)")
-    plain.add_argument("--density", type=float, help="instead, a TopK's share of the blocks")
-    plain.add_argument("--pool", choices=POOLS, default="head", help="what competes (default: %(default)s)")
-    plain.add_argument("--normalize", choices=NORMALIZE, default="minmax", help="a Threshold's (default: %(default)s)")
-    plain.add_argument("--max-density", type=float, help="a Threshold's cap")
-    outputs = argparse.ArgumentParser(add_help=False)
-    outputs.add_argument("--json", type=Path, metavar="JSON", help="write the results here")
-    outputs.add_argument("--plot", type=Path, metavar="PNG", help="draw them here")
-
-    words = "density, recall and entropy of each head"
-    one = commands.add_parser("inspect", parents=[reading, choosing, plain, outputs], help=words, description=words)
-    one.set_defaults(run=run_inspect)
-
-    words = "find the rules that reach a wanted recall or density"
-    one = commands.add_parser("calibrate", parents=[reading, choosing], help=words, description=words)
-    wanted = one.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--recall", type=float, help="wanted share of attention")
-    wanted.add_argument("--density", type=float, help="wanted share of the pairs")
-    one.add_argument("--output", type=Path, metavar="JSON", default=Path("vmoba.json"), help="default: %(default)s")
-    one.set_defaults(run=run_calibrate)
-
-    words = "draw attention by block, a query's choice, or density over layers and steps"
-    one = commands.add_parser("plot", parents=[reading, choosing, plain], help=words, description=words)
-    one.add_argument("--what", choices=("mass", "choice", "density"), default="mass", help="default: %(default)s")
-    one.add_argument("--output", type=Path, metavar="PNG", default=Path("vmoba_plot.png"), help="default: %(default)s")
-    one.add_argument("--layer", type=int, help="of mass and choice (default: the first recorded)")
-    one.add_argument("--step", type=int, help="likewise")
-    one.add_argument("--head", type=int, help="of a choice (default: the first recorded)")
-    one.add_argument("--query", type=token, metavar="T,Y,X", help="of a choice (default: the middle)")
-    one.set_defaults(run=run_plot)
-
-    words = "time sparse against full attention on this machine"
-    one = commands.add_parser("bench", parents=[plain, outputs], help=words, description=words)
-    one.add_argument("--tokens", type=int, nargs="+", help="default: 4096 to 65536 on a GPU, 1024 to 4096 on a CPU")
-    one.add_argument("--heads", type=int, default=12, help="default: %(default)s")
-    one.add_argument("--head-dim", type=int, default=128, help="default: %(default)s")
-    one.add_argument("--dispatch", choices=("packed", "shared", "tiles"), default="packed", help="default: %(default)s")
-    one.set_defaults(run=run_bench)
-
-
 @contextlib.contextmanager
 def _mendable() -> Iterator[None]:
     """Turns what the library refuses into an error of one line."""
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(one_line(error)) from error
 
 
 def _draft(files: contextlib.ExitStack, path: Path | None, suffix: str) -> Path | None:
@@ -174,24 +125,15 @@ def _one(records: list[Record], arguments: argparse.Namespace) -> Record:
     for record in records:
         if arguments.layer in (None, record.layer) and arguments.step in (None, record.step):
             return record
-    there = sorted({(record.layer, record.step) for record in records})
+    recorded = sorted({(record.layer, record.step) for record in records})
     raise UserError(
         f"no record has layer {arguments.layer} and step {arguments.step}: name one of the recorded "
-        f"{', '.join(f'{layer} and {step}' for layer, step in there[:8])}"
+        f"{', '.join(f'{layer} and {step}' for layer, step in recorded[:8])}"
     )
 
 
-def _config(path: Path) -> VMoBAConfig:
-    try:
-        return VMoBAConfig.from_json(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: name a JSON file that VMoBAConfig.to_json wrote") from error
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} is no VMoBAConfig ({' '.join(str(error).split())}): mend it") from error
-
-
 def _rule(arguments: argparse.Namespace) -> Rule | VMoBAConfig:
-    return _config(arguments.config) if arguments.config else _plain_rule(arguments)
+    return VMoBAConfig.load(arguments.config) if arguments.config else _plain_rule(arguments)
 
 
 def _plain_rule(arguments: argparse.Namespace) -> Rule:
@@ -207,7 +149,7 @@ def _rule_in_words(rule: Rule | VMoBAConfig) -> Any:
 
 
 def _table(rows: Sequence[Any]) -> str:
-    """Dataclasses or named tuples as text, a line each."""
+    """Dataclasses or named tuples as text, one a line."""
     facts = [one._asdict() if hasattr(one, "_asdict") else dataclasses.asdict(one) for one in rows]
     cells = [[name.replace("_", " ") for name in facts[0]]]
     cells += [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in one.values()] for one in facts]
