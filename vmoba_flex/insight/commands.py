@@ -4,15 +4,17 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from vmoba_flex.config import VMoBAConfig
-from vmoba_flex.insight.calibrate import calibrate
-from vmoba_flex.insight.crossover import break_even, crossover
+from vmoba_flex.insight.calibrate import Calibrated, calibrate
+from vmoba_flex.insight.crossover import Timing, break_even, crossover, grid_of
 from vmoba_flex.insight.measure import inspect
 from vmoba_flex.insight.records import Record, load
 from vmoba_flex.rules import Rule, Threshold, TopK
@@ -42,12 +44,34 @@ def run_calibrate(arguments: argparse.Namespace) -> str:
         config = VMoBAConfig.load(arguments.config) if arguments.config else None
         records = _records(arguments)
         if config is None:
-            paper = VMoBAConfig.paper("training", records[0].partition.grid)
+            paper = VMoBAConfig.paper("inference", records[0].partition.grid)
             config = dataclasses.replace(paper, rule=Threshold(0.5, normalize="softmax"))
         wanted = {"recall": arguments.recall, "density": arguments.wanted_density}
         config, found = calibrate(records, config, **wanted, rows=arguments.rows, seed=arguments.seed)
         draft.write_text(config.to_json() + "\n")
-    return _table(found) + f"\nConfig: {arguments.output}, for VMoBAConfig.from_json"
+    lines = [_table(found), *_about_auto(config, found)]
+    if config.dense_steps:
+        lines.append(f"dense_steps: {config.dense_steps}, as in {arguments.config or 'the paper'}.")
+    return "\n".join([*lines, f"Config: {arguments.output}, for VMoBAConfig.load"])
+
+
+def _about_auto(config: VMoBAConfig, found: list[Calibrated]) -> list[str]:
+    """What ``dispatch="auto"`` will do with the config on a GPU."""
+    if config.dispatch != "auto":
+        return [f"dispatch is {config.dispatch!r}, whatever dispatch='auto' would take."]
+    lines = ["auto: what dispatch='auto' takes on a GPU at the recorded sizes, for one sample without gradients."]
+    for one in found:
+        if one.auto == "dense" and one.share >= 1:
+            lines.append(
+                f"{one.kind}: auto runs full attention, as 'packed' may take {one.share:.2f} of its time. "
+                "Want a lower recall or density, or take smaller blocks."
+            )
+        elif one.auto == "dense":
+            lines.append(
+                f"{one.kind}: auto runs full attention, which at this size is faster than launching 'packed'. Record a "
+                "larger video."
+            )
+    return lines
 
 
 def run_plot(arguments: argparse.Namespace) -> str:
@@ -80,17 +104,22 @@ def run_bench(arguments: argparse.Namespace) -> str:
         device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
         name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
         name += f", torch {torch.__version__}, {arguments.heads} heads x {arguments.head_dim}"
-        sizes = {"heads": arguments.heads, "head_dim": arguments.head_dim, "dispatch": arguments.dispatch}
-        tokens = arguments.tokens or [1024 << i for i in (range(2, 7) if on_gpu else range(3))]
+        sizes: dict[str, Any] = {
+            "heads": arguments.heads,
+            "head_dim": arguments.head_dim,
+            "dispatch": arguments.dispatch,
+        }
+        tokens = arguments.tokens or [1024 << i for i in (range(2, 7) if on_gpu else range(2))]
+        sizes["progress"] = lambda timing: sys.stderr.write(_in_words(timing) + "\n")
         timings = crossover(tokens, rule, **sizes, device=device, dtype=dtype)
-        lines = [name, _table(timings)]
+        lines = [name, *_rounded(tokens), _table([_shown(timing) for timing in timings])]
         for backward in (False, True):
             even = break_even([timing for timing in timings if timing.backward == backward])
             what = "forward + backward" if backward else "forward"
             result = f"sparse wins from about {even:,.0f} tokens" if even else "full attention wins"
             lines.append(f"{what}: {result}")
         if json_draft:
-            facts = {"device": name, "rule": repr(rule), "dispatch": arguments.dispatch}
+            facts = {"device": name, "rule": repr(rule), "dispatch": arguments.dispatch, "unit": "seconds"}
             json_draft.write_text(json.dumps(facts | {"timings": [dataclasses.asdict(t) for t in timings]}, indent=1))
         if png_draft:
             from vmoba_flex.insight.plot import plot_crossover
@@ -142,6 +171,39 @@ def _plain_rule(arguments: argparse.Namespace) -> Rule:
             return TopK(density=arguments.density, pool=arguments.pool)
         options = {"max_density": arguments.max_density, "normalize": arguments.normalize}
         return Threshold(arguments.tau, pool=arguments.pool, **options)
+
+
+def _in_words(timing: Timing) -> str:
+    what = "forward + backward" if timing.backward else "forward"
+    times = f"full attention {1e3 * timing.dense:.4g} ms, sparse {1e3 * timing.sparse:.4g} ms"
+    return f"{timing.tokens:,} tokens, {what}: {times}"
+
+
+def _rounded(tokens: Sequence[int]) -> list[str]:
+    """A line for each wanted number of tokens that no video of square frames has."""
+    grids = [(count, grid_of(count)) for count in tokens]
+    return [
+        f"{count:,} tokens: timed at {'x'.join(map(str, grid))} = {math.prod(grid):,}, the nearest with square frames."
+        for count, grid in grids
+        if math.prod(grid) != count
+    ]
+
+
+class _Shown(NamedTuple):
+    """A timing as the table shows it, by the names of the columns."""
+
+    tokens: str
+    direction: str
+    full_attention_ms: float
+    sparse_ms: float
+    speed_up: float
+    density: float
+
+
+def _shown(timing: Timing) -> _Shown:
+    direction = "forward + backward" if timing.backward else "forward"
+    times = 1e3 * timing.dense, 1e3 * timing.sparse
+    return _Shown(f"{timing.tokens:,}", direction, *times, timing.dense / timing.sparse, timing.density)
 
 
 def _rule_in_words(rule: Rule | VMoBAConfig) -> Any:
