@@ -12,14 +12,15 @@ from torch import Tensor, nn
 import vmoba_flex
 from bench.attention.checks import chosen_blocks
 from bench.quality import clips, denoise_report, denoises, fidelity, variants
-from bench.quality.variants import CYCLES, DENSITIES, FULL, SMALL, VARIANTS, WITHOUT_TAIL, config, full
+from bench.quality.train import loss_of
+from bench.quality.variants import CYCLES, DENSITIES, MAIN_SETTING, SMALL_SETTING, VARIANTS, WITHOUT_TAIL, config, full
 from bench.quality.windows import Windows
 from vmoba_flex import TopK, vmoba_attention
 from vmoba_flex.demo.denoise import frames_of, psnr
 from vmoba_flex.demo.model import VideoTransformer
 from vmoba_flex.demo.run import recall
 
-GRID = SMALL.size.grid
+GRID = SMALL_SETTING.size.grid
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def frames() -> dict[str, Tensor]:
 def lively() -> VideoTransformer:
     """A small model whose gates are open."""
     torch.manual_seed(0)
-    model = VideoTransformer(SMALL.size.shape, full(SMALL))
+    model = VideoTransformer(SMALL_SETTING.size.shape, full(SMALL_SETTING))
     for weight in model.parameters():
         weight.data.add_(0.05 * torch.randn_like(weight))
     return model.requires_grad_(False)
@@ -45,18 +46,18 @@ def lively() -> VideoTransformer:
 
 @pytest.fixture(scope="module")
 def reference(frames: dict[str, Tensor], lively: VideoTransformer) -> fidelity.Reference:
-    return fidelity.Reference(lively, full(SMALL), Windows(frames, *SMALL.size.pixels), GRID)
+    return fidelity.Reference(lively, full(SMALL_SETTING), Windows(frames, *SMALL_SETTING.size.pixels), GRID)
 
 
 def test_the_study_is_what_is_claimed():
     assert (fidelity.LEVEL, fidelity.STEPS, fidelity.DENSE_STEPS, len(fidelity.NOISE_SEEDS)) == (0.9, 20, 5, 2)
     assert DENSITIES == (0.25, 0.125, 0.083, 0.0625, 0.03)
-    assert FULL.cell == (2, 3, 6)
+    assert MAIN_SETTING.cell == (2, 3, 6)
     counts = []
     for kind in CYCLES["cycle"]:
-        partition = config("plain", "cycle", 0.25, FULL, "cuda").partition(kind, FULL.size.grid)
+        partition = config("plain", "cycle", 0.25, MAIN_SETTING, "cuda").partition(kind, MAIN_SETTING.size.grid)
         counts.append(partition.num_blocks)
-        for setting in (FULL, SMALL):
+        for setting in (MAIN_SETTING, SMALL_SETTING):
             block = config("plain", "cycle", 0.25, setting, "cpu").partition(kind, setting.size.grid).block
             assert all(cell <= side for cell, side in zip(setting.cell, block, strict=True))
     assert counts == [8, 48, 72]
@@ -69,11 +70,11 @@ def test_the_study_is_what_is_claimed():
 def test_a_variant_with_a_tail_says_so_or_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delattr(vmoba_flex, "Tail", raising=False)
     with pytest.raises(NotImplementedError, match="no Tail"):
-        config("tail", "cycle", 0.25, FULL, "cpu")
+        config("tail", "cycle", 0.25, MAIN_SETTING, "cpu")
     given: dict[str, Any] = {}
     monkeypatch.setattr(vmoba_flex, "Tail", lambda cell: f"a tail of {cell}", raising=False)
     monkeypatch.setattr(variants, "VMoBAConfig", lambda *args, **arguments: given.update(arguments))
-    config("shared, tail", "cubes", 0.125, FULL, "cuda")
+    config("shared, tail", "cubes", 0.125, MAIN_SETTING, "cuda")
     expected = {"dispatch": "shared", "tail": "a tail of (2, 3, 6)", "cycle": ("spatiotemporal",), "backend": "triton"}
     assert given == expected
 
@@ -98,24 +99,26 @@ def test_a_model_that_knows_the_video_arrives_at_it():
 def test_full_attention_is_its_own_video(reference: fidelity.Reference):
     assert len(reference.samples) == len(reference.videos) == 8
     assert len({(clip, number) for clip, number, _ in reference.samples}) == 4
-    assert reference.fidelities(full(SMALL)) == [100.0] * 8  # psnr's most
-    everything = config("plain", "cycle", 1.0, SMALL, "cpu")
+    assert reference.fidelities(full(SMALL_SETTING)) == [100.0] * 8  # psnr's most
+    everything = config("plain", "cycle", 1.0, SMALL_SETTING, "cpu")
     assert min(reference.fidelities(everything)) > 70
-    few, more = (reference.fidelities(config("plain", "cubes", density, SMALL, "cpu")) for density in (0.0625, 0.5))
+    few, more = (
+        reference.fidelities(config("plain", "cubes", density, SMALL_SETTING, "cpu")) for density in (0.0625, 0.5)
+    )
     assert max(few) < 60
     assert sum(few) < sum(more)
 
 
 def test_a_fidelity_is_that_of_the_sample_by_itself(reference: fidelity.Reference, lively: VideoTransformer):
     # Full attention down to the fifth step, the other one after it, from the sample's own noise.
-    attention = config("plain", "cubes", 0.125, SMALL, "cpu")
+    attention = config("plain", "cubes", 0.125, SMALL_SETTING, "cpu")
     batched = reference.fidelities(attention)
     clip, number, seed = reference.samples[5]
     assert (clip, number, seed) == ("bikes", 2, 1)
     video = reference.windows.held_out()[number][1]
     noisy = video + 0.9 * (fidelity._noise(video[0], fidelity._FIRST_SEED + 100 * number + seed) - video)
     levels = [0.9 * (1 - step / 20) for step in range(21)]
-    lively.set_attention(full(SMALL))
+    lively.set_attention(full(SMALL_SETTING))
     middle = fidelity.follow(lively, noisy, levels[:6])
     own = fidelity.follow(lively, middle, levels[5:])
     lively.set_attention(attention)
@@ -124,10 +127,8 @@ def test_a_fidelity_is_that_of_the_sample_by_itself(reference: fidelity.Referenc
 
 
 def test_held_out_losses_are_those_of_training(frames: dict[str, Tensor], lively: VideoTransformer):
-    from bench.quality.train import loss_of
-
-    windows = Windows(frames, *SMALL.size.pixels)
-    lively.set_attention(full(SMALL))
+    windows = Windows(frames, *SMALL_SETTING.size.pixels)
+    lively.set_attention(full(SMALL_SETTING))
     losses = [loss_of(lively(sample.noisy, sample.level), sample).item() for _, _, sample in windows.held_out_samples()]
     expected = torch.tensor(losses).view(4, -1).mean(1).tolist()
     assert fidelity.held_out_losses(lively, windows) == pytest.approx(expected, rel=1e-4)
@@ -137,7 +138,7 @@ def test_held_out_losses_are_those_of_training(frames: dict[str, Tensor], lively
 @pytest.mark.parametrize("kind", CYCLES["cycle"])
 def test_density_and_recall_of_what_is_chosen(dispatch: str, kind: str):
     query, key, value = torch.randn(3, 1, 2, 4 * 6 * 8, 16, generator=torch.Generator().manual_seed(0))
-    attention = config("plain", "cycle", 0.25, SMALL, "cpu")
+    attention = config("plain", "cycle", 0.25, SMALL_SETTING, "cpu")
     partition, rule = attention.partition(kind, GRID), TopK(density=0.25)
     chosen = chosen_blocks(query, key, partition, rule, dispatch)
     _, stats = vmoba_attention(query, key, value, partition, rule, dispatch=dispatch, return_stats=True)

@@ -95,9 +95,9 @@ def _calls(partition: BlockPartition, rule: Rule, tensors: tuple[Tensor, ...]) -
         if query.is_cuda and query.dtype == torch.float32 and dispatch != "packed":
             continue  # each shape would be compiled: in bfloat16 only
         backend = "triton" if query.is_cuda and dispatch != "dense" else "auto"
-        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        leaves = q, k, v = [x.clone().requires_grad_() for x in (query, key, value)]
         output, stats = vmoba_attention(
-            *leaves, partition, rule, dispatch=dispatch, backend=backend, enable_gqa=True, text_lengths=lengths,
+            q, k, v, partition, rule, dispatch=dispatch, backend=backend, enable_gqa=True, text_lengths=lengths,
             return_stats=True,
         )  # fmt: skip
         yield dispatch, digest(output, *torch.autograd.grad(output, leaves, grad), *stats)

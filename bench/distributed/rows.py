@@ -15,7 +15,7 @@ RULE = Threshold(0.25, pool="head", max_density=0.25)
 
 @dataclasses.dataclass(frozen=True)
 class DistributedSizes:
-    """The sizes of one run of the script.
+    """The sizes of one run of the command.
 
     Attributes:
         dtype: of query, key and value.
@@ -42,7 +42,7 @@ SMALL = DistributedSizes(torch.float32, 4, 16, ((3, 12, 16), (4, 12, 16)), (3, 4
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """One row to measure; ``model`` is ``STEP`` for a training step, and empty for attention alone."""
+    """One row to measure; ``model`` is ``STEP`` for a training step, and empty for attention."""
 
     attention: str
     grid: Sizes3
@@ -79,7 +79,7 @@ def specs(sizes: DistributedSizes, gpus: list[int]) -> Iterator[Spec]:
             yield from rows(attention, grid)
     for grid in (few, more[0]):
         yield from rows("shared", grid)
-    # A step of the most tokens takes minutes on few GPUs.
+    # On few GPUs a step of the largest grid takes minutes.
     for attention in ("packed", "dense"):
         for grid in more[1:]:
             yield Spec(attention, grid, max(gpus), STEP)

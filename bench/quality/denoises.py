@@ -4,11 +4,12 @@
 
 Trains a model with full attention, or takes the one that an earlier run left in ``--work``. Each attention of
 variants.py then denoises the held-out windows from the same noise without training (fidelity.py). At the end the
-model's weights are tuned for some of the attentions. Takes the clips of bench.quality.clips, and about six minutes on
-one H200. Started again with the same ``--output`` and ``--work``, it goes on where it was, and measures again what went
-wrong. Variants that this version of vmoba_flex does not have are noted and left out.
+model's weights are tuned for some of the attentions. It needs the clips of bench.quality.clips.
 
-    python -m bench.quality.denoises --output x.json --device cpu --small --steps 20     # tries it out in a minute
+Started again with the same ``--output`` and ``--work``, it goes on where it was, and measures again what went wrong.
+Variants that this version of vmoba_flex does not have are noted and left out.
+
+    python -m bench.quality.denoises --output x.json --device cpu --small --steps 20 --tune-steps 10    # tries it out
 """
 
 import argparse
@@ -29,10 +30,17 @@ from bench.quality.denoise_report import DENOISE, FULL, TUNED, DenoiseReport, li
 from bench.quality.fidelity import Reference, held_out_losses
 from bench.quality.runs import MAIN, Run
 from bench.quality.train import STRIDE, Trainer
-from bench.quality.variants import CYCLES, DENSITIES, TUNED_DENSITIES, VARIANTS, config, full
-from bench.quality.variants import FULL as FULL_SETTING
-from bench.quality.variants import SMALL as SMALL_SETTING
-from bench.quality.variants import TUNED as TUNED_VARIANTS
+from bench.quality.variants import (
+    CYCLES,
+    DENSITIES,
+    MAIN_SETTING,
+    SMALL_SETTING,
+    TUNED_DENSITIES,
+    TUNED_VARIANTS,
+    VARIANTS,
+    config,
+    full,
+)
 from vmoba_flex import VMoBAConfig
 
 SAVE_EVERY = 500
@@ -46,7 +54,7 @@ TUNED_RATE = 0.2
 
 
 class ModelError(Exception):
-    """The model at hand is not the one that the results are of; the message says what to do, in one line."""
+    """The results belong to another model; the message says what to do, in one line."""
 
 
 class Study:
@@ -60,7 +68,7 @@ class Study:
 
     def __init__(self, args: argparse.Namespace, seed: int, frames: dict[str, Tensor]) -> None:
         self.args, self.seed, self.frames, self.device = args, seed, frames, args.device
-        self.setting = SMALL_SETTING if args.small else FULL_SETTING
+        self.setting = SMALL_SETTING if args.small else MAIN_SETTING
         trainer = self._trained()
         self.model, self.windows = trainer.average, trainer.windows
         self.facts = {
@@ -117,7 +125,7 @@ class Study:
 
     def _denoise(self, row: Row) -> None:
         attention = self._attention(row)
-        row |= {"rule": repr(attention.rule), "rival": self._id(FULL)}
+        row |= {"rule": repr(attention.rule), "against": self._id(FULL)}
         row["density"], row["recall"] = self.reference.chosen(attention)
         row["fidelity"] = self.reference.fidelities(attention)
         row["losses"] = held_out_losses(self.model, self.windows)
@@ -129,7 +137,7 @@ class Study:
             model.load_state_dict(self.model.state_dict())
         trainer.learning_rate *= TUNED_RATE
         self._advance(trainer, self.args.tune_steps)
-        row |= {"rival": self._id(TUNED), "steps": trainer.step, "seconds": trainer.seconds}
+        row |= {"against": self._id(TUNED), "steps": trainer.step, "seconds": trainer.seconds}
         row["losses"] = held_out_losses(trainer.average, self.windows)
 
     def _attention(self, row: Row) -> VMoBAConfig:
@@ -149,7 +157,7 @@ class Study:
         return trainer
 
     def _advance(self, trainer: Trainer, steps: int, path: Path | None = None) -> None:
-        """Trains up to a number of steps, and keeps the state in a file if there is one."""
+        """Trains up to a number of steps, and keeps the state in a file if one is given."""
         if self.device == "cuda":
             trainer.compile()
         while trainer.step < steps:
@@ -202,7 +210,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--plot", type=Path, metavar="PNG", help="draw fidelity against density into this file")
     add("--work", type=Path, default=Path(".quality/denoises"), help="checkpoints (default: %(default)s)")
     add("--clips", type=Path, default=clips.CLIPS, help="what bench.quality.clips made (default: %(default)s)")
-    add("--checkpoint", type=Path, help="a checkpoint of the model of the one seed, which is not trained then")
+    add("--checkpoint", type=Path, help="the one seed's model, as an earlier run left it in --work; it is not trained")
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--small", action="store_true", help="a tiny model, to try the command out")
     add("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of the models (default: 0)")
@@ -220,7 +228,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main() -> int:
-    """The command; its exit status."""
+    """The command; returns its exit status."""
     args = parse(sys.argv[1:])
     if args.small:
         torch.set_num_threads(1)

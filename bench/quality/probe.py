@@ -1,4 +1,4 @@
-"""A model's own query and key: what its layers attend of them, exactly how, and how fast."""
+"""A model's own query and key: what its layers attend, how exactly, and how fast."""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from vmoba_flex.demo.run import TILE, Inputs, layer_inputs, recall
 from vmoba_flex.mask import selection_tiles
 
 PROBED_LEVELS = (1, 4, 6)
-"""Which of the held-out levels query and key are taken at."""
+"""The held-out levels at which query and key are taken."""
 
 _ROWS = 512
 
@@ -56,8 +56,8 @@ def attended(model: VideoTransformer, attention: VMoBAConfig, windows: Windows, 
 def tile_densities(selection: Tensor, partition: BlockPartition) -> dict[str, float]:
     """The share of tiles with a pair in them, by the order of the tokens.
 
-    ``sorted``: keys in block order; each head's queries sorted by the set of blocks that they chose, as if read as a
-    binary number.
+    ``sorted``: keys in block order, and each head's queries sorted by the blocks that they chose, read as a binary
+    number.
     """
     result = {
         order: selection_tiles(selection, partition, order, TILE).some.float().mean().item()
@@ -78,7 +78,7 @@ def tile_densities(selection: Tensor, partition: BlockPartition) -> dict[str, fl
 
 
 def errors(inputs: Inputs, partition: BlockPartition, rule: Rule, backend: str) -> dict[str, float]:
-    """Relative errors of outputs on some rows, against float64; ``dense``: of full attention, what rounding costs."""
+    """Relative errors of outputs on some rows, against float64; ``dense`` (full attention) shows rounding's cost."""
     query, key, value = inputs
     rows = torch.linspace(0, query.shape[2] - 1, min(_ROWS, query.shape[2]), device=query.device).long()
     selection = vmoba_selection(query, key, partition, rule)
@@ -93,7 +93,7 @@ def errors(inputs: Inputs, partition: BlockPartition, rule: Rule, backend: str) 
 
 
 def times(inputs: Inputs, partition: BlockPartition, rule: Rule, backend: str) -> dict[str, dict[str, float]]:
-    """Milliseconds forward, and forward and backward, of each dispatch."""
+    """Milliseconds of each dispatch, forward and forward + backward."""
     device = inputs[0].device.type
     result: dict[str, dict[str, float]] = {}
     for dispatch in ("dense", "packed", "shared", "auto", "tiles"):
@@ -117,7 +117,7 @@ def times(inputs: Inputs, partition: BlockPartition, rule: Rule, backend: str) -
 def probe(
     model: VideoTransformer, attention: VMoBAConfig, windows: Windows, grid: Any, note: Callable[[list[Any]], None]
 ) -> None:
-    """Looks at one layer of each kind; ``note`` is given all rows so far, after each measure.
+    """Measures one layer of each kind; ``note`` gets all rows so far after each measurement.
 
     Args:
         model: trained with ``attention``.

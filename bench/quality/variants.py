@@ -28,8 +28,8 @@ class Setting(NamedTuple):
 
 
 # 8 slabs, 48 windows and 72 cubes.
-FULL = Setting(SIZES[MAIN], 2, (3, 6), (4, 8, 6), cell=(2, 3, 6))
-SMALL = Setting(SMALL_SIZES[MAIN], 1, (3, 2), (2, 3, 2), cell=(1, 3, 2))
+MAIN_SETTING = Setting(SIZES[MAIN], 2, (3, 6), (4, 8, 6), cell=(2, 3, 6))
+SMALL_SETTING = Setting(SMALL_SIZES[MAIN], 1, (3, 2), (2, 3, 2), cell=(1, 3, 2))
 
 # Each variant's arguments of VMoBAConfig; the Tail itself depends on the setting.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -44,7 +44,7 @@ WITHOUT_TAIL = {"tail": "plain", "shared, tail": "shared"}
 CYCLES = {"cycle": KINDS, "cubes": ("spatiotemporal",)}
 DENSITIES = (0.25, 0.125, 0.083, 0.0625, 0.03)
 
-TUNED = ("plain", "tail")
+TUNED_VARIANTS = ("plain", "tail")
 TUNED_DENSITIES = (0.125, 0.0625)
 """What the weights of full attention are tuned for, on the cycle."""
 
