@@ -5,7 +5,9 @@ The package knows tiles and ``BlockMask``; it knows nothing of video or of how a
 torch alone.
 """
 
-from block_masks.attention.row_attention import attend_packed
+from block_masks.attention.coarse_attention import merge_coarse_keys
+from block_masks.attention.coarse_steps import CoarseKeys
+from block_masks.attention.grouped import RowBound, attend_packed
 from block_masks.attention.slot_attention import attend_slots
 from block_masks.masks.group_mask import group_mask, group_tiles
 from block_masks.masks.pairs import pack_bits, pair_lookup
@@ -17,6 +19,8 @@ from block_masks.plans.rows import RowPlan, plan_rows
 from block_masks.plans.slots import Slots, from_slots, plan_slots, to_slots
 
 __all__ = [
+    "CoarseKeys",
+    "RowBound",
     "RowPlan",
     "Slots",
     "TileMap",
@@ -26,6 +30,7 @@ __all__ = [
     "from_slots",
     "group_mask",
     "group_tiles",
+    "merge_coarse_keys",
     "pack_bits",
     "pair_lookup",
     "plan_rows",

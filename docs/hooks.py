@@ -17,6 +17,8 @@ OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/NOTES.md", "be
 OUTSIDE += ("vmoba_flex/demo/CREDITS.md",)
 # What follows "](", but for addresses and anchors. Code is matched first, and left as it is.
 _LINK = re.compile(r"^```.*?^```|`[^`]+`|(?<=\]\()(?![a-z]+:|#)(?P<path>[^)#]+)", re.DOTALL | re.MULTILINE)
+# How tests run an example, after the language of its fence; the site's highlighter takes a language only.
+_HOW_IT_RUNS = re.compile(r"^```python (?:no-run|torchrun)$", re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -29,7 +31,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns links from place to place in the repository into links from page to page."""
+    """Turns links within the repository into links within the site, and leaves a fence its language only."""
     here = PurePosixPath(Path(str(page.file.abs_src_path)).relative_to(ROOT))
     site = PurePosixPath(page.file.src_uri).parent
 
@@ -40,4 +42,4 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         target = target.relative_to("docs") if target.is_relative_to("docs") else target
         return os.path.relpath(target, site)
 
-    return _LINK.sub(relink, markdown)
+    return _LINK.sub(relink, _HOW_IT_RUNS.sub("```python", markdown))

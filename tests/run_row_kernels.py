@@ -8,8 +8,18 @@ from unittest import mock
 
 import torch
 
-from block_masks import RowPlan, attend_packed, attend_slots, plan_slots, tile_lists, to_slots
-from block_masks.attention import flash_check, flash_kernels, padding_kernels, row_kernels, row_steps, slot_steps
+from block_masks import RowPlan, attend_slots, plan_slots, tile_lists, to_slots
+from block_masks.attention import (
+    coarse_kernels,
+    coarse_steps,
+    flash_check,
+    flash_kernels,
+    padding_kernels,
+    row_kernels,
+    row_steps,
+    slot_steps,
+)
+from block_masks.attention.row_attention import Room, attend_rows
 from block_masks.masks import list_kernels
 from block_masks.plans import move_kernels, plan_kernels
 from block_masks.plans.rows import _plan, _plan_on_gpu
@@ -108,7 +118,7 @@ def check_attention(
     short: bool = False,
     in_order: bool = False,
 ) -> None:
-    """Forward and backward of ``attend_packed``.
+    """Forward and backward of ``attend_rows``.
 
     ``shift`` makes all scores negative, ``short`` leaves keys out, and ``in_order`` has each key in its slot already.
     """
@@ -122,9 +132,9 @@ def check_attention(
     group_lengths = (torch.rand(heads, len(sizes)) * torch.tensor(sizes)).int() + 1 if short else None
     results = []
     for backend in ("eager", "triton"):
-        output, lse = attend_packed(
+        output, lse = attend_rows(
             *inputs, selected, slots,
-            row_tiles=(2 * heads * len(sizes), heads * len(sizes)), heads=(heads, heads // 2),
+            rooms=(Room(heads, 2 * heads * len(sizes)), Room(heads // 2, heads * len(sizes))),
             scale=scale, backend=backend, group_lengths=group_lengths,
         )  # fmt: skip
         results.append((output, lse, *torch.autograd.grad(output, inputs, grad)))
@@ -134,7 +144,7 @@ def check_attention(
 
 
 def check_flash_rows(heads: int, repeats: int, sizes: list[int], dims: tuple[int, int], short: bool) -> None:
-    """``attend_packed`` around FlashAttention-4; ``short`` leaves keys out, and all of the last group's."""
+    """``attend_rows`` around FlashAttention-4; ``short`` leaves keys out, and all of the last group's."""
     selected, key_group = problem(heads, 150, sizes, 0.5)
     in_order = not any(size % 128 for size in sizes)
     slots = plan_slots(key_group.sort().values if in_order else key_group, sizes, sorted_keys=in_order)
@@ -150,9 +160,9 @@ def check_flash_rows(heads: int, repeats: int, sizes: list[int], dims: tuple[int
     results = []
     for backend in ("eager", "flash"):
         with flash_emulator.installed():
-            output, lse = attend_packed(
+            output, lse = attend_rows(
                 *inputs, selected, slots,
-                row_tiles=(2 * heads * len(sizes), heads * len(sizes)), heads=(heads, heads // 2),
+                rooms=(Room(heads, 2 * heads * len(sizes)), Room(heads // 2, heads * len(sizes))),
                 scale=0.3, backend=backend, group_lengths=group_lengths,
             )  # fmt: skip
             results.append((output, lse, *torch.autograd.grad(output, inputs, grad)))
@@ -175,15 +185,38 @@ def check_flash_tiles(sizes: list[int], dims: tuple[int, int], short: bool) -> N
     keys = (torch.randn(2, 2, len(key_group), dim) for dim in dims)
     inputs = [x.requires_grad_() for x in (query, *keys)]
     results = []
-    for modules in ((slot_steps, slot_steps), (flash_kernels, padding_kernels)):
+    for modules in ((slot_steps, slot_steps, coarse_steps), (flash_kernels, padding_kernels, coarse_kernels)):
         with (
             flash_emulator.installed(),
             mock.patch("block_masks.attention.slot_attention._modules", return_value=modules),
         ):
             key, value = (to_slots(x, slots, valid) for x in inputs[1:])
-            output = attend_slots(inputs[0], key, value, selected, slots, 0.3, group_lengths)
+            output, _ = attend_slots(inputs[0], key, value, selected, slots, 0.3, group_lengths)
             results.append((output, *torch.autograd.grad(output, inputs, grad)))
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+def check_coarse(heads: int, repeats: int, queries: int, cells: int, dims: tuple[int, int], together: int) -> None:
+    """Coarse keys merged into attention, forward and backward; some queries chose everything, some nothing."""
+    groups = 5
+    key, value = torch.randn(heads // repeats, cells, dims[0]), torch.randn(heads // repeats, cells, dims[1])
+    coarse = coarse_steps.CoarseKeys(key, value, torch.rand(cells) * 5, torch.randint(groups, (cells,)))
+    selected = (torch.rand(heads, groups, -(-queries // together)) < torch.rand(heads, 1, 1)).mT
+    selected[:, 0], selected[:, -1] = True, False
+    query, output, grad = (torch.randn(heads, queries, dim) for dim in (dims[0], dims[1], dims[1]))
+    lse = torch.where(torch.rand(heads, queries) < 0.1, -torch.inf, torch.randn(heads, queries) * 3)
+    results = []
+    for steps in (coarse_steps, coarse_kernels):
+        merged, merged_lse = torch.full_like(output, 7.0), torch.full_like(lse, 7.0)
+        steps.merge_coarse(query, coarse, selected, output, lse, (merged, merged_lse), 0.4, together)
+        grad_query, delta = torch.ones_like(query), (grad * merged).sum(-1)
+        arguments = grad, torch.where(merged_lse == -torch.inf, 0, merged_lse), delta, grad_query
+        grads = steps.coarse_backward(query, coarse, selected, *arguments, 0.4, together)
+        split = steps.split_grad(grad, output, lse, merged_lse, delta)
+        results.append([merged, merged_lse, grad_query, *grads, *split])
+    assert torch.equal(results[1][0][:, :together], output[:, :together])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def check_flash_check(of_slots: bool, problem: tuple[list[int], list[int] | None]) -> None:
@@ -196,7 +229,7 @@ def check_flash_check(of_slots: bool, problem: tuple[list[int], list[int] | None
     inputs = [torch.randn(2, len(group), dim).requires_grad_() for dim in (24, 24, 40)]
     grad = torch.randn(2, len(group), 40)
     results = []
-    modules = (flash_kernels, padding_kernels)
+    modules = (flash_kernels, padding_kernels, coarse_kernels)
     in_slots = "block_masks.attention.slot_attention._modules"
     with flash_emulator.installed(), mock.patch(in_slots, return_value=modules):
         for name in ("exact", "flash"):
@@ -255,6 +288,9 @@ if __name__ == "__main__":
         check_flash_rows(4, 1, [100, 128, 3], (24, 24), short)
         check_flash_rows(4, 2, [200, 31, 300], (16, 40), short)
         check_flash_rows(2, 1, [128, 256], (16, 16), short)
+    check_coarse(4, 2, 150, 70, (16, 40), 1)
+    check_coarse(2, 1, 200, 3, (24, 24), 64)
+    check_coarse(2, 1, 33, 130, (72, 16), 1)
     check_leave_out(1, [1], (16, 16), 1)
     check_leave_out(3, [100, 256, 129], (24, 40), 128)
     check_leave_out(2, [3] * 18, (72, 128), 1)  # more groups than are looked at at once

@@ -72,8 +72,8 @@ def problem(
 
 def here(x: Tensor, shards: TokenShards | None, partition: BlockPartition, group: Any) -> Tensor:
     """This rank's tokens."""
-    runs = Layout.of(Ranks.of(group), shards, partition).here
-    return torch.cat([x[:, :, start : start + length] for start, length in runs], 2)
+    spans = Layout.of(Ranks.of(group), shards, partition).here
+    return torch.cat([x[:, :, start : start + length] for start, length in spans], 2)
 
 
 def upstream(x: Tensor) -> Tensor:
@@ -110,8 +110,8 @@ def shared_out(problem: Problem, size: int, device: str, shards: TokenShards | N
 def put_together(parts: list[Tensor], shards: TokenShards | None, partition: BlockPartition, add: bool) -> Tensor:
     """The whole of what ranks hold; ``add``: replicated tokens are added up."""
     result = torch.zeros(*parts[0].shape[:2], partition.num_tokens, parts[0].shape[3])
-    runs = (shards or TokenShards()).runs(partition, len(parts))
-    for part, of_rank in zip(parts, runs, strict=True):
+    spans = (shards or TokenShards()).spans(partition, len(parts))
+    for part, of_rank in zip(parts, spans, strict=True):
         at = 0
         for start, length in of_rank:
             piece = part[:, :, at : at + length]

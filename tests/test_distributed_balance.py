@@ -148,11 +148,11 @@ def complaints(what: str) -> list[str]:
         (
             "balance",
             [
-                "ValueError: balance must be made for the call's 4 heads, got one for 5",
+                "ValueError: balance must be made for the 4 heads of the call, got one for 5",
                 "ValueError: group must be given with balance, got None",
-                "dispatch must not be 'shared', whose tiles of queries ranks would cut, where ranks exceed heads: "
-                "got 4 ranks and 2 heads",
-                "balance must be None where ranks exceed heads: got 4 ranks and 2 heads",
+                "dispatch must not be 'shared' with more ranks than heads, got 4 ranks and 2 heads; its tiles of "
+                "queries cannot be split over ranks",
+                "balance must be None with more ranks than heads, got 4 ranks and 2 heads",
                 "heads must be at least the number of ranks, 4, got 3",
                 "balance must have recorded a call before heads are assigned, got none",
             ],
@@ -221,7 +221,7 @@ def disagreement(what: str) -> str:
         ("scale", "scale must be the same on all ranks, got None on rank 0 and 0.5 on rank 2"),
         ("dispatch", "dispatch must be the same on all ranks, got auto on rank 0 and packed on rank 2"),
         ("shards", "shards must be the same on all ranks, got .*consecutive.* on rank 0 and .*split.* on rank 2"),
-        ("tokens", "query must have 54 tokens on rank 2 by its shards, got 53"),
+        ("tokens", "query must have the 54 tokens of its shards on rank 2, got 53"),
         ("heads", r"query's shape without its tokens must be .* got \[2, 4, 8\] on rank 0 and \[2, 3, 8\] on rank 2"),
         ("dtype", "query's dtype must be .* got torch.float32 on rank 0 and torch.float64 on rank 2"),
         ("type", "query's shape without its tokens must be .* on rank 0 and NoneType on rank 2"),

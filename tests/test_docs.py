@@ -66,19 +66,24 @@ def test_pictures_are_what_the_script_draws(tmp_path: Path):
     assert drawn.keys() == kept.keys()
     stale = [name for name in drawn if drawn[name] != kept[name]]
     assert not stale, f"run python -m docs.pictures.draw: {stale}"
+    image = pytest.importorskip("PIL.Image")
+    drawn, kept = (image.open(place / "demo_choice.png").convert("RGB") for place in (tmp_path, PICTURES))
+    assert drawn.tobytes() == kept.tobytes()
 
 
 class _Loads(html.parser.HTMLParser):
-    """What a page makes a browser load, and its anchors."""
+    """What a page makes a browser load, its anchors, and its blocks of highlighted Python."""
 
     def __init__(self) -> None:
         super().__init__()
         self.loaded: list[str] = []
         self.anchors: set[str] = set()
+        self.highlighted = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
         self.anchors.add(found.get("id") or "")
+        self.highlighted += "language-python highlight" in (found.get("class") or "")
         if tag != "a":
             self.loaded += [found[name] or "" for name in ("src", "href", "srcset", "data") if name in found]
 
@@ -114,6 +119,13 @@ def test_every_public_name_is_in_the_reference(site: dict[str, _Loads], package:
     assert set(importlib.import_module(package).__all__) - {"__version__"} <= documented
 
 
+def test_fences_of_python_are_highlighted(site: dict[str, _Loads]):
+    for path in (ROOT / "docs" / "distributed.md", ROOT / "docs" / "models" / "wan.md", ROOT / "README.md"):
+        name = path.relative_to(ROOT / "docs" if path.parent != ROOT else ROOT).with_suffix("").as_posix()
+        fences = len(re.findall(r"^```python\b", path.read_text(), re.MULTILINE))
+        assert fences and site["." if name == "README" else name].highlighted == fences, name
+
+
 def test_what_the_repository_links_outside_of_docs_is_in_the_site(site: dict[str, _Loads]):
     assert {".", "CONTRIBUTING", "CHANGELOG", "bench/NOTES", "concepts", "models"} <= site.keys()
 
@@ -125,6 +137,6 @@ def test_links_become_those_of_the_site_and_code_is_left_alone():
     spec.loader.exec_module(hooks := importlib.util.module_from_spec(spec))
     file = files.File("bench/NOTES.md", str(ROOT), "site", use_directory_urls=True)
     text = "[a](../docs/faq.md#b) [`c`](../CONTRIBUTING.md) [d](https://e.f) ![j](k.png)"
-    text += " `g[h](../docs/i.md)`\n\n```python\nl[m](../docs/n)\n```\n"
-    expected = text.replace("../docs/faq", "../faq")
+    text += " `g[h](../docs/i.md)`\n\n```python\nl[m](../docs/n)\n```\n```python no-run\no\n```\n"
+    expected = text.replace("../docs/faq", "../faq").replace(" no-run", "")
     assert hooks.on_page_markdown(text, SimpleNamespace(file=file), None, None) == expected

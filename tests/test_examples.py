@@ -1,60 +1,97 @@
-"""What the README and the docs tell their readers works as it stands, and a wheel holds what it should."""
+"""What the README and the docs tell their readers works as it stands, and a wheel holds what it should.
 
+A fence of Python says after its language how it runs: not at all (``no-run``: it needs a GPU, weights or a prompt),
+under ``torchrun``, or in this process if it says nothing.
+"""
+
+import ast
+import importlib
+import os
 import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from unittest import mock
+from typing import Any
 
 import pytest
 import torch
 
-from tests.ranks import RankPool
 from vmoba_flex.models import adapters
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-EXAMPLES = [
-    pytest.param(code, id=f"{page.relative_to(ROOT)}-{number}")
+FENCES = [
+    (f"{page.relative_to(ROOT)}-{number}", *fence)
     for page in PAGES
-    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    for number, fence in enumerate(re.findall(r"^```([^\n]+)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE))
 ]
 
 
-@pytest.mark.parametrize("code", EXAMPLES)
-def test_examples_run(code: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(adapters, "_ADAPTERS", dict(adapters._ADAPTERS))  # what an example registers stays in it
+def marked(mark: str) -> list[Any]:
+    """The examples of all pages whose fence starts with these words."""
+    return [pytest.param(code, id=name) for name, words, code in FENCES if words == mark]
+
+
+def needs(code: str) -> None:
+    """Skips an example on diffusers where that is not installed."""
     if re.search(r"^(from|import) diffusers\b", code, re.MULTILINE):
         pytest.importorskip("diffusers")
+
+
+@pytest.mark.parametrize("code", marked("python"))
+def test_examples_run(code: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(adapters, "_ADAPTERS", dict(adapters._ADAPTERS))  # what an example registers stays in it
+    needs(code)
     exec(code, {"__name__": "example"})  # classes that are made there need the name of a module
 
 
-TOGETHER = re.findall(r"```python torchrun\n(.*?)```", (ROOT / "docs" / "distributed.md").read_text(), re.DOTALL)
+def run_on_two_ranks(code: str, folder: Path) -> None:
+    """Runs an example as its page says: by torchrun, as a script of its own."""
+    (script := folder / "script.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
-def on_a_rank(code: str) -> None:
-    """Runs an example on a rank that is in a group already, and may have no accelerator, for which diffusers looks."""
-    if "diffusers" in code:
-        torch.accelerator.device_count = lambda: 1
-    with mock.patch("torch.distributed.init_process_group"):
-        exec(code, {"__name__": "example"})
+ON_ANY_DEVICE = [example for example in marked("python torchrun") if "diffusers" not in example.values[0]]
+ON_GPUS = [example for example in marked("python torchrun") if "diffusers" in example.values[0]]
 
 
-@pytest.mark.xdist_group("distributed")
-@pytest.mark.parametrize("code", TOGETHER, ids=range(len(TOGETHER)))
-def test_examples_run_on_several_ranks(rank_pool: RankPool, code: str):
-    if "diffusers" in code:
-        pytest.importorskip("diffusers")
-    rank_pool.run(on_a_rank, code)
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="takes no GPU, or two")
+@pytest.mark.parametrize("code", ON_ANY_DEVICE)
+def test_examples_run_under_torchrun(code: str, tmp_path: Path):
+    run_on_two_ranks(code, tmp_path)
 
 
-def test_there_are_examples_for_several_ranks():
-    assert len(TOGETHER) == 4
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+@pytest.mark.parametrize("code", ON_GPUS)
+def test_examples_run_under_torchrun_on_gpus(code: str, tmp_path: Path):
+    needs(code)
+    run_on_two_ranks(code, tmp_path)
 
 
-def test_readme_has_examples():
-    assert sum(str(example.id).startswith("README") for example in EXAMPLES if example.id) >= 2
+@pytest.mark.parametrize("code", marked("python no-run"))
+def test_examples_that_do_not_run_name_what_exists(code: str):
+    needs(code)
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(str(node.module))
+            missing = [name.name for name in node.names if not hasattr(module, name.name)]
+            assert not missing, f"{node.module} has no {missing}"
+
+
+def test_fences_say_what_they_hold():
+    known = {"python", "python torchrun", "python no-run", "bash"}
+    assert [(name, words) for name, words, _ in FENCES if words not in known] == []
+
+
+def test_each_kind_of_example_is_found():
+    assert sum(str(example.id).startswith("README") for example in marked("python")) >= 2
+    assert (len(ON_ANY_DEVICE), len(ON_GPUS)) == (3, 1)
+    assert len(marked("python no-run")) >= 10
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

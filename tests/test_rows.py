@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
-from block_masks import RowPlan, Slots, attend_packed, plan_rows, plan_slots, row_mask
+from block_masks import RowPlan, Slots, plan_rows, plan_slots, row_mask
 from block_masks.attention import row_steps
+from block_masks.attention.row_attention import Room, attend_rows
 from block_masks.plans.section import sections_of
 from tests.strategies import generators
 from tests.test_block_masks import INDEX_TENSORS
@@ -50,12 +51,11 @@ class RowProblem:
         return plan_slots(self.key_group, self.group_sizes, self.tile_size, sorted_keys=known)
 
     def attend(self, *tensors: Tensor, scale: float = 0.5, backend: str = "eager") -> tuple[Tensor, Tensor]:
-        return attend_packed(
+        return attend_rows(
             *(tensors or (self.query, self.key, self.value)),
             self.selected,
             self.slots(),
-            row_tiles=(self.row_tiles, self.row_tiles),
-            heads=(self.heads, self.heads),
+            rooms=(Room(self.heads, self.row_tiles), Room(self.heads, self.row_tiles)),
             scale=scale,
             backend=backend,
             group_lengths=self.group_lengths,
@@ -213,11 +213,12 @@ def test_a_nan_group_reaches_the_queries_that_chose_it_alone(bad: int):
 def test_registered_ops_are_well_formed():
     problem = _problem(torch.ones(2, 5, 2, dtype=torch.bool))
     leaves = [x.requires_grad_() for x in (problem.query, problem.key, problem.value)]
-    ops, tail = torch.ops.block_masks, (*problem.slots().flat, [16, 8], [2, 1], 0.5, "eager")
-    torch.library.opcheck(ops.attend_packed, (*leaves, problem.selected, None, *tail))
+    ops, tail = torch.ops.block_masks, (*problem.slots().flat, [2, 16, 1, 8], 0.5, "eager")
+    without = (None,) * 4  # coarse keys
+    torch.library.opcheck(ops.attend_packed, (*leaves, problem.selected, None, *without, *tail))
     output, lse = problem.attend()
     inputs = [x.detach() for x in (output, *leaves)]
-    saved = (problem.selected, None, output.detach(), lse.detach())
+    saved = (problem.selected, None, *without, output.detach(), lse.detach())
     torch.library.opcheck(ops.attend_packed_backward, (*inputs, *saved, *tail))
     torch.library.opcheck(ops.pack_bits, (problem.selected,))
     torch.library.opcheck(ops.tile_lists, (problem.selected,))

@@ -32,7 +32,7 @@ def through_slots(
     slots = problem.plan()
     valid = None if group_lengths is None else slots.valid(group_lengths)
     query, key, value = to_slots(query, slots), to_slots(key, slots, valid), to_slots(value, slots, valid)
-    return from_slots(attend_slots(query, key, value, problem.selected, slots, scale, group_lengths), slots)
+    return from_slots(attend_slots(query, key, value, problem.selected, slots, scale, group_lengths)[0], slots)
 
 
 def masked(
@@ -119,9 +119,9 @@ def test_filling_slots_change_no_bit_of_what_they_hold():
     problem, generator = lone([100, 60]), torch.Generator().manual_seed(0)
     slots = problem.plan()
     query, key, value, _ = (to_slots(x, slots) for x in inputs(problem, generator, torch.float32))
-    output = attend_slots(query, key, value, problem.selected, slots, 0.5)
+    output, _ = attend_slots(query, key, value, problem.selected, slots, 0.5)
     key[:, :, slots.slot_key < 0] = 7.0
-    assert torch.equal(attend_slots(query, key, value, problem.selected, slots, 0.5), output)
+    assert torch.equal(attend_slots(query, key, value, problem.selected, slots, 0.5)[0], output)
 
 
 def test_float16_needs_whole_tiles():
@@ -132,7 +132,7 @@ def test_float16_needs_whole_tiles():
         attend_slots(query, key, value, problem.selected, slots, 0.5)
     whole = plan_slots(torch.zeros(128, dtype=torch.int64), [128])
     query, key, value = (x[:, :, :128] for x in (query, key, value))
-    assert attend_slots(query, key, value, problem.selected, whole, 0.5).isfinite().all()
+    assert attend_slots(query, key, value, problem.selected, whole, 0.5)[0].isfinite().all()
     with pytest.raises(ValueError, match=r"query must not be float16 with group_lengths, got torch.float16"):
         attend_slots(query, key, value, problem.selected, whole, 0.5, torch.full((2, 1), 100, dtype=torch.int32))
 
@@ -163,5 +163,5 @@ def test_the_registered_op_is_well_formed():
     slots = problem.plan()
     query, key, value, _ = (to_slots(x, slots).requires_grad_() for x in inputs(problem, torch.Generator()))
     for group_lengths in (None, torch.tensor([[100, 0], [3, 60]], dtype=torch.int32)):
-        arguments = query, key, value, problem.selected, group_lengths, *slots.flat, 0.5
+        arguments = query, key, value, problem.selected, group_lengths, *[None] * 4, *slots.flat, 0.5
         torch.library.opcheck(torch.ops.block_masks.attend_slots, arguments)

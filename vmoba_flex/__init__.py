@@ -5,26 +5,38 @@ rectangle that it runs or skips) is called a *tile*.
 
     out = flex_attention(q, k, v, block_mask=vmoba_mask(q, k, partition, rule))     # the plain way
     out = vmoba_attention(q, k, v, partition, rule)                                 # the fast way, same result
+
+Each name loads its module, and torch with it, when it is first used: ``vmoba-flex --help`` needs neither.
 """
 
-from vmoba_flex.approx_blocks import ApproxBlocks
-from vmoba_flex.attention import vmoba_attention
-from vmoba_flex.config import Layer, VMoBAConfig
-from vmoba_flex.mask import vmoba_mask
-from vmoba_flex.models import VMoBAHandle, apply_vmoba, register_adapter
-from vmoba_flex.module import VMoBAAttention
-from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Threshold, TopK
-from vmoba_flex.selection.select import vmoba_selection
-from vmoba_flex.stats import AttentionStats
+import importlib
+import warnings
+from typing import TYPE_CHECKING, Any
+
 from vmoba_flex.version import __version__
-from vmoba_flex.warmup import Warmup
+
+if TYPE_CHECKING:
+    from vmoba_flex.approx_blocks import ApproxBlocks
+    from vmoba_flex.attention import vmoba_attention
+    from vmoba_flex.config import Layer, VMoBAConfig
+    from vmoba_flex.flex_inputs import FlexInputs, vmoba_inputs
+    from vmoba_flex.mask import vmoba_mask
+    from vmoba_flex.models import VMoBAHandle, apply_vmoba, register_adapter
+    from vmoba_flex.module import VMoBAAttention
+    from vmoba_flex.partition import BlockPartition
+    from vmoba_flex.rules import Threshold, TopK
+    from vmoba_flex.selection.select import vmoba_selection
+    from vmoba_flex.stats import AttentionStats
+    from vmoba_flex.tail import Tail
+    from vmoba_flex.warmup import Warmup
 
 __all__ = [
     "ApproxBlocks",
     "AttentionStats",
     "BlockPartition",
+    "FlexInputs",
     "Layer",
+    "Tail",
     "Threshold",
     "TopK",
     "VMoBAAttention",
@@ -35,6 +47,43 @@ __all__ = [
     "apply_vmoba",
     "register_adapter",
     "vmoba_attention",
+    "vmoba_inputs",
     "vmoba_mask",
     "vmoba_selection",
 ]
+
+_MODULES = {
+    "ApproxBlocks": "approx_blocks",
+    "AttentionStats": "stats",
+    "BlockPartition": "partition",
+    "FlexInputs": "flex_inputs",
+    "Layer": "config",
+    "Tail": "tail",
+    "Threshold": "rules",
+    "TopK": "rules",
+    "VMoBAAttention": "module",
+    "VMoBAConfig": "config",
+    "VMoBAHandle": "models",
+    "Warmup": "warmup",
+    "apply_vmoba": "models",
+    "register_adapter": "models",
+    "vmoba_attention": "attention",
+    "vmoba_inputs": "flex_inputs",
+    "vmoba_mask": "mask",
+    "vmoba_selection": "selection.select",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AboutBlocks":
+        warnings.warn("AboutBlocks is now ApproxBlocks: the old name ends with the next version", DeprecationWarning, 2)
+        return __getattr__("ApproxBlocks")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

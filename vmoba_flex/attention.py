@@ -5,18 +5,11 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from vmoba_flex.call import MAX_ROW_BYTES, Call
-from vmoba_flex.dispatch.choose import BACKENDS, DISPATCHES, choose_backend, choose_dispatch
+from vmoba_flex.call import BACKENDS, DISPATCHES, MAX_ROW_BYTES, Backend, Call, Dispatch
+from vmoba_flex.checks import check_choice, check_positive
+from vmoba_flex.dispatch.choose import choose_backend, choose_dispatch
 from vmoba_flex.dispatch.one_device import attend_here
-from vmoba_flex.inputs import (
-    check_choice,
-    check_positive,
-    check_query_key,
-    check_scale,
-    check_text_lengths,
-    check_value,
-    under_autocast,
-)
+from vmoba_flex.inputs import check_query_key, check_scale, check_text_lengths, check_value, under_autocast
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.stats import Attended, AttentionStats
@@ -39,8 +32,8 @@ def vmoba_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    dispatch: str = "auto",
-    backend: str = "auto",
+    dispatch: Dispatch = "auto",
+    backend: Backend = "auto",
     return_stats: Literal[False] = False,
     max_row_bytes: int = MAX_ROW_BYTES,
     text_lengths: Tensor | None = None,
@@ -61,8 +54,8 @@ def vmoba_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    dispatch: str = "auto",
-    backend: str = "auto",
+    dispatch: Dispatch = "auto",
+    backend: Backend = "auto",
     return_stats: Literal[True],
     max_row_bytes: int = MAX_ROW_BYTES,
     text_lengths: Tensor | None = None,
@@ -82,8 +75,8 @@ def vmoba_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    dispatch: str = "auto",
-    backend: str = "auto",
+    dispatch: Dispatch = "auto",
+    backend: Backend = "auto",
     return_stats: bool = False,
     max_row_bytes: int = MAX_ROW_BYTES,
     text_lengths: Tensor | None = None,
@@ -186,8 +179,8 @@ def attend(
     key: Tensor,
     value: Tensor,
     call: Call,
-    dispatch: str,
-    backend: str,
+    dispatch: Dispatch,
+    backend: Backend,
     layout: "Layout | None" = None,
     balance: "HeadBalance | None" = None,
 ) -> Attended:
@@ -200,7 +193,7 @@ def attend(
     else:
         check_query_key(query, key, call.partition, call.rule, layout.tokens, layout.ranks.size)
     check_value(value, query, key)
-    check_scale(call.scale)
+    call = call._replace(scale=check_scale(call.scale))
     check_positive("max_row_bytes", call.max_row_bytes)
     check_text_lengths(call.text_lengths, query, call.partition)
     if key.shape[1] != query.shape[1] and not call.enable_gqa:
@@ -213,5 +206,5 @@ def attend(
         return attend_across(query, key, value, call, dispatch, backend, layout, balance)
     if dispatch == "auto":
         dispatch = choose_dispatch(query, key, value, call.partition, call.rule)
-    kernels = choose_backend(backend, dispatch, query, key, value, call.partition, call.text_lengths is not None)
-    return attend_here(query, key, value, call, dispatch, kernels)
+    chosen = choose_backend(backend, dispatch, query, key, value, call.partition, call.text_lengths is not None)
+    return attend_here(query, key, value, call, dispatch, chosen)

@@ -1,7 +1,7 @@
-"""The collectives, by torch's functional ones, which are visible to ``torch.compile``.
+"""Collectives that ``torch.compile`` can trace.
 
-torch has no public form of these, so this file alone uses its private module
-``torch.distributed._functional_collectives``; ``tests/test_distributed.py`` fails when torch changes it.
+They are torch's functional ones, which have no public form: only this file uses the private module
+``torch.distributed._functional_collectives``, and ``tests/test_distributed.py`` fails when torch changes it.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """The processes that share one call, by what a compiled graph can hold.
+    """The processes that share one call, as constants of a compiled graph.
 
     Attributes:
         group: name of their process group.
-        rank: of this process among them.
-        size: how many they are.
+        rank: of this process in the group.
+        size: of the group.
     """
 
     group: str
@@ -40,28 +40,28 @@ class Ranks:
                 raise ValueError(f"group must have one dim if it is a DeviceMesh, got {group.ndim}: pass mesh['name']")
             group = group.get_group()
         if group is dist.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError("group must hold this process, got a group of others")
+            raise ValueError("group must contain this process, got a group without it")
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(f"group must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
         return cls(group.group_name, group.rank(), group.size())
 
 
 def all_to_all(x: Tensor, received: list[int], sent: list[int], ranks: Ranks) -> Tensor:
-    """Sends each rank its part of a flat tensor; without gradients.
+    """What every rank sent to this one; without gradients.
 
     Args:
-        x: ``(entries,)``, contiguous: what goes to rank 0, to rank 1 and so on.
-        received: entries that come from each rank.
-        sent: entries that go to each rank.
-        ranks: all of them call this.
+        x: ``(entries,)``, contiguous: the entries for rank 0, for rank 1 and so on.
+        received: number of entries from each rank.
+        sent: number of entries for each rank.
+        ranks: that all call this.
 
     Returns:
-        What came from rank 0, from rank 1 and so on.
+        ``(sum of received,)``: the entries from rank 0, from rank 1 and so on.
     """
-    # Waited for here: each operation on a tensor that is still waited for costs the host some 0.1 ms.
+    # Wait here: each operation on a tensor that is not waited for costs the host about 0.1 ms.
     return functional.wait_tensor(functional.all_to_all_single(x, received, sent, ranks.group))  # pyright: ignore[reportArgumentType]
 
 
 def all_reduce(x: Tensor, operation: str, group: str) -> Tensor:
-    """The sum (``"sum"``) or the largest (``"max"``) over a group's ranks of each entry; without gradients."""
+    """Each entry's sum (``"sum"``) or maximum (``"max"``) over the ranks of a group; without gradients."""
     return functional.wait_tensor(functional.all_reduce(x, operation, group))  # pyright: ignore[reportArgumentType]

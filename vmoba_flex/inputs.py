@@ -1,4 +1,4 @@
-"""Checks of user input, made once at the public door, before any kernel runs."""
+"""Checks of tensors and their calls, made once at the public door, before any kernel runs."""
 
 import math
 from typing import Any
@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmoba_flex.checks import check_number
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK
+from vmoba_flex.tail import Tail
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -61,32 +63,14 @@ def check_value(value: Tensor, query: Tensor, key: Tensor) -> None:
     _check_like_query("value", value, query, (query.shape[0], key.shape[1], query.shape[2], value.shape[3]))
 
 
-def check_scale(scale: Any) -> None:
-    """Raises ``TypeError`` or ``ValueError`` unless ``scale`` is None or a finite number."""
+def check_scale(scale: Any) -> float | None:
+    """The scale as a plain number; raises ``TypeError`` or ``ValueError`` unless it is None or finite."""
     if scale is None:
-        return
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"scale must be a number or None, got {scale!r}")
-    if not math.isfinite(scale):
+        return None
+    number = check_number("scale", scale, "a number or None")
+    if not math.isfinite(number):
         raise ValueError(f"scale must be finite, got {scale!r}")
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raises ``TypeError`` or ``ValueError`` unless ``value`` is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def check_count(name: str, value: Any, end: int | None = None, end_name: str = "") -> None:
-    """Raises ``TypeError`` or ``ValueError`` unless ``value`` is an int of at least 0, and below ``end`` if given."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if end is not None and not 0 <= value < end:
-        raise ValueError(f"{name} must lie in 0..{end_name} - 1 = 0..{end - 1}, got {value}")
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
+    return number
 
 
 def check_text_lengths(text_lengths: Any, query: Tensor, partition: BlockPartition) -> None:
@@ -104,6 +88,13 @@ def check_text_lengths(text_lengths: Any, query: Tensor, partition: BlockPartiti
         raise ValueError("text_lengths must be None for a partition without prefix and suffix, got a tensor")
 
 
+def check_tail(tail: Any, partition: BlockPartition) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless ``tail`` is a ``Tail`` whose cells fit the partition's blocks."""
+    if not isinstance(tail, Tail):
+        raise TypeError(f"tail must be a Tail or None, got {tail!r}")
+    tail.cell_of(partition)
+
+
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """Casts float tensors as autocast would for attention, so that every path sees the same ones."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
@@ -114,12 +105,6 @@ def under_autocast(*tensors: Any) -> tuple[Any, ...]:
         x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
         for x in tensors
     )
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raises ``ValueError`` unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
 def _check_tensor(name: str, x: Any) -> None:

@@ -1,16 +1,20 @@
 """A VMoBA selection as a BlockMask."""
 
+from typing import Literal, get_args
+
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from block_masks import TileMap, group_mask, group_tiles
+from vmoba_flex.checks import check_choice, check_positive
 from vmoba_flex.groups import key_groups, valid_keys
-from vmoba_flex.inputs import check_choice, check_positive, check_query_key, check_text_lengths
+from vmoba_flex.inputs import check_query_key, check_text_lengths
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection.select import choose_blocks
 
-TOKEN_ORDERS = ("raster", "block")
+TokenOrder = Literal["raster", "block"]
+TOKEN_ORDERS: tuple[TokenOrder, ...] = get_args(TokenOrder)
 
 
 def vmoba_mask(
@@ -19,7 +23,7 @@ def vmoba_mask(
     partition: BlockPartition,
     rule: Rule,
     *,
-    token_order: str = "raster",
+    token_order: TokenOrder = "raster",
     tile_size: int = 128,
     text_lengths: Tensor | None = None,
 ) -> BlockMask:
@@ -67,7 +71,7 @@ def vmoba_mask(
 def selection_mask(
     selection: Tensor,
     partition: BlockPartition,
-    token_order: str,
+    token_order: TokenOrder,
     tile_size: int = 128,
     text_lengths: Tensor | None = None,
 ) -> BlockMask:
@@ -80,7 +84,7 @@ def selection_mask(
 def selection_tiles(
     selection: Tensor,
     partition: BlockPartition,
-    token_order: str,
+    token_order: TokenOrder,
     tile_size: int = 128,
     key_valid: Tensor | None = None,
 ) -> TileMap:
@@ -88,7 +92,7 @@ def selection_tiles(
     return group_tiles(*_ordered_groups(selection, partition, token_order), tile_size, key_valid)
 
 
-def _ordered_groups(selection: Tensor, partition: BlockPartition, token_order: str) -> tuple[Tensor, Tensor]:
+def _ordered_groups(selection: Tensor, partition: BlockPartition, token_order: TokenOrder) -> tuple[Tensor, Tensor]:
     selection, groups = key_groups(selection, partition)
     if token_order == "block":
         return partition.to_block_order(selection), partition.to_block_order(groups, dim=0)

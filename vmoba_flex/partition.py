@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from block_masks import realize
+from vmoba_flex.checks import check_count, check_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,29 +42,36 @@ class BlockPartition:
 
     def __post_init__(self) -> None:
         # Lists are welcome (a config read from JSON has them), but a frozen object must be hashable.
-        object.__setattr__(self, "grid", _sizes("grid", self.grid))
-        object.__setattr__(self, "block", _sizes("block", self.block))
+        object.__setattr__(self, "grid", check_sizes("grid", self.grid))
+        object.__setattr__(self, "block", check_sizes("block", self.block))
         for name in ("prefix", "suffix"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
+            check_count(name, getattr(self, name))
         if any(b > g for b, g in zip(self.block, self.grid, strict=True)):
             raise ValueError(f"block must not be larger than grid {self.grid}, got {self.block}")
 
     @classmethod
+    def of_flat(cls, flat: list[int]) -> Self:
+        """The partition with these ``flat`` sizes."""
+        t, y, x, bt, bh, bw, prefix, suffix = flat
+        return cls((t, y, x), (bt, bh, bw), prefix=prefix, suffix=suffix)
+
+    @property
+    def flat(self) -> list[int]:
+        """Grid, block, prefix and suffix, as the schema of a custom op takes them."""
+        return [*self.grid, *self.block, self.prefix, self.suffix]
+
+    @classmethod
     def temporal(cls, grid: tuple[int, int, int], frames: int, *, prefix: int = 0, suffix: int = 0) -> Self:
         """The 1D partition: slabs of ``frames`` whole frames."""
-        _, height, width = _sizes("grid", grid)
-        (frames,) = _sizes("frames", (frames,), length=1)
+        _, height, width = check_sizes("grid", grid)
+        (frames,) = check_sizes("frames", (frames,), length=1)
         return cls(grid, (frames, height, width), prefix=prefix, suffix=suffix)
 
     @classmethod
     def spatial(cls, grid: tuple[int, int, int], window: tuple[int, int], *, prefix: int = 0, suffix: int = 0) -> Self:
         """The 2D partition: windows of ``(bh, bw)`` tokens through all frames."""
-        frames, _, _ = _sizes("grid", grid)
-        height, width = _sizes("window", window, length=2)
+        frames, _, _ = check_sizes("grid", grid)
+        height, width = check_sizes("window", window, length=2)
         return cls(grid, (frames, height, width), prefix=prefix, suffix=suffix)
 
     @classmethod
@@ -71,7 +79,7 @@ class BlockPartition:
         cls, grid: tuple[int, int, int], cube: tuple[int, int, int], *, prefix: int = 0, suffix: int = 0
     ) -> Self:
         """The 3D partition: cubes of ``(bt, bh, bw)`` tokens."""
-        bt, bh, bw = _sizes("cube", cube)
+        bt, bh, bw = check_sizes("cube", cube)
         return cls(grid, (bt, bh, bw), prefix=prefix, suffix=suffix)
 
     @property
@@ -202,15 +210,3 @@ class _Reorder(torch.autograd.Function):
 def _ceil_div(sizes: tuple[int, int, int], parts: tuple[int, int, int]) -> tuple[int, int, int]:
     t, y, x = (-(-size // part) for size, part in zip(sizes, parts, strict=True))
     return t, y, x
-
-
-def _sizes(name: str, value: Any, length: int = 3) -> tuple[int, ...]:
-    if not isinstance(value, (tuple, list)):
-        raise TypeError(f"{name} must be a tuple of {length} ints, got {value!r}")
-    if any(isinstance(size, bool) or not isinstance(size, int) for size in value):
-        raise TypeError(f"{name} must hold ints, got {value!r}")
-    if len(value) != length:
-        raise ValueError(f"{name} must have {length} sizes, got {value!r}")
-    if any(size < 1 for size in value):
-        raise ValueError(f"{name} must be at least 1 everywhere, got {value!r}")
-    return tuple(value)

@@ -2,10 +2,20 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Literal, Self, cast, get_args
 
-POOLS = ("query", "block", "head", "global")
-NORMALIZE = ("minmax", "softmax")
+from torch import Tensor
+
+from vmoba_flex.checks import check_choice, check_int, check_share
+
+Pool = Literal["query", "block", "head", "global"]
+Normalize = Literal["minmax", "softmax"]
+POOLS: tuple[Pool, ...] = get_args(Pool)
+NORMALIZE: tuple[Normalize, ...] = get_args(Normalize)
+
+# A rule as the schema of a custom op takes it: its words, its counts, its shares, and the tau in force where it is
+# warmed up. Counts are apart because they stay symbolic in graphs with dynamic shapes.
+FlatRule = tuple[str, list[int], list[float], Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,24 +42,35 @@ class TopK:
 
     k: int | None = None
     density: float | None = dataclasses.field(default=None, kw_only=True)
-    pool: str = dataclasses.field(default="query", kw_only=True)
+    pool: Pool = dataclasses.field(default="query", kw_only=True)
 
     def __post_init__(self) -> None:
         if (self.k is None) == (self.density is None):
             raise ValueError(f"exactly one of k and density must be given, got k={self.k!r}, density={self.density!r}")
         if self.k is not None:
-            if isinstance(self.k, bool) or not isinstance(self.k, int):
-                raise TypeError(f"k must be an int, got {self.k!r}")
+            check_int("k", self.k)
             if self.k < 1:
                 raise ValueError(f"k must lie in 1..num_blocks, got {self.k}")
         if self.density is not None:
-            _check_share("density", self.density)
-        _check_pool(self.pool)
+            object.__setattr__(self, "density", check_share("density", self.density))
+        check_choice("pool", self.pool, POOLS)
         if self.pool == "block":
             raise ValueError(
                 "pool must be 'query', 'head' or 'global' for TopK, got 'block': k counts the blocks of a query, and a "
                 "pool of one block has no such count"
             )
+
+    @classmethod
+    def of_flat(cls, words: str, counts: list[int], shares: list[float]) -> Self:
+        """The rule with this ``flat`` form."""
+        _, pool = words.split()
+        return cls(counts[0] if counts else None, density=shares[0] if shares else None, pool=cast(Pool, pool))
+
+    @property
+    def flat(self) -> FlatRule:
+        """The rule, as the schema of a custom op takes it."""
+        counts = [] if self.k is None else [self.k]
+        return f"topk {self.pool}", counts, [] if self.density is None else [self.density], None
 
     def blocks_per_query(self, num_blocks: int) -> int:
         """Blocks per query out of ``num_blocks``.
@@ -103,17 +124,32 @@ class Threshold:
     """
 
     tau: float
-    pool: str = dataclasses.field(default="head", kw_only=True)
+    pool: Pool = dataclasses.field(default="head", kw_only=True)
     max_density: float | None = dataclasses.field(default=None, kw_only=True)
-    normalize: str = dataclasses.field(default="minmax", kw_only=True)
+    normalize: Normalize = dataclasses.field(default="minmax", kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_share("tau", self.tau)
+        object.__setattr__(self, "tau", check_share("tau", self.tau))
         if self.max_density is not None:
-            _check_share("max_density", self.max_density)
-        _check_pool(self.pool)
-        if self.normalize not in NORMALIZE:
-            raise ValueError(f"normalize must be one of {NORMALIZE}, got {self.normalize!r}")
+            object.__setattr__(self, "max_density", check_share("max_density", self.max_density))
+        check_choice("pool", self.pool, POOLS)
+        check_choice("normalize", self.normalize, NORMALIZE)
+
+    @classmethod
+    def of_flat(cls, words: str, shares: list[float]) -> Self:
+        """The rule with this ``flat`` form."""
+        _, pool, normalize = words.split()
+        cap = shares[1] if shares[1:] else None
+        return cls(shares[0], pool=cast(Pool, pool), max_density=cap, normalize=cast(Normalize, normalize))
+
+    @property
+    def flat(self) -> FlatRule:
+        """The rule, as the schema of a custom op takes it."""
+        return self._flat(None)
+
+    def _flat(self, now: Tensor | None) -> FlatRule:
+        cap = [] if self.max_density is None else [self.max_density]
+        return f"threshold {self.pool} {self.normalize}", [], [self.tau, *cap], now
 
     def max_pairs(self, pool_pairs: int, num_blocks: int) -> int | None:
         """Pairs that a pool of ``pool_pairs`` may keep, own pairs included; None for no cap."""
@@ -121,15 +157,3 @@ class Threshold:
 
 
 Rule = TopK | Threshold
-
-
-def _check_share(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
-
-
-def _check_pool(pool: Any) -> None:
-    if pool not in POOLS:
-        raise ValueError(f"pool must be one of {POOLS}, got {pool!r}")

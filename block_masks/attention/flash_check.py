@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from block_masks.attention.row_attention import attend_packed
+from block_masks.attention.row_attention import Room, attend_rows
 from block_masks.attention.slot_attention import attend_slots
 from block_masks.plans.slots import Slots, from_slots, plan_slots, to_slots
 
@@ -130,9 +130,9 @@ def _packed_ways(
 
     def through(backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attend_packed(
+            return attend_rows(
                 query, key, value, selected, slots,
-                row_tiles=(42, 21), heads=(2, 1), scale=scale, backend=backend, group_lengths=group_lengths,
+                rooms=(Room(2, 42), Room(1, 21)), scale=scale, backend=backend, group_lengths=group_lengths,
             )[0]  # fmt: skip
 
         return attend
@@ -155,7 +155,8 @@ def _slot_ways(
 
     def flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = to_slots(query[None], slots), *(to_slots(x[None], slots, valid) for x in (key, value))
-        return from_slots(attend_slots(query, key, value, selected, slots, scale, group_lengths), slots)[0]
+        output, _ = attend_slots(query, key, value, selected, slots, scale, group_lengths)
+        return from_slots(output, slots)[0]
 
     masked = functools.partial(F.scaled_dot_product_attention, attn_mask=mask, scale=scale)
     return {"exact": masked, "other": masked, "flash": flash}

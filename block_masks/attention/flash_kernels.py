@@ -12,9 +12,12 @@ import functools
 import torch
 from torch import Tensor
 
+from block_masks.attention.row_kernels import delta
 from block_masks.attention.row_steps import Merged
 from block_masks.plans import move_kernels
 from block_masks.plans.section import Section
+
+__all__ = ["attend_tiles", "attend_tiles_backward", "backward", "delta", "forward"]
 
 
 def forward(query: Tensor, keys: Tensor, values: Tensor, section: Section, scale: float) -> tuple[Tensor, Tensor]:

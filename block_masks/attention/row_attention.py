@@ -1,83 +1,91 @@
 """Attention over packed rows, forward and backward, as one registered op.
 
 ``torch.compile`` and checkpointing see through it as through any op. Forward runs a section of heads at a time: the
-rows of its queries attend their group's slots, and a query's rows are merged by their log-sum-exp. Only the inputs, the
-output and the log-sum-exp of each query are kept for backward, which plans the rows again and takes each row's part in
-its query from the merged log-sum-exp: ``p = exp(score - lse)``.
+rows of its queries attend their group's slots, and a query's rows are merged by their log-sum-exp; then coarse keys of
+the groups that it did not choose are merged in, if there are any. Backward keeps only the inputs, the output and the
+log-sum-exp of each query. It plans the rows again, and takes each row's part in its query from the merged log-sum-exp:
+``p = exp(score - lse)``. Coarse keys need nothing else either.
 
-Three backends do the work on the rows: ``"eager"``, plain PyTorch on any device (``row_steps.py``), ``"triton"``
-(``attend_kernels.py``) and ``"flash"`` (``flash_kernels.py``); the latter two move rows by ``row_kernels.py``. The last
-one attends whole tiles alone, and padding slots are taken out as rows are merged: ``slot_attention.py``
-says how.
+Three backends do the work: ``"eager"``, plain PyTorch on any device (``row_steps.py``), ``"triton"``
+(``attend_kernels.py``) and ``"flash"`` (``flash_kernels.py``); the latter two move rows by ``row_kernels.py``.
+FlashAttention-4 attends whole tiles only, so padding slots are removed as rows are merged: see ``slot_attention.py``.
 """
 
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from block_masks.attention import row_steps
+from block_masks.attention import coarse_steps, row_steps
+from block_masks.attention.coarse_steps import CoarseKeys
 from block_masks.attention.row_steps import Merged
+from block_masks.launching.autograd import grad_of, save_of
 from block_masks.launching.device import on_device
 from block_masks.plans.rows import plan_rows
 from block_masks.plans.section import sections_of
 from block_masks.plans.slots import Slots, ValidSlots
 
 
-def attend_packed(
+class Room(NamedTuple):
+    """The heads of a section, a divisor of all, and the tiles of rows to make room for; see ``plan_rows``."""
+
+    heads: int
+    row_tiles: int
+
+
+def attend_rows(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     selected: Tensor,
     slots: Slots,
     *,
-    row_tiles: tuple[int, int],
-    heads: tuple[int, int],
+    rooms: tuple[Room, Room],
     scale: float,
     backend: str,
     group_lengths: Tensor | None = None,
+    coarse: CoarseKeys | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of each query over the keys of the groups that it chose, at the price of the pairs that it chose.
+    """``attend_packed`` of checked inputs, with the samples' heads in one dim ``H``.
 
     Args:
         query: ``(H, S, D)``.
         key: ``(key heads, keys, D)``; query head h uses key head ``h // (H // key heads)``.
         value: ``(key heads, keys, value dim)``.
-        selected: bool ``(H, S, G)``: which groups each query chose; fastest where S is contiguous.
+        selected: bool ``(H, S, G)``; fastest where S is contiguous.
         slots: of these keys and groups.
-        row_tiles: tiles of rows to make room for in a section, see ``plan_rows``; in forward and in backward, which
-            holds more for each row.
-        heads: heads of a section, divisors of H, likewise.
+        rooms: of a section in forward, and in backward, which holds more for each row.
         scale: factor on the scores.
         backend: ``"eager"``, ``"triton"`` or ``"flash"``.
-        group_lengths: int32 ``(H, G)``: how many of a group's keys, the first ones, the queries of a head attend; all
-            if None. At least one where a query chose the group. For ``"flash"`` the same in all heads that share a key
-            head.
+        group_lengths: int32 ``(H, G)``.
+        coarse: keys of the groups that a query did not choose.
 
     Returns:
-        The output ``(H, S, value dim)``, 0 where a query chose nothing, and the natural log-sum-exp of each query's
-        scores ``(H, S)``, float32, or float64 for float64 inputs. Gradients flow through the output alone; those of key
-        and value are zero at keys that ``group_lengths`` leaves out.
+        The output ``(H, S, value dim)`` and the log-sum-exp ``(H, S)``, which has no gradient.
     """
     return _attend(
-        query, key, value, selected, group_lengths, *slots.flat, list(row_tiles), list(heads), scale, backend
-    )
+        query, key, value, selected, group_lengths, *(coarse or [None] * 4), *slots.flat,
+        [n for room in rooms for n in room], scale, backend,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("block_masks::attend_packed", mutates_args=())
 @on_device
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_lengths: Tensor | None,
+    coarse_key: Tensor | None, coarse_value: Tensor | None, coarse_bias: Tensor | None, coarse_group: Tensor | None,
     slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool,
-    row_tiles: list[int], heads: list[int], scale: float, backend: str,
+    rooms: list[int], scale: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    move, attend = _modules(backend)
+    move, attend, tail = _modules(backend)
     slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
+    coarse = CoarseKeys.given(coarse_key, coarse_value, coarse_bias, coarse_group)
+    room = Room(*rooms[:2])
     valid = _valid(group_lengths, slots, len(query) // len(key), backend)
     query = query.contiguous()
     keys, values = (_in_slots(x, slots, move, valid) for x in (key, value))
-    plan = plan_rows(selected, row_tiles[0], heads[0], tile_size)
+    plan = plan_rows(selected, room.row_tiles, room.heads, tile_size)
     padding_lse = None
     if backend == "flash" and not (slots.whole and valid is None):
         from block_masks.attention import padding_kernels
@@ -93,7 +101,11 @@ def _attend(
         padding = None if padding_lse is None else padding_lse[part]
         move.merge_rows(*rows, *section.query_rows, output[part], lse[part], padding)
         del rows
-    return output, lse
+    if coarse is None:
+        return output, lse
+    merged_lse = torch.empty_like(lse)
+    tail.merge_coarse(query, coarse, selected, output, lse, (output, merged_lse), scale)
+    return output, merged_lse
 
 
 @_attend.register_fake
@@ -105,15 +117,18 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Te
 @on_device
 def _attend_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_lengths: Tensor | None,
+    coarse_key: Tensor | None, coarse_value: Tensor | None, coarse_bias: Tensor | None, coarse_group: Tensor | None,
     output: Tensor, lse: Tensor, slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool,
-    row_tiles: list[int], heads: list[int], scale: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    move, attend = _modules(backend)
+    rooms: list[int], scale: float, backend: str,
+) -> list[Tensor]:  # fmt: skip
+    move, attend, tail = _modules(backend)
     slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
+    coarse = CoarseKeys.given(coarse_key, coarse_value, coarse_bias, coarse_group)
+    room = Room(*rooms[2:])
     valid = _valid(group_lengths, slots, len(query) // len(key), backend)
     grad, query = grad.contiguous(), query.contiguous()
     keys, values = (_in_slots(x, slots, move, valid) for x in (key, value))
-    plan = plan_rows(selected, row_tiles[1], heads[1], tile_size)
+    plan = plan_rows(selected, room.row_tiles, room.heads, tile_size)
     merged = Merged(grad, lse, move.delta(grad, output))
     grad_query = torch.empty_like(query)
     # Of each query head, summed over those that share a key head at the end.
@@ -122,42 +137,32 @@ def _attend_backward(
         rows = attend.backward(query, keys, values, merged, (grad_keys, grad_values), section, scale)
         move.sum_rows(rows, *section.query_rows, grad_query[section.of_heads])
         del rows
+    grads = [grad_query, grad_keys, grad_values]
     repeats = len(query) // len(key)
-    if slots.in_place and repeats == 1 and valid is None:
-        return grad_query, grad_keys, grad_values
-    key_slot = slots.key_slot if valid is None else valid.key_slot(slots)
-    grad_key, grad_value = (move.take_slots(x, key_slot, repeats) for x in (grad_keys, grad_values))
-    return grad_query, grad_key, grad_value
+    if not slots.in_place or repeats > 1 or valid is not None:
+        key_slot = slots.key_slot if valid is None else valid.key_slot(slots)
+        grads[1:] = [move.take_slots(x, key_slot, repeats) for x in (grad_keys, grad_values)]
+    if coarse is not None:
+        grads += tail.coarse_backward(query, coarse, selected, *merged, grad_query, scale)
+    return grads
 
 
 @_attend_backward.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> list[Tensor]:
+    coarse = [x for x in others[2:4] if x is not None]
+    return [x.new_empty(x.shape) for x in (query, key, value, *coarse)]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], *output, *inputs[5])
-    ctx.mark_non_differentiable(output[1])
-    ctx.settings = inputs[6:]
-
-
-def _backward_of_attend(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors  # a checkpoint gives them out once
-    slot_tensors = list(saved[7:])
-    grads = _attend_backward(grad, *saved[:7], slot_tensors, *ctx.settings)
-    return *grads, None, None, [None] * len(slot_tensors), *[None] * 7
-
-
-_attend.register_autograd(_backward_of_attend, setup_context=_save)
+_attend.register_autograd(grad_of(_attend_backward, tensors=9), setup_context=save_of(tensors=9))
 
 
 def _valid(group_lengths: Tensor | None, slots: Slots, repeats: int, backend: str) -> ValidSlots | None:
-    """For each key head the keys that are there; None where all are, or where the kernels themselves count them."""
+    """The valid slots of each key head; None where all are, or where the kernels themselves count them."""
     return None if group_lengths is None or backend != "flash" else slots.valid(group_lengths[::repeats])
 
 
 def _in_slots(x: Tensor, slots: Slots, move: ModuleType, valid: ValidSlots | None) -> Tensor:
-    """Keys or values ``(key heads, keys, D)`` in slots, contiguous; zero in those of keys that are not there."""
+    """Keys or values ``(key heads, keys, D)`` in slots, contiguous; zero in slots that are not valid."""
     x = x.contiguous()
     if valid is not None:
         return move.take_slots(x, valid.slot_key(slots))
@@ -168,16 +173,16 @@ def _like_lse(query: Tensor) -> Tensor:
     return query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
 
 
-def _modules(backend: str) -> tuple[ModuleType, ModuleType]:
-    """What moves rows, and what attends them. Triton and FlashAttention-4 are imported on first use."""
+def _modules(backend: str) -> tuple[ModuleType, ModuleType, ModuleType]:
+    """What moves rows, attends them and merges coarse keys. Triton and FlashAttention-4 are imported on first use."""
     if backend == "eager":
-        return row_steps, row_steps
-    from block_masks.attention import row_kernels
+        return row_steps, row_steps, coarse_steps
+    from block_masks.attention import coarse_kernels, row_kernels
 
     if backend == "flash":
         from block_masks.attention import flash_kernels
 
-        return row_kernels, flash_kernels
+        return row_kernels, flash_kernels, coarse_kernels
     from block_masks.attention import attend_kernels
 
-    return row_kernels, attend_kernels
+    return row_kernels, attend_kernels, coarse_kernels

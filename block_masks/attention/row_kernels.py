@@ -126,7 +126,7 @@ def _delta_kernel(grad, output, delta, rows, DV: tl.constexpr, BLOCK_DV: tl.cons
 
 def delta(grad: Tensor, output: Tensor) -> Tensor:
     """See ``row_steps.delta``."""
-    out = torch.empty(grad.shape[:2], dtype=torch.float32, device=grad.device)
+    out = torch.empty(grad.shape[:-1], dtype=torch.float32, device=grad.device)
     dim = grad.shape[-1]
     _delta_kernel[triton.cdiv(out.numel(), 32),](
         grad, output, out, out.numel(), DV=dim, BLOCK_DV=triton.next_power_of_2(dim), ROWS=32

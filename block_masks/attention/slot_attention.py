@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from block_masks.attention.coarse_steps import CoarseKeys
+from block_masks.launching.autograd import grad_of, save_of
 from block_masks.launching.device import on_device
 from block_masks.masks.tile_map import tile_lists
 from block_masks.plans.slots import Slots, ValidSlots
@@ -37,7 +39,8 @@ def attend_slots(
     slots: Slots,
     scale: float,
     group_lengths: Tensor | None = None,
-) -> Tensor:
+    coarse: CoarseKeys | None = None,
+) -> tuple[Tensor, Tensor]:
     """Attention of each tile of slots over the keys of the groups that it chose.
 
     On a GPU by FlashAttention-4, where ``flash_check.refusal`` has no objection; on a CPU by plain PyTorch that holds
@@ -45,17 +48,19 @@ def attend_slots(
 
     Args:
         query: ``(B, H, slots, D)``.
-        key: ``(B, H, slots, D)``, zero in slots that hold no key that is there, as ``to_slots`` leaves it.
-        value: ``(B, H, slots, value dim)``, likewise.
+        key: ``(B, H, slots, D)``, zero in slots without a valid key, as ``to_slots`` leaves it.
+        value: ``(B, H, slots, value dim)``, zero there too.
         selected: bool ``(B, H, tiles, G)``: which groups each tile of slots attends, at least one with a key.
         slots: of these tiles and groups.
         scale: factor on the scores.
-        group_lengths: int32 ``(B, G)``: how many of each group's keys, the first ones, are there; all if None.
+        group_lengths: int32 ``(B, G)``: how many of each group's keys, the first ones, are valid; all if None.
+        coarse: keys of the groups that a tile did not choose, ``B * H`` heads of them.
 
     Returns:
-        ``(B, H, slots, value dim)``. Gradients of key and value mean nothing in slots that hold no key. The gradient of
-        query is summed by atomics on a GPU: two runs may differ in the last bits. Where all scores of a query lie below
-        -80, and not all slots hold a key, gradients may not be finite.
+        ``(B, H, slots, value dim)``, and the natural log-sum-exp ``(B, H, slots)``, float32 at least, without a
+        gradient. Gradients of key and value mean nothing in padding slots. A GPU sums the gradient of query by atomics:
+        two runs may differ in the last bits. Where all scores of a query lie below -80, and not all slots hold a key,
+        gradients may not be finite.
 
     Raises:
         ValueError: if the dtype is float16, in which ``exp(-lse)`` overflows, and a group is no whole number of tiles
@@ -65,18 +70,36 @@ def attend_slots(
         raise ValueError(f"query must not be float16 where groups are no whole tiles, got sizes {slots.group_sizes}")
     if query.dtype == torch.float16 and group_lengths is not None:
         raise ValueError("query must not be float16 with group_lengths, got torch.float16")
-    output, _ = _attend(query, key, value, selected, group_lengths, *slots.flat, scale)
-    return output
+    return _attend(query, key, value, selected, group_lengths, *(coarse or [None] * 4), *slots.flat, scale)
 
 
 @torch.library.custom_op("block_masks::attend_slots", mutates_args=())
 @on_device
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_lengths: Tensor | None,
+    coarse_key: Tensor | None, coarse_value: Tensor | None, coarse_bias: Tensor | None, coarse_group: Tensor | None,
     slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
-    attend, padding = _modules(query)
+    output, lse = _attend_chosen(query, key, value, selected, group_lengths, slots, scale)
+    coarse = CoarseKeys.given(coarse_key, coarse_value, coarse_bias, coarse_group)
+    if coarse is None:
+        return output, lse
+    merged_lse = torch.empty_like(lse)
+    flat = (x.flatten(0, 1) for x in (output, lse, output, merged_lse))
+    rows, of_rows, *merged = flat
+    _modules(query)[2].merge_coarse(
+        query.flatten(0, 1).contiguous(), coarse, selected.flatten(0, 1), rows, of_rows, tuple(merged), scale, tile_size
+    )
+    return output, merged_lse
+
+
+def _attend_chosen(
+    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_lengths: Tensor | None, slots: Slots,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    attend, padding, _ = _modules(query)
+    tile_size = slots.tile_size
     if slots.whole and group_lengths is None:
         return attend.attend_tiles(query, key, value, _whole_tiles(_key_tiles(selected, slots)), scale, tile_size)
     valid = slots.valid(slots.group_lengths[None] if group_lengths is None else group_lengths)
@@ -100,35 +123,32 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Te
 @on_device
 def _attend_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_lengths: Tensor | None,
+    coarse_key: Tensor | None, coarse_value: Tensor | None, coarse_bias: Tensor | None, coarse_group: Tensor | None,
     output: Tensor, lse: Tensor,
     slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> list[Tensor]:  # fmt: skip
     slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
-    attend, _ = _modules(query)
+    attend, _, tail = _modules(query)
     tiles = _key_tiles(selected, slots, None if group_lengths is None else slots.valid(group_lengths))
     lists = _whole_tiles(tiles.mT)
-    return attend.attend_tiles_backward(grad, query, key, value, output, lse, lists, scale, tile_size)
+    grads = list(attend.attend_tiles_backward(grad, query, key, value, output, lse, lists, scale, tile_size))
+    coarse = CoarseKeys.given(coarse_key, coarse_value, coarse_bias, coarse_group)
+    if coarse is not None:
+        grad, output = grad.contiguous(), output.contiguous()
+        flat = [x.flatten(0, 1) for x in (grad, lse, attend.delta(grad, output), grads[0])]
+        grads += tail.coarse_backward(
+            query.flatten(0, 1).contiguous(), coarse, selected.flatten(0, 1), *flat, scale, tile_size
+        )
+    return grads
 
 
 @_attend_backward.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> list[Tensor]:
+    coarse = [x for x in others[2:4] if x is not None]
+    return [x.new_empty(x.shape) for x in (query, key, value, *coarse)]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], *output, *inputs[5])
-    ctx.mark_non_differentiable(output[1])
-    ctx.settings = inputs[6:]
-
-
-def _backward_of_attend(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors  # a checkpoint gives them out once
-    slot_tensors = list(saved[7:])
-    grads = _attend_backward(grad, *saved[:7], slot_tensors, *ctx.settings)
-    return *grads, None, None, [None] * len(slot_tensors), *[None] * 4
-
-
-_attend.register_autograd(_backward_of_attend, setup_context=_save)
+_attend.register_autograd(grad_of(_attend_backward, tensors=9), setup_context=save_of(tensors=9))
 
 
 def _key_tiles(selected: Tensor, slots: Slots, valid: ValidSlots | None = None) -> Tensor:
@@ -138,17 +158,17 @@ def _key_tiles(selected: Tensor, slots: Slots, valid: ValidSlots | None = None) 
 
 
 def _whole_tiles(tiles: Tensor) -> list[Tensor]:
-    """Counts and lists of cut tiles, of which there are none, and of the whole ones in each row of a map."""
+    """Counts and lists of partial tiles, of which there are none, and of the full ones in each row of a map."""
     counts, listed = tile_lists(tiles)
     return [torch.zeros_like(counts), torch.zeros_like(listed), counts, listed]
 
 
-def _modules(query: Tensor) -> tuple[ModuleType, ModuleType]:
-    """What attends tiles, and what deals with padding slots. Triton and FlashAttention-4 are imported on first use."""
+def _modules(query: Tensor) -> tuple[ModuleType, ModuleType, ModuleType]:
+    """What attends tiles, removes padding and merges coarse keys; Triton is imported on first use."""
     if not query.is_cuda:
-        from block_masks.attention import slot_steps
+        from block_masks.attention import coarse_steps, slot_steps
 
-        return slot_steps, slot_steps
-    from block_masks.attention import flash_kernels, padding_kernels
+        return slot_steps, slot_steps, coarse_steps
+    from block_masks.attention import coarse_kernels, flash_kernels, padding_kernels
 
-    return flash_kernels, padding_kernels
+    return flash_kernels, padding_kernels, coarse_kernels

@@ -1,12 +1,12 @@
-"""The steps of attention of tiles of slots in plain PyTorch: for a CPU, and what the kernels are valid to."""
+"""The steps of attention of tiles of slots in plain PyTorch: for a CPU, and what the kernels are held to."""
 
 import torch
 from torch import Tensor
 
-from block_masks.attention.row_steps import share_left
+from block_masks.attention.row_steps import delta, share_left
 from block_masks.plans.slots import take_slots
 
-__all__ = ["attend_tiles", "attend_tiles_backward", "padding_lse", "remove_padding", "take_slots"]
+__all__ = ["attend_tiles", "attend_tiles_backward", "delta", "padding_lse", "remove_padding", "take_slots"]
 
 
 def attend_tiles(

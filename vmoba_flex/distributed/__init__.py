@@ -1,8 +1,12 @@
 """One attention call over several ranks, on torch's own distributed engine.
 
-From below: ``collectives`` is what ranks say to one another, ``shards`` which tokens each rank holds, ``exchange``
-tokens of all heads for heads of all tokens, ``cut`` a pool's best pairs where it lies on several ranks, ``balance``
-which rank attends which heads, ``agreement`` whether all ranks mean the same call, ``attend`` all of it together.
+    shards.py      which tokens each rank holds
+    exchange.py    tokens of all heads <-> heads of all tokens
+    balance.py     which rank attends which heads
+    agreement.py   whether all ranks mean the same call
+    attend.py      a whole call
+
+``vmoba_flex.collectives`` has what ranks send to each other.
 """
 
 from vmoba_flex.distributed.balance import HeadBalance, Imbalance

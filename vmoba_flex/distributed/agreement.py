@@ -1,4 +1,4 @@
-"""Whether all ranks mean the same call, found out before they exchange anything."""
+"""Checks that all ranks mean the same call, before they exchange tokens."""
 
 import json
 from typing import Any
@@ -17,11 +17,11 @@ _BYTES = 2048
 def agreed_layout(
     query: Any, key: Any, value: Any, partition: Any, settings: dict[str, Any], group: Any, shards: Any, check: bool
 ) -> Layout:
-    """Which tokens each rank of a call holds, of inputs not checked yet; ``check``: once all ranks mean the same call.
+    """The layout of a call whose inputs are not checked yet; ``check``: raise unless all ranks mean the same call.
 
     Raises:
         TypeError: if an argument has a wrong type.
-        ValueError: if group or shards do not fit the call, or ranks do not agree.
+        ValueError: if group or shards do not fit the call, or ranks disagree.
     """
     if shards is not None and not isinstance(shards, TokenShards):
         raise TypeError(f"shards must be a TokenShards or None, got {type(shards).__name__}")
@@ -36,10 +36,10 @@ def agreed_layout(
 def check_ranks_agree(
     query: Any, key: Any, value: Any, settings: dict[str, Any], shards: TokenShards, partition: Any, ranks: Ranks
 ) -> None:
-    """Raises on all ranks unless they mean the same call; costs one collective of 2 KiB a rank, and a read of it.
+    """Raises on all ranks unless they mean the same call; costs one collective of 2 KiB for each rank and a host read.
 
     Args:
-        query: ``(B, H, tokens of this rank, D)``, as all that follows not checked yet.
+        query: ``(B, H, tokens of this rank, D)``, not checked yet, as all that follows.
         key: ``(B, key heads, tokens of this rank, D)``.
         value: ``(B, key heads, tokens of this rank, value dim)``.
         settings: what else must be the same on all ranks, by name.
@@ -48,7 +48,7 @@ def check_ranks_agree(
         ranks: that share the call.
 
     Raises:
-        ValueError: naming a rank, and its value beside that of rank 0.
+        ValueError: naming a rank, its value and that of rank 0.
     """
     tensors = {"query": query, "key": key, "value": value}
     facts = {name: str(setting) for name, setting in ({"partition": partition, "shards": shards} | settings).items()}
@@ -58,7 +58,9 @@ def check_ranks_agree(
     tokens = {name: x.shape[2] if _is_4d(x) else None for name, x in tensors.items()}
     told = json.dumps([list(facts.values()), list(tokens.values())]).encode()
     if len(told) > _BYTES:
-        raise ValueError(f"check_ranks must be False for calls described by more than {_BYTES} bytes, got {len(told)}")
+        raise ValueError(
+            f"check_ranks must be False for a call whose description exceeds {_BYTES} bytes, got {len(told)} bytes"
+        )
     device = query.device if isinstance(query, Tensor) else torch.device("cpu")
     said = torch.zeros(ranks.size, _BYTES, dtype=torch.uint8, device=device)
     said[ranks.rank] = torch.tensor(list(told.ljust(_BYTES)), device=device)
@@ -69,12 +71,12 @@ def check_ranks_agree(
                 raise ValueError(
                     f"{name} must be the same on all ranks, got {first} on rank 0 and {other} on rank {rank}"
                 )
-    runs = shards.runs(partition, ranks.size)
+    spans = shards.spans(partition, ranks.size)
     for rank, (_, counts) in enumerate(answers):
-        expected = sum(count for _, count in runs[rank])
+        expected = sum(count for _, count in spans[rank])
         for name, count in zip(tokens, counts, strict=True):
             if count != expected:
-                raise ValueError(f"{name} must have {expected} tokens on rank {rank} by its shards, got {count}")
+                raise ValueError(f"{name} must have the {expected} tokens of its shards on rank {rank}, got {count}")
 
 
 def _is_4d(x: Any) -> bool:

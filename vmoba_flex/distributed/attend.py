@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vmoba_flex.call import Call
+from vmoba_flex.call import Backend, Call, Dispatch
 from vmoba_flex.dispatch.choose import choose_backend, choose_dispatch
 from vmoba_flex.dispatch.one_device import attend_here
 from vmoba_flex.distributed.balance import HeadBalance
@@ -20,39 +20,39 @@ def attend_across(
     key: Tensor,
     value: Tensor,
     call: Call,
-    dispatch: str,
-    backend: str,
+    dispatch: Dispatch,
+    backend: Backend,
     layout: Layout,
     balance: HeadBalance | None = None,
 ) -> Attended:
-    """Attention of tokens that are shared out over ranks.
+    """Attention of tokens that ranks share; the result is that of one process.
 
-    Where each rank can have a head, ranks exchange tokens for heads, attend all tokens of theirs, and exchange back.
-    Where there are more ranks than heads, queries stay where they are and all keys and values come to each rank. What
-    competes across ranks is chosen by sums over them, and is what a single process would choose.
+    With at least one head for each rank, ranks exchange tokens for heads, attend all tokens of their heads, and
+    exchange back. With more ranks than heads, queries stay on their rank and every rank gets all keys and values. Pools
+    that span ranks are chosen by sums over the ranks.
 
     Args:
         query: ``(B, H, tokens of this rank, D)``.
         key: ``(B, key heads, tokens of this rank, D)``.
         value: ``(B, key heads, tokens of this rank, value dim)``.
-        call: what they attend, of all tokens.
+        call: what they attend; its partition is that of all tokens.
         dispatch: as in ``vmoba_attention``.
-        backend: likewise.
+        backend: as in ``vmoba_attention``.
         layout: which tokens each rank holds.
         balance: which heads each rank attends.
 
     Returns:
-        What was attended here, with the output ``(B, H, tokens of this rank, value dim)``.
+        What this rank attended, with the output ``(B, H, tokens of this rank, value dim)``.
     """
     ranks, partition = layout.ranks, call.partition
     if dispatch == "auto":
         dispatch = choose_dispatch(query, key, value, partition, call.rule, ranks.size)
-    # By the whole call, so that all ranks take the same kernels, and those that one GPU would.
-    kernels = choose_backend(backend, dispatch, query, key, value, partition, call.text_lengths is not None)
+    # Chosen by the whole call, so that all ranks take the same backend, the one that a single GPU would take.
+    chosen = choose_backend(backend, dispatch, query, key, value, partition, call.text_lengths is not None)
     of_keys = None
     if query.shape[1] >= ranks.size:
         repeats = query.shape[1] // key.shape[1]
-        if key.shape[1] < ranks.size:  # a key head's queries go to several ranks
+        if key.shape[1] < ranks.size:  # the queries of a key head go to several ranks
             key, value, repeats = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), 1
         of_keys = Heads.evenly(key.shape[1], ranks.size, None if balance is None else balance.order_of(key.shape[1]))
         heads = of_keys.times(repeats)
@@ -64,11 +64,11 @@ def attend_across(
         queries = queries_of(layout.here, partition)
         places = torch.arange(queries.first, queries.first + queries.video, device=query.device)
         part = Part(ranks.group, 2, partition.num_video_tokens, places, queries)
-        # Each rank attends all heads of keys and values.
+        # Every rank gets all heads of keys and values.
         heads = Heads((key.shape[1],) * ranks.size)
         repeated = [x.repeat(1, ranks.size, 1, 1) for x in (key, value)]
         key, value = to_heads(repeated, layout, (heads, heads))
-    attended = attend_here(query, key, value, call, dispatch, kernels, part)
+    attended = attend_here(query, key, value, call, dispatch, chosen, part)
     if of_keys is None:
         return attended
     if balance is not None and dispatch != "dense":
@@ -85,13 +85,13 @@ def by_heads(
     text_lengths: Tensor | None,
     layout: Layout,
 ) -> Tensor:
-    """Any attention whose heads do not know of one another, of tokens that are shared out over ranks.
+    """Any attention whose heads are independent, of tokens that ranks share.
 
     Args:
         attention: of ``(query, key, value, text_lengths)``.
         query: ``(B, H, tokens of this rank, D)``.
-        key: likewise.
-        value: likewise.
+        key: of query's shape.
+        value: of query's shape.
         text_lengths: as in ``vmoba_attention``.
         layout: which tokens each rank holds.
 
@@ -103,9 +103,9 @@ def by_heads(
     return to_tokens(attention(query, key, value, text_lengths), layout, heads)
 
 
-def _check_by_queries(query: Tensor, dispatch: str, balance: HeadBalance | None, ranks: int) -> None:
-    where = f"where ranks exceed heads: got {ranks} ranks and {query.shape[1]} heads"
+def _check_by_queries(query: Tensor, dispatch: Dispatch, balance: HeadBalance | None, ranks: int) -> None:
+    where = f"with more ranks than heads, got {ranks} ranks and {query.shape[1]} heads"
     if dispatch == "shared":
-        raise ValueError(f"dispatch must not be 'shared', whose tiles of queries ranks would cut, {where}")
+        raise ValueError(f"dispatch must not be 'shared' {where}; its tiles of queries cannot be split over ranks")
     if balance is not None:
         raise ValueError(f"balance must be None {where}")

@@ -1,4 +1,7 @@
-"""Which rank attends which heads: heads differ in density, and so in work."""
+"""Which rank attends which heads, so that ranks work alike: heads differ in density.
+
+H heads.
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -6,18 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vmoba_flex.checks import check_positive
 from vmoba_flex.collectives import Ranks, all_reduce
-from vmoba_flex.distributed.shards import cut_evenly
-from vmoba_flex.inputs import check_positive
+from vmoba_flex.distributed.shards import split_evenly
 
-# What one call counts in the running estimate of a head's density.
+# The weight of one call in the running estimate of a head's density.
 _NEWEST = 0.1
 
 
 class Imbalance(NamedTuple):
-    """The largest rank's work over the mean: 1 where ranks work alike.
+    """The work of the busiest rank over the mean: 1 where all ranks work alike.
 
-    Work is counted in attended pairs, which is what exact dispatches pay for.
+    Work is counted in attended pairs, which the cost of exact dispatches follows.
 
     Attributes:
         before: with the heads as they were assigned.
@@ -29,17 +32,17 @@ class Imbalance(NamedTuple):
 
 
 class HeadBalance:
-    """A running estimate of each head's density in one layer, and the heads that each rank attends there.
+    """The heads that each rank attends in one layer, and a running estimate of their densities.
 
     Pass it to each call of the layer's ``vmoba_attention(..., group=group, balance=balance)``, and call ``assign`` now
-    and then. Ranks keep as many heads as they had, so that no shape changes and nothing is compiled anew, and heads are
-    permuted inside the exchange, which sends no more than before. Outputs are the same for any assignment.
+    and then. Outputs do not depend on the assignment. Ranks keep their number of heads, so no shape changes and nothing
+    is compiled again; heads are permuted inside the exchange, which sends no more than before.
 
     Args:
-        heads: key heads of the calls: their query heads go with them. Query heads, where key heads are fewer than
-            ranks.
-        group: that the calls have.
-        device: that the calls run on; torch's default one if None.
+        heads: key heads of the calls, which take their query heads with them. With fewer key heads than ranks, the
+            query heads.
+        group: of the calls.
+        device: of the calls; torch's default device if None.
 
     Raises:
         TypeError: if an argument has a wrong type.
@@ -62,26 +65,26 @@ class HeadBalance:
             ValueError: if a call has another number of heads.
         """
         if heads != len(self.order):
-            raise ValueError(f"balance must be made for the call's {heads} heads, got one for {len(self.order)}")
+            raise ValueError(f"balance must be made for the {heads} heads of the call, got one for {len(self.order)}")
         return self.order
 
     def record(self, density: Tensor, heads: Tensor) -> None:
-        """Takes in what a call attended; nothing is read back to the host.
+        """Adds the densities of a call to the estimate, without a host read.
 
         Args:
-            density: float32, of each of this rank's heads.
-            heads: int64, which they are.
+            density: float32 ``(heads of this rank,)``.
+            heads: int64 ``(heads of this rank,)``, their indices.
         """
         with torch.no_grad():
             _record(self.density, self.calls, density, heads)
 
     def assign(self) -> Imbalance:
-        """Gives each rank heads that come to about the same work; all ranks call this. Reads the device.
+        """Assigns heads so that ranks have about the same work; all ranks call this. Reads the device.
 
         Raises:
             ValueError: if no call has been recorded.
         """
-        counts = [count for _, count in cut_evenly(0, len(self.order), self.ranks.size)]
+        counts = [count for _, count in split_evenly(0, len(self.order), self.ranks.size)]
         first = sum(counts[: self.ranks.rank])
         mine = self.order[first : first + counts[self.ranks.rank]]
         known = torch.zeros_like(self.density).index_copy(0, mine, (self.density / self.calls)[mine])
@@ -92,7 +95,7 @@ class HeadBalance:
         self.density.copy_(known)
         self.calls.fill_(1)
         order = self.order.tolist()
-        now = [order[start : start + count] for start, count in cut_evenly(0, len(order), self.ranks.size)]
+        now = [order[start : start + count] for start, count in split_evenly(0, len(order), self.ranks.size)]
         before = _imbalance(now, work)
         better = min(now, share_out(work, counts), key=lambda heads: _imbalance(heads, work))
         self.order.copy_(torch.tensor([head for heads in better for head in heads]))
@@ -119,7 +122,7 @@ def _imbalance(heads: list[list[int]], work: list[float]) -> float:
 # Opaque, so that no graph keeps the estimate for backward.
 @torch.library.custom_op("vmoba_flex::record_heads", mutates_args=("density", "calls"))
 def _record(density: Tensor, calls: Tensor, newest: Tensor, heads: Tensor) -> None:
-    # Divided by how much of it calls make up, the estimate is right from the first call on.
+    # Both start at 0, so their quotient is an unbiased estimate from the first call on.
     for estimate, value in ((density, newest), (calls, torch.ones_like(newest))):
         estimate.index_copy_(0, heads, estimate[heads].lerp(value, _NEWEST))
 

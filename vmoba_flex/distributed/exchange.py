@@ -1,4 +1,7 @@
-"""Tokens of all heads for heads of all tokens, and back."""
+"""Exchanges tokens of all heads for heads of all tokens, and back.
+
+B batch, H heads, S tokens of the whole call, D head dim.
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.collectives import Ranks, all_to_all
-from vmoba_flex.distributed.shards import Run, TokenShards, cut_evenly, in_order, lengths
+from vmoba_flex.distributed.shards import Span, TokenShards, in_order, lengths, split_evenly
 from vmoba_flex.partition import BlockPartition, reorder
 
 
@@ -17,25 +20,25 @@ class Layout(NamedTuple):
 
     Attributes:
         ranks: that share the call.
-        runs: of tokens, for each rank.
-        own: the runs that no other rank has, for each rank.
+        spans: of tokens that each rank holds.
+        own: of these, the spans that only this rank holds, for each rank.
     """
 
     ranks: Ranks
-    runs: tuple[tuple[Run, ...], ...]
-    own: tuple[tuple[Run, ...], ...]
+    spans: tuple[tuple[Span, ...], ...]
+    own: tuple[tuple[Span, ...], ...]
 
     @classmethod
     def of(cls, ranks: Ranks, shards: TokenShards | None, partition: BlockPartition) -> Self:
         """The layout of a call; ``shards`` None for even shards of one sequence."""
         shards = shards or TokenShards()
-        runs = shards.runs(partition, ranks.size)
-        return cls(ranks, runs, shards.own_runs(partition, ranks.size))
+        spans = shards.spans(partition, ranks.size)
+        return cls(ranks, spans, shards.own_spans(partition, ranks.size))
 
     @property
-    def here(self) -> tuple[Run, ...]:
-        """The runs of this rank."""
-        return self.runs[self.ranks.rank]
+    def here(self) -> tuple[Span, ...]:
+        """The spans of this rank."""
+        return self.spans[self.ranks.rank]
 
     @property
     def tokens(self) -> int:
@@ -56,11 +59,11 @@ class Heads(NamedTuple):
 
     @classmethod
     def evenly(cls, heads: int, ranks: int, order: Tensor | None = None) -> Self:
-        """As even as can be, the first ranks one more."""
-        return cls(tuple([count for _, count in cut_evenly(0, heads, ranks)]), order)
+        """Split evenly, the first ranks one more where ``ranks`` does not divide ``heads``."""
+        return cls(tuple([count for _, count in split_evenly(0, heads, ranks)]), order)
 
     def times(self, repeats: int) -> Self:
-        """Each head as ``repeats`` neighbouring ones: the query heads that go with these key heads."""
+        """Each head as ``repeats`` neighbouring ones: the query heads of these key heads."""
         order = self.order
         if order is not None:
             order = (order[:, None] * repeats + torch.arange(repeats, device=order.device)).flatten()
@@ -77,14 +80,13 @@ class Heads(NamedTuple):
 def to_heads(tensors: Sequence[Tensor], layout: Layout, heads: Sequence[Heads]) -> list[Tensor]:
     """Gives each rank all tokens of its heads; differentiable, once.
 
-    All tensors go in one exchange. Of several, a compiler that sees other shapes on each rank may choose another order
-    on each, and then they would wait for one another, or take one tensor for another.
+    All tensors go in one exchange. With several, ranks whose shapes differ may be compiled to order them differently
+    and deadlock.
 
     Args:
         tensors: each ``(B, its heads, tokens of this rank, its dim)``.
         layout: which tokens each rank holds.
-        heads: for each tensor, which of its heads each rank attends. They may sum to a multiple of them where it is
-            repeated: each rank can attend all heads.
+        heads: which heads of each tensor each rank attends.
 
     Returns:
         For each tensor ``(B, heads of this rank, S, its dim)``.
@@ -96,19 +98,19 @@ def to_heads(tensors: Sequence[Tensor], layout: Layout, heads: Sequence[Heads]) 
     counts = tuple([one.counts for one in heads])
     rank = layout.ranks.rank
     own = sum(lengths(layout.own[rank]))
-    if own == layout.tokens:  # numbers: torch.compile of torch 2.11 cannot compare the runs themselves
-        return list(_ToHeads.apply(layout.ranks, layout.runs, counts, *mine))
-    # Replicated tokens stay: of this rank's heads they are here.
+    if own == layout.tokens:  # as numbers: torch.compile of torch 2.11 cannot compare spans
+        return list(_Exchange.apply(True, layout.ranks, layout.spans, counts, *mine))
+    # Replicated tokens are on every rank already: only the rank's own are exchanged.
     before = sum([length for start, length in layout.here if start < layout.own[rank][0][0]])
-    behind = before + own
-    runs = tuple([tuple([(start - before, length) for start, length in of_rank]) for of_rank in layout.own])
-    video = _ToHeads.apply(layout.ranks, runs, counts, *[x[:, :, before:behind] for x in mine])
+    after = before + own
+    spans = tuple([tuple([(start - before, length) for start, length in of_rank]) for of_rank in layout.own])
+    video = _Exchange.apply(True, layout.ranks, spans, counts, *[x[:, :, before:after] for x in mine])
     text = [x.split(one, 1)[rank] for x, one in zip(mine, counts, strict=True)]
-    return [torch.cat([x[:, :, :before], y, x[:, :, behind:]], 2) for x, y in zip(text, video, strict=True)]
+    return [torch.cat([x[:, :, :before], y, x[:, :, after:]], 2) for x, y in zip(text, video, strict=True)]
 
 
 def to_tokens(x: Tensor, layout: Layout, heads: Heads) -> Tensor:
-    """The way back: gives each rank all heads of its tokens; differentiable, once.
+    """Gives each rank all heads of its tokens, the inverse of ``to_heads``; differentiable, once.
 
     Args:
         x: ``(B, heads of this rank, S, D)``.
@@ -118,50 +120,37 @@ def to_tokens(x: Tensor, layout: Layout, heads: Heads) -> Tensor:
     Returns:
         ``(B, H, tokens of this rank, D)``.
     """
-    (x,) = _ToTokens.apply(layout.ranks, layout.runs, (heads.counts,), x)
+    (x,) = _Exchange.apply(False, layout.ranks, layout.spans, (heads.counts,), x)
     return x if heads.order is None else reorder(x, heads.order.argsort(), heads.order, 1)
 
 
-# Runs of tokens and, for each tensor, heads: of each rank.
-_Runs = tuple[tuple[Run, ...], ...]
+# Each rank's spans of tokens; for each tensor, each rank's number of heads.
+_Spans = tuple[tuple[Span, ...], ...]
 _Counts = tuple[tuple[int, ...], ...]
 
 
-class _ToHeads(torch.autograd.Function):
-    """The exchange of ``to_heads``, whose gradient goes the way back in one exchange too.
+class _Exchange(torch.autograd.Function):
+    """Tokens for heads, or back; its gradient is the other way, also in one exchange.
 
-    Autograd's own gradient of the slices that leave for each rank would write as many tensors of zeros, and add them
-    up.
+    Autograd's own gradient would write one tensor of zeros for each slice that is sent, and add them up.
     """
 
     @staticmethod
-    def forward(ctx: Any, ranks: Ranks, runs: _Runs, counts: _Counts, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.where = ranks, runs, counts
-        return _to_heads(ranks, runs, counts, tensors)
+    def forward(
+        ctx: Any, for_heads: bool, ranks: Ranks, spans: _Spans, counts: _Counts, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.where = for_heads, ranks, spans, counts
+        return (_to_heads if for_heads else _to_tokens)(ranks, spans, counts, tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ranks, runs, counts = ctx.where
-        return None, None, None, *_to_tokens(ranks, runs, counts, grads)
+        for_heads, ranks, spans, counts = ctx.where
+        return None, None, None, None, *(_to_tokens if for_heads else _to_heads)(ranks, spans, counts, grads)
 
 
-class _ToTokens(torch.autograd.Function):
-    """The exchange of ``to_tokens``, likewise."""
-
-    @staticmethod
-    def forward(ctx: Any, ranks: Ranks, runs: _Runs, counts: _Counts, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.where = ranks, runs, counts
-        return _to_tokens(ranks, runs, counts, tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ranks, runs, counts = ctx.where
-        return None, None, None, *_to_heads(ranks, runs, counts, grads)
-
-
-def _to_heads(ranks: Ranks, runs: _Runs, counts: _Counts, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Tokens that several ranks hold are added up."""
-    tokens = [sum(lengths(of_rank)) for of_rank in runs]
+def _to_heads(ranks: Ranks, spans: _Spans, counts: _Counts, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``to_heads`` without gradients; tokens that several ranks hold are added up."""
+    tokens = [sum(lengths(of_rank)) for of_rank in spans]
     by_rank = [x.transpose(0, 1).split(one) for x, one in zip(tensors, counts, strict=True)]
     leaving = [[pieces[rank] for pieces in by_rank] for rank in range(ranks.size)]
     shapes = [
@@ -169,18 +158,19 @@ def _to_heads(ranks: Ranks, runs: _Runs, counts: _Counts, tensors: Sequence[Tens
         for count in tokens
     ]
     _, arrived = _exchange(leaving, shapes, ranks)
-    return tuple([_put(parts, runs) for parts in zip(*arrived, strict=True)])
+    return tuple([_put(parts, spans) for parts in zip(*arrived, strict=True)])
 
 
-def _to_tokens(ranks: Ranks, runs: _Runs, counts: _Counts, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    here = sum(lengths(runs[ranks.rank]))
-    leaving = [[_cut(x.transpose(0, 1), of_rank) for x in tensors] for of_rank in runs]
+def _to_tokens(ranks: Ranks, spans: _Spans, counts: _Counts, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``to_tokens`` without gradients."""
+    here = sum(lengths(spans[ranks.rank]))
+    leaving = [[_take(x.transpose(0, 1), of_rank) for x in tensors] for of_rank in spans]
     shapes = [
         [(one[rank], x.shape[0], here, x.shape[3]) for x, one in zip(tensors, counts, strict=True)]
         for rank in range(ranks.size)
     ]
     flat, arrived = _exchange(leaving, shapes, ranks)
-    # One tensor lies as it should: the heads of rank 0, of rank 1 and so on.
+    # A single tensor is in order as it arrives: the heads of rank 0, of rank 1 and so on.
     whole = [flat] if len(tensors) == 1 else [_cat(parts) for parts in zip(*arrived, strict=True)]
     shape = (-1, tensors[0].shape[0], here)
     return tuple([y.view(*shape, x.shape[3]).transpose(0, 1) for x, y in zip(tensors, whole, strict=True)])
@@ -189,7 +179,7 @@ def _to_tokens(ranks: Ranks, runs: _Runs, counts: _Counts, tensors: Sequence[Ten
 def _exchange(
     leaving: list[list[Tensor]], shapes: list[list[tuple[int, int, int, int]]], ranks: Ranks
 ) -> tuple[Tensor, list[list[Tensor]]]:
-    """What comes from each rank, flat and in those shapes, for what goes to each: a piece of each tensor."""
+    """Sends ``leaving[rank]``, a piece of each tensor, to each rank; returns what arrives, flat and in ``shapes``."""
     sent = [sum([piece.numel() for piece in pieces]) for pieces in leaving]
     sizes = [[math.prod(shape) for shape in of_rank] for of_rank in shapes]
     pieces = [piece for of_rank in leaving for piece in of_rank]
@@ -202,23 +192,23 @@ def _exchange(
     return arrived, [[next(parts).view(shape) for shape in of_rank] for of_rank in shapes]
 
 
-def _cut(x: Tensor, runs: tuple[Run, ...]) -> Tensor:
-    """Runs of ``(heads, B, S, D)``, one behind another."""
-    parts = [x.narrow(2, start, count) for start, count in runs]
+def _take(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
+    """The tokens of ``spans`` of ``(heads, B, S, D)``, in their order."""
+    parts = [x.narrow(2, start, count) for start, count in spans]
     return _cat(parts, 2) if len(parts) > 1 else parts[0]
 
 
-def _put(parts: Sequence[Tensor], runs: _Runs) -> Tensor:
-    """``(B, heads, S, D)`` of each rank's ``(heads, B, its tokens, D)``; what several hold is added up."""
+def _put(parts: Sequence[Tensor], spans: _Spans) -> Tensor:
+    """``(B, heads, S, D)`` from each rank's ``(heads, B, its tokens, D)``; tokens that several hold are added up."""
     by_start: dict[int, Tensor] = {}
-    for start, rank, first, count in in_order(runs):
+    for start, rank, first, count in in_order(spans):
         piece = parts[rank].transpose(0, 1).narrow(2, first, count)
         by_start[start] = by_start[start] + piece if start in by_start else piece
     return _cat(list(by_start.values()), 2)
 
 
 def _cat(parts: list[Tensor] | tuple[Tensor, ...], dim: int = 0) -> Tensor:
-    """``torch.cat`` by 8 bytes at a time where they fit: of slices, 2 at a time take a GPU 2.5 times as long."""
+    """``torch.cat`` in words of 8 bytes where they fit: 2.5 times as fast on a GPU for slices in 16 bits."""
     if torch.compiler.is_compiling():
         return torch.cat(parts, dim)
     entries = 8 // parts[0].element_size()

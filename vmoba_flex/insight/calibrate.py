@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from vmoba_flex.checks import check_positive
 from vmoba_flex.config import VMoBAConfig
-from vmoba_flex.inputs import check_positive
 from vmoba_flex.insight.measure import choose, layer_of, recall_of, sample_rows, true_mass
 from vmoba_flex.insight.records import Record
 from vmoba_flex.rules import Rule, Threshold

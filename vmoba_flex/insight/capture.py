@@ -8,11 +8,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vmoba_flex.inputs import check_count, check_positive
+from vmoba_flex.checks import check_count, check_positive
 from vmoba_flex.insight.records import Record, save
 from vmoba_flex.models.handle import VMoBAHandle
 from vmoba_flex.models.processor import VMoBAProcessor
-from vmoba_flex.models.run import Run
+from vmoba_flex.models.state import ModelState
 from vmoba_flex.partition import BlockPartition
 
 
@@ -88,8 +88,8 @@ class capture:  # noqa: N801 - read as a verb: with capture(model) as captured
             run.recorder = None
 
     def _take(
-        self, name: str, run: Run, processor: VMoBAProcessor, query: Tensor, key: Tensor, partition: BlockPartition,
-        text_lengths: Tensor | None,
+        self, name: str, run: ModelState, processor: VMoBAProcessor, query: Tensor, key: Tensor,
+        partition: BlockPartition, text_lengths: Tensor | None,
     ) -> None:  # fmt: skip
         layer = next(i for i, one in enumerate(run.processors) if one is processor)
         forward = self._forwards.get((name, layer), 0)
@@ -110,6 +110,7 @@ class capture:  # noqa: N801 - read as a verb: with capture(model) as captured
         length = None if text_lengths is None else int(text_lengths[0])
         key_heads = [head // group for head in heads]
         facts: dict[str, Any] = {"kind": processor.kind, "layer": layer, "step": step, "heads": tuple(heads)}
+        facts["num_layers"] = len(run.processors)
         of_query, of_key = (x.detach().cpu() for x in (query[0, heads], key[0, key_heads]))
         self.records.append(Record(of_query, of_key, partition, text_length=length, model=name, **facts))
 
@@ -117,7 +118,7 @@ class capture:  # noqa: N801 - read as a verb: with capture(model) as captured
 class _Recorder:
     """What a run's layers call; copies and pickles of the model take none of it."""
 
-    def __init__(self, captured: capture, name: str, run: Run) -> None:
+    def __init__(self, captured: capture, name: str, run: ModelState) -> None:
         self._captured, self._name, self._run = captured, name, run
 
     def __call__(

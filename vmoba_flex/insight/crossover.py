@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.attention import vmoba_attention
+from vmoba_flex.checks import check_positive
 from vmoba_flex.config import VMoBAConfig
-from vmoba_flex.inputs import check_positive
 from vmoba_flex.rules import Rule
 
 _FRAMES = 8

@@ -1,6 +1,6 @@
 """VMoBA inside video transformers of diffusers, by swapping their attention processors.
 
-    run.py          what the layers of one model share: the grid that arrived, the step, what is dense
+    state.py        what the layers of one model share: the grid that arrived, the step, what is dense
     parallel.py     the ranks that share a layer's tokens
     step_op.py      attention as an op that reads as it runs whether the step is dense
     processor.py    a layer's attention: sparse, or the stock processor's where it is dense

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from vmoba_flex.models.adapters import Adapter, find_adapter, forward_arguments
 from vmoba_flex.models.processor import VMoBAProcessor
-from vmoba_flex.models.run import Checkpointing, Run
+from vmoba_flex.models.state import Checkpointing, ModelState
 
 
 class Applied:
     """VMoBA on one model: its processors, and the hook that readies them before each forward."""
 
-    def __init__(self, model: nn.Module, run: Run) -> None:
+    def __init__(self, model: nn.Module, run: ModelState) -> None:
         adapter = find_adapter(model)
         self.run, run.owner = run, self
         layers = adapter.layers(model)

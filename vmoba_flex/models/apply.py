@@ -10,7 +10,7 @@ from vmoba_flex.models.applied import Applied
 from vmoba_flex.models.handle import VMoBAHandle, models_of
 from vmoba_flex.models.parallel import ranks_of
 from vmoba_flex.models.processor import VMoBAProcessor
-from vmoba_flex.models.run import Run, StepSource
+from vmoba_flex.models.state import ModelState, StepSource
 
 
 def apply_vmoba(pipe_or_model: Any, config: VMoBAConfig) -> VMoBAHandle:
@@ -44,7 +44,9 @@ def apply_vmoba(pipe_or_model: Any, config: VMoBAConfig) -> VMoBAHandle:
     for name, model in models.items():  # all checks before any change
         _check(name, model, config)
     source = None if isinstance(pipe_or_model, nn.Module) else StepSource(pipe_or_model)
-    return VMoBAHandle({name: (model, Applied(model, Run(config, source=source))) for name, model in models.items()})
+    return VMoBAHandle(
+        {name: (model, Applied(model, ModelState(config, source=source))) for name, model in models.items()}
+    )
 
 
 def _check(name: str, model: nn.Module, config: VMoBAConfig) -> None:

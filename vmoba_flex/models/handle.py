@@ -5,11 +5,11 @@ from typing import Any, Self
 
 from torch import nn
 
-from vmoba_flex.inputs import check_count, check_positive
+from vmoba_flex.checks import check_count, check_positive
 from vmoba_flex.models.adapters import find_adapter
 from vmoba_flex.models.applied import Applied
 from vmoba_flex.models.processor import VMoBAProcessor
-from vmoba_flex.models.run import Run
+from vmoba_flex.models.state import ModelState
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.warmup import check_warmup, warmed
 
@@ -40,7 +40,7 @@ class VMoBAHandle:
             applied[name] = model, runs[0].owner
         return cls(applied)
 
-    def runs(self) -> dict[str, Run]:
+    def runs(self) -> dict[str, ModelState]:
         """What the layers of each model share, by the model's name."""
         return {name: applied.run for name, (_, applied) in self._applied.items()}
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from vmoba_flex.attention import attend
 from vmoba_flex.call import Call
 from vmoba_flex.models.parallel import ranks_of
-from vmoba_flex.models.run import Run
+from vmoba_flex.models.state import ModelState
 from vmoba_flex.models.step_op import attend_at_step, attend_everything, layout_of, record_density
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
@@ -38,7 +38,7 @@ class VMoBAProcessor:
     joint: ClassVar[bool] = False
     has_dense: ClassVar[bool] = False
 
-    def __init__(self, stock: Any, run: Run, kind: str, rule: Rule) -> None:
+    def __init__(self, stock: Any, run: ModelState, kind: str, rule: Rule) -> None:
         self.stock, self.run, self.kind, self.rule = stock, run, kind, rule
         self.set_dense(False)
         self.density = torch.zeros(())

@@ -39,7 +39,7 @@ def _no_source() -> None:
 
 
 @dataclasses.dataclass
-class Run:
+class ModelState:
     """The state that a model's root sets before each forward and its layers read.
 
     Attributes:
@@ -124,7 +124,7 @@ class Checkpointing:
     Without it a second forward before backward would change what the first one's layers recompute.
     """
 
-    def __init__(self, inner: Callable[..., Any], run: Run) -> None:
+    def __init__(self, inner: Callable[..., Any], run: ModelState) -> None:
         self.inner, self.run = inner, run
 
     def __call__(self, layer: Callable[..., Any], *args: Any) -> Any:
@@ -135,7 +135,7 @@ class Checkpointing:
 class _Restoring:
     """A layer that runs in the state of the forward that made this."""
 
-    def __init__(self, layer: Callable[..., Any], run: Run, state: tuple[Any, ...]) -> None:
+    def __init__(self, layer: Callable[..., Any], run: ModelState, state: tuple[Any, ...]) -> None:
         self.layer, self.run, self.state = layer, run, state
 
     def __call__(self, *args: Any) -> Any:

@@ -1,0 +1,95 @@
+"""Coarse keys merged into any attention that gives its log-sum-exp, such as FlexAttention, as one registered op."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from block_masks.attention import coarse_steps, row_steps
+from block_masks.attention.coarse_steps import CoarseKeys
+from block_masks.launching.device import on_device
+
+
+def merge_coarse_keys(
+    query: Tensor, output: Tensor, lse: Tensor, coarse: CoarseKeys, selected: Tensor, scale: float, together: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Attention over chosen groups, and over coarse keys of the others.
+
+    Args:
+        query: ``(B, H, S, D)``.
+        output: ``(B, H, S, value dim)``, attention over the chosen groups.
+        lse: ``(B, H, S)``, its natural log-sum-exp, float32, or float64 for float64 inputs.
+        coarse: keys of the groups that were not chosen, of ``B * key heads`` heads.
+        selected: bool ``(B, H, rows, G)``: which groups each ``together`` queries chose.
+        scale: factor on the scores.
+        together: queries to a row of ``selected``.
+
+    Returns:
+        The output, differentiable in all floating inputs, and the log-sum-exp, without a gradient.
+    """
+    return _merge(query, output, lse, *coarse, selected, scale, together)
+
+
+@torch.library.custom_op("block_masks::merge_coarse_keys", mutates_args=())
+@on_device
+def _merge(
+    query: Tensor, output: Tensor, lse: Tensor, coarse_key: Tensor, coarse_value: Tensor, coarse_bias: Tensor,
+    coarse_group: Tensor, selected: Tensor, scale: float, together: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    coarse = CoarseKeys(coarse_key, coarse_value, coarse_bias, coarse_group)
+    query, output, lse = (x.contiguous() for x in (query, output, lse))
+    merged, merged_lse = torch.empty_like(output), torch.empty_like(lse)
+    flat = [x.flatten(0, 1) for x in (query, output, lse, merged, merged_lse)]
+    _modules(query)[0].merge_coarse(
+        flat[0], coarse, selected.flatten(0, 1), flat[1], flat[2], (flat[3], flat[4]), scale, together
+    )
+    return merged, merged_lse
+
+
+@_merge.register_fake
+def _(query: Tensor, output: Tensor, lse: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return output.new_empty(output.shape), lse.new_empty(lse.shape)
+
+
+@torch.library.custom_op("block_masks::merge_coarse_keys_backward", mutates_args=())
+@on_device
+def _merge_backward(
+    grad: Tensor, query: Tensor, output: Tensor, lse: Tensor, coarse_key: Tensor, coarse_value: Tensor,
+    coarse_bias: Tensor, coarse_group: Tensor, selected: Tensor, merged: Tensor, merged_lse: Tensor,
+    scale: float, together: int,
+) -> list[Tensor]:  # fmt: skip
+    tail, move = _modules(query)
+    coarse = CoarseKeys(coarse_key, coarse_value, coarse_bias, coarse_group)
+    grad, query, output, lse = (x.contiguous() for x in (grad, query, output, lse))
+    delta, grad_query = move.delta(grad, merged), torch.zeros_like(query)
+    flat = [x.flatten(0, 1) for x in (query, grad, merged_lse, delta, grad_query)]
+    of_coarse = tail.coarse_backward(flat[0], coarse, selected.flatten(0, 1), *flat[1:], scale, together)
+    return [grad_query, *tail.split_grad(grad, output, lse, merged_lse, delta), *of_coarse]
+
+
+@_merge_backward.register_fake
+def _(grad: Tensor, *inputs: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in inputs[:5]]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:8], *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.settings = inputs[8:]
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    return *_merge_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
+
+
+_merge.register_autograd(_backward, setup_context=_save)
+
+
+def _modules(query: Tensor) -> tuple[ModuleType, ModuleType]:
+    """What merges coarse keys, and what has ``delta``; Triton is imported on first use."""
+    if not query.is_cuda or query.dtype == torch.float64 or query.shape[-1] > coarse_steps.MAX_KERNEL_DIM:
+        return coarse_steps, row_steps
+    from block_masks.attention import coarse_kernels, row_kernels
+
+    return coarse_kernels, row_kernels
