@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import vmoba_flex
 from bench.attention.checks import chosen_blocks
 from bench.quality import clips, denoise_report, denoises, fidelity, variants
 from bench.quality.train import loss_of
 from bench.quality.variants import CYCLES, DENSITIES, MAIN_SETTING, SMALL_SETTING, VARIANTS, WITHOUT_TAIL, config, full
 from bench.quality.windows import Windows
-from vmoba_flex import TopK, vmoba_attention
+from vmoba_flex import Tail, TopK, vmoba_attention
 from vmoba_flex.demo.denoise import frames_of, psnr
 from vmoba_flex.demo.model import VideoTransformer
 from vmoba_flex.demo.run import recall
@@ -68,15 +67,15 @@ def test_the_study_is_what_is_claimed():
 
 
 def test_a_variant_with_a_tail_says_so_or_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delattr(vmoba_flex, "Tail", raising=False)
-    with pytest.raises(NotImplementedError, match="no Tail"):
+    monkeypatch.setattr(variants, "takes_tail", lambda: False)
+    with pytest.raises(NotImplementedError, match="takes no tail"):
         config("tail", "cycle", 0.25, MAIN_SETTING, "cpu")
     given: dict[str, Any] = {}
-    monkeypatch.setattr(vmoba_flex, "Tail", lambda cell: f"a tail of {cell}", raising=False)
+    monkeypatch.setattr(variants, "takes_tail", lambda: True)
     monkeypatch.setattr(variants, "VMoBAConfig", lambda *args, **arguments: given.update(arguments))
     config("shared, tail", "cubes", 0.125, MAIN_SETTING, "cuda")
-    expected = {"dispatch": "shared", "tail": "a tail of (2, 3, 6)", "cycle": ("spatiotemporal",), "backend": "triton"}
-    assert given == expected
+    tail = Tail(cell=(2, 3, 6))
+    assert given == {"dispatch": "shared", "tail": tail, "cycle": ("spatiotemporal",), "backend": "triton"}
 
 
 def test_a_model_that_knows_the_video_arrives_at_it():
@@ -201,7 +200,7 @@ def command(tmp_path: Path, frames: dict[str, Tensor], monkeypatch: pytest.Monke
     monkeypatch.setattr(denoises, "CYCLES", {"cubes": CYCLES["cubes"]})
     monkeypatch.setattr(denoises, "TUNED_DENSITIES", (0.125,))
     monkeypatch.setattr(denoises, "VARIANTS", {name: VARIANTS[name] for name in ("plain", "tail")})
-    monkeypatch.delattr(vmoba_flex, "Tail", raising=False)
+    monkeypatch.setattr(variants, "takes_tail", lambda: False)
     fixed = ["--output", str(tmp_path / "out.json"), "--work", str(tmp_path / "work"), "--device", "cpu", "--small"]
 
     def call(*options: str) -> int:
@@ -237,7 +236,7 @@ def test_a_small_run_and_one_that_goes_on(command, tmp_path: Path, monkeypatch: 
     assert rows["model 0 | tuned | plain | cycle | density 0.125"]["losses"] != full_row["losses"]
     text = (tmp_path / "out.md").read_text()
     assert all(f"## {title}" in text for title in ("Models", "Fidelity", "Tuned", "Not measured"))
-    assert f"vmoba_flex {vmoba_flex.__version__} has no Tail" in text
+    assert "takes no tail" in text
     assert str(tmp_path) not in text + json.dumps(data)
     assert plot.read_bytes().startswith(b"\x89PNG")
 

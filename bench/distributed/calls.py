@@ -15,6 +15,7 @@ from bench.common.report import Row
 from bench.common.timing import batches
 from bench.distributed.rows import RULE, DistributedSizes, Spec
 from vmoba_flex import vmoba_attention
+from vmoba_flex.call import Dispatch
 from vmoba_flex.collectives import Ranks
 from vmoba_flex.distributed import TokenShards
 from vmoba_flex.distributed.exchange import Heads, Layout, to_heads, to_tokens
@@ -42,7 +43,8 @@ class Attention:
 
     def __init__(self, spec: Spec, sizes: DistributedSizes, group: DeviceMesh, device: str) -> None:
         self.group, self.device, self.sizes = group, device, sizes
-        self.partition, self.dispatch = sizes.partition(spec.grid), spec.attention
+        self.partition = sizes.partition(spec.grid)
+        self.dispatch: Dispatch = spec.attention
         self.size, self.rank = spec.gpus, group.get_local_rank()
         generator = torch.Generator(device).manual_seed(0)  # the same on all ranks
         shape = (1, sizes.heads, spec.tokens, sizes.head_dim)

@@ -9,6 +9,7 @@ import torch
 from bench.common.sizes import Sizes3
 from bench.distributed.report import STEP
 from vmoba_flex import BlockPartition, Threshold
+from vmoba_flex.call import Dispatch
 
 RULE = Threshold(0.25, pool="head", max_density=0.25)
 
@@ -44,7 +45,7 @@ SMALL = DistributedSizes(torch.float32, 4, 16, ((3, 12, 16), (4, 12, 16)), (3, 4
 class Spec:
     """One row to measure; ``model`` is ``STEP`` for a training step, and empty for attention."""
 
-    attention: str
+    attention: Dispatch
     grid: Sizes3
     gpus: int
     model: str = ""
@@ -65,7 +66,7 @@ def specs(sizes: DistributedSizes, gpus: list[int]) -> Iterator[Spec]:
     """All rows, the most urgent first."""
     few, *more = sizes.grids
 
-    def rows(attention: str, grid: Sizes3, model: str = "") -> Iterator[Spec]:
+    def rows(attention: Dispatch, grid: Sizes3, model: str = "") -> Iterator[Spec]:
         yield from (Spec(attention, grid, n, model) for n in gpus)
 
     yield from rows("packed", few)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from bench.common.timing import milliseconds
 from bench.quality.windows import Windows
 from vmoba_flex import BlockPartition, Threshold, TopK, VMoBAConfig, reference, vmoba_attention, vmoba_selection
+from vmoba_flex.call import Backend, Dispatch
 from vmoba_flex.demo.model import VideoTransformer
 from vmoba_flex.demo.run import TILE, Inputs, layer_inputs, recall
 from vmoba_flex.mask import selection_tiles
@@ -37,7 +38,7 @@ def attended(model: VideoTransformer, attention: VMoBAConfig, windows: Windows, 
         for index, (query, key, value) in enumerate(window_inputs(model, windows, level)):
             plan = attention.layer(index, len(model.blocks))
             partition = attention.partition(plan.kind, grid)
-            dispatch, backend = attention.dispatch, attention.backend
+            dispatch, backend = cast(Dispatch, attention.dispatch), cast(Backend, attention.backend)
             _, stats = vmoba_attention(
                 query, key, value, partition, plan.rule, dispatch=dispatch, backend=backend, return_stats=True
             )
@@ -77,7 +78,7 @@ def tile_densities(selection: Tensor, partition: BlockPartition) -> dict[str, fl
     return result | {"sorted": (wanted @ member > 0).float().mean().item()}
 
 
-def errors(inputs: Inputs, partition: BlockPartition, rule: Rule, backend: str) -> dict[str, float]:
+def errors(inputs: Inputs, partition: BlockPartition, rule: Rule, backend: Backend) -> dict[str, float]:
     """Relative errors of outputs on some rows, against float64; ``dense`` (full attention) shows rounding's cost."""
     query, key, value = inputs
     rows = torch.linspace(0, query.shape[2] - 1, min(_ROWS, query.shape[2]), device=query.device).long()
@@ -92,7 +93,7 @@ def errors(inputs: Inputs, partition: BlockPartition, rule: Rule, backend: str) 
     return result
 
 
-def times(inputs: Inputs, partition: BlockPartition, rule: Rule, backend: str) -> dict[str, dict[str, float]]:
+def times(inputs: Inputs, partition: BlockPartition, rule: Rule, backend: Backend) -> dict[str, dict[str, float]]:
     """Milliseconds of each dispatch, forward and forward + backward."""
     device = inputs[0].device.type
     result: dict[str, dict[str, float]] = {}
@@ -127,7 +128,7 @@ def probe(
         note: keeps the rows.
     """
     rows: list[dict[str, Any]] = []
-    inputs = window_inputs(model, windows, PROBED_LEVELS[1])
+    inputs, backend = window_inputs(model, windows, PROBED_LEVELS[1]), cast(Backend, attention.backend)
     kinds = {attention.layer(i, len(model.blocks)).kind: i for i in reversed(range(len(model.blocks)))}
     for kind, index in sorted(kinds.items(), key=lambda item: item[1]):
         rule, partition = attention.layer(index, len(model.blocks)).rule, attention.partition(kind, grid)
@@ -137,9 +138,9 @@ def probe(
             rows[-1]["density"] = selection.float().mean().item()
             rows[-1]["tile_density"] = tile_densities(selection, partition)
             note(rows)
-            rows[-1]["relative_error"] = errors(inputs[index], partition, rule, attention.backend)
+            rows[-1]["relative_error"] = errors(inputs[index], partition, rule, backend)
         note(rows)
     for row in rows:
         rule, partition = attention.layer(row["layer"], len(model.blocks)).rule, attention.partition(row["kind"], grid)
-        row["times"] = times(inputs[row["layer"]], partition, rule, attention.backend)
+        row["times"] = times(inputs[row["layer"]], partition, rule, backend)
         note(rows)
