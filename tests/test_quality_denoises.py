@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.attention.checks import chosen_blocks
-from bench.quality import clips, denoise_report, denoises, fidelity, variants
+from bench.quality import clips, denoise_report, denoises, fidelity, study, variants
 from bench.quality.train import loss_of
 from bench.quality.variants import CYCLES, DENSITIES, MAIN_SETTING, SMALL_SETTING, VARIANTS, WITHOUT_TAIL, config, full
 from bench.quality.windows import Windows
@@ -196,10 +196,10 @@ def test_tables_by_hand():
 def command(tmp_path: Path, frames: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch):
     """The command on clips of noise, with few attentions; called with further options, it gives the exit status."""
     monkeypatch.setattr(clips, "load", lambda path, device: frames)
-    monkeypatch.setattr(denoises, "DENSITIES", (0.5, 0.125))
-    monkeypatch.setattr(denoises, "CYCLES", {"cubes": CYCLES["cubes"]})
-    monkeypatch.setattr(denoises, "TUNED_DENSITIES", (0.125,))
-    monkeypatch.setattr(denoises, "VARIANTS", {name: VARIANTS[name] for name in ("plain", "tail")})
+    monkeypatch.setattr(study, "DENSITIES", (0.5, 0.125))
+    monkeypatch.setattr(study, "CYCLES", {"cubes": CYCLES["cubes"]})
+    monkeypatch.setattr(study, "TUNED_DENSITIES", (0.125,))
+    monkeypatch.setattr(study, "VARIANTS", {name: VARIANTS[name] for name in ("plain", "tail")})
     monkeypatch.setattr(variants, "takes_tail", lambda: False)
     fixed = ["--output", str(tmp_path / "out.json"), "--work", str(tmp_path / "work"), "--device", "cpu", "--small"]
 
@@ -211,7 +211,7 @@ def command(tmp_path: Path, frames: dict[str, Tensor], monkeypatch: pytest.Monke
 
 
 def test_a_small_run_and_one_that_goes_on(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr(denoises, "TUNED_RATE", 0.0)  # so that tuned weights are full attention's
+    monkeypatch.setattr(study, "TUNED_RATE", 0.0)  # so that tuned weights are full attention's
     plot = tmp_path / "plots" / "x.png"
     assert command("--steps", "3", "--plot", str(plot)) == 0
     data = json.loads((tmp_path / "out.json").read_text())
