@@ -189,7 +189,11 @@ def test_tables_by_hand():
     }  # fmt: skip
     # The first sample reaches 36 dB at 0.125, the second 30 dB halfway between 0.125 and 0.25.
     _, (cells,) = denoise_report.fewer_pairs(data)
-    assert cells == ["tail", "cubes", "1.7", "1.4", "2.0", "2 of 2"]
+    assert cells == ["tail", "cubes", "1.4", "1.4", "2.0"]
+    data["rows"].append(row("shared", 0.25, [30.0, 29.0]))
+    assert denoise_report.fewer_pairs(data)[1][1] == ["shared", "cubes", "< 1", "< 1", "< 1"]
+    data["rows"].append(row("shared, tail", 0.25, [37.0, 31.0], seed=1))  # a model that plain was not measured on
+    assert len(denoise_report.fewer_pairs(data)[1]) == 2
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import math
 from itertools import pairwise
-from statistics import mean, median
+from statistics import mean, median_low
 from typing import Any
 
 from bench.common.report import Report, Row, number, table
@@ -20,7 +20,7 @@ FORMULAS = {
     "recall": "the share of full attention's mass on chosen blocks; what a tail adds is not counted",
     "fewer pairs": "plain's pairs at its largest density / the pairs at which the attention has the same fidelity, by "
     "interpolation over the logarithm of the density, for each window, noise and model; a lower bound where the least "
-    "density suffices",
+    "density suffices, < 1 where no density does",
     "tuned": "full attention's weights trained further with the attention, at a fifth of the learning rate; held-out "
     "loss of the averaged weights / that of full attention after as many steps, minus 1",
 }
@@ -128,14 +128,13 @@ def fewer_pairs(data: Row) -> Table:
                 for row in each
                 if row["model_seed"] == target["model_seed"]
             ]
-            for sample, wanted in enumerate(target["fidelity"]):
+            for sample, wanted in enumerate(target["fidelity"] if curve else []):
                 points = [(row["density"], row["fidelity"][sample]) for row in curve]
                 ratios.append(target["density"] / density_for(wanted, points))
-        reached = [ratio for ratio in ratios if ratio]
-        if reached:
-            cells = [f"{x:.1f}" for x in (median(reached), min(reached), max(reached))]
-            rows.append([attention, blocks, *cells, f"{len(reached)} of {len(ratios)}"])
-    return ["attention", "blocks", "fewer pairs, median", "least", "most", "reached"], rows
+        if ratios:
+            spread = median_low(ratios), min(ratios), max(ratios)
+            rows.append([attention, blocks, *(f"{x:.1f}" if x else "< 1" for x in spread)])
+    return ["attention", "blocks", "fewer pairs, median", "least", "most"], rows
 
 
 def density_for(wanted: float, points: list[tuple[float, float]]) -> float:
