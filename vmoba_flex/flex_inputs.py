@@ -86,9 +86,8 @@ def vmoba_inputs(
     check_value(value, query, key)
     check_text_lengths(text_lengths, query, partition)
     check_tail(tail, partition)
-    in_raster = [x if token_order == "raster" else partition.to_raster_order(x) for x in (query, key, value)]
-    selection = choose_blocks(*in_raster[:2], partition, rule)
-    coarse = coarse_keys(*in_raster[1:], partition, tail)
+    q, k, v = (x if token_order == "raster" else partition.to_raster_order(x) for x in (query, key, value))
+    selection, coarse = choose_blocks(q, k, partition, rule), coarse_keys(k, v, partition, tail)
     selected, groups = key_groups(selection, partition)
     if token_order == "block":
         selected, groups = partition.to_block_order(selected), partition.to_block_order(groups, dim=0)
