@@ -253,6 +253,13 @@ def test_a_small_run_and_one_that_goes_on(command, tmp_path: Path, monkeypatch: 
     again = {row["id"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
     assert all(again[name] == row for name, row in rows.items() if row["status"] == "ok")
 
+    # The picture may be drawn by itself, and changes no results.
+    plot.unlink()
+    before = (tmp_path / "out.json").read_bytes()
+    assert command("--plot-only", "--plot", str(plot)) == 0
+    assert plot.exists()
+    assert (tmp_path / "out.json").read_bytes() == before
+
     # The checkpoint may be named, and another model's results are not mixed in.
     (saved,) = (tmp_path / "work").iterdir()
     assert command("--steps", "5", "--checkpoint", str(saved)) == 0
@@ -265,6 +272,13 @@ def test_a_small_run_and_one_that_goes_on(command, tmp_path: Path, monkeypatch: 
 def test_without_budget_rows_are_noted_as_not_run(command, tmp_path: Path):
     assert command("--steps", "3", "--budget-s", "-1") == 0
     assert {row["status"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]} == {"not run"}
+
+
+@pytest.mark.parametrize("options", [("--plot-only",), ("--plot-only", "--plot", "x.png")])
+def test_a_picture_by_itself_needs_results(command, options: tuple[str, ...], capsys):
+    with pytest.raises(SystemExit):
+        command(*options)
+    assert "--plot-only needs --plot and results at --output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [("--checkpoint", "no/such/file"), ("--checkpoint", __file__, "--seeds", "0", "1")])

@@ -33,6 +33,8 @@ def work(args: argparse.Namespace) -> int:
         ClipError: if the clips cannot be read.
     """
     deadline = time.monotonic() + args.budget_s
+    # Each kind of blocks and number of windows is a kernel of FlexAttention; more than the limit is an error.
+    torch.compiler.config.recompile_limit = 128  # pyright: ignore[reportAttributeAccessIssue]
     frames = clips.load(args.clips, args.device)
     report = DenoiseReport.load(args.output) if args.output.exists() else DenoiseReport(args.output)
     report.reopen([])
@@ -49,6 +51,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--output", type=Path, required=True, help="the JSON file; the tables are written next to it as .md")
     add("--plot", type=Path, metavar="PNG", help="draw fidelity against density into this file")
+    add("--plot-only", action="store_true", help="draw from the existing file of results, and measure nothing")
     add("--work", type=Path, default=Path(".quality/denoises"), help="checkpoints (default: %(default)s)")
     add("--clips", type=Path, default=clips.CLIPS, help="what bench.quality.clips made (default: %(default)s)")
     add("--checkpoint", type=Path, help="the one seed's model, as an earlier run left it in --work; it is not trained")
@@ -59,6 +62,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--tune-steps", type=int, default=300, help="of each tuning, or 0 for none (default: %(default)s)")
     add("--budget-s", type=float, default=float("inf"), help="start no more rows after this many seconds")
     args = parser.parse_args(arguments)
+    if args.plot_only and not (args.plot and args.output.is_file()):
+        parser.error(f"--plot-only needs --plot and results at --output, got {args.plot} and {args.output}")
     if args.checkpoint is not None and (len(args.seeds) > 1 or not args.checkpoint.is_file()):
         parser.error(f"--checkpoint must name a file, with one seed, got {args.checkpoint} and seeds {args.seeds}")
     seeds = " ".join(map(str, args.seeds))
@@ -74,11 +79,11 @@ def main() -> int:
     if args.small:
         torch.set_num_threads(1)
     try:
-        if args.device == "cuda" and not torch.cuda.is_available():
+        if args.device == "cuda" and not args.plot_only and not torch.cuda.is_available():
             raise OSError("no CUDA GPU here: give --device cpu --small to try it out")
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.work.mkdir(parents=True, exist_ok=True)
-        status = work(args)
+        status = 0 if args.plot_only else work(args)
     except (clips.ClipError, ModelError, OSError) as error:
         print(f"denoises: error: {error}", file=sys.stderr)
         return 2
