@@ -1,4 +1,4 @@
-"""How near whole denoises come to full attention's own, with weights that were trained with full attention.
+"""How close whole denoises are to full attention's own, with weights that were trained with full attention.
 
     python -m bench.quality.denoises --output bench/results/<gpu>_<date>_denoises.json --plot docs/denoises.png
 
