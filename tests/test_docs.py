@@ -42,6 +42,12 @@ def test_a_number_that_was_changed_by_hand_is_seen():
     assert pages.filled(changed) == text
 
 
+def test_no_mark_breaks_a_paragraph():
+    """A line that starts with a comment is HTML of its own to Markdown."""
+    broken = [str(page) for page in pages.PAGES if re.search(r"[^\n]\n<!-- results: ", page.read_text())]
+    assert not broken
+
+
 @pytest.mark.parametrize("mark", ["no_such_part h200_2026-11-24_attention", "dense no_such_file"])
 def test_a_mark_that_names_nothing_is_an_error(mark: str):
     with pytest.raises((KeyError, FileNotFoundError), match="no_such"):
