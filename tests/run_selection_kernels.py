@@ -11,8 +11,8 @@ import torch
 from vmoba_flex import BlockPartition
 from vmoba_flex.selection import gate_kernels, long_pool_kernels, short_pool_kernels
 from vmoba_flex.selection.gate import block_means, gate
-from vmoba_flex.selection.select import _take
-from vmoba_flex.selection.weights import fraction_bits
+from vmoba_flex.selection.select import take_sorted
+from vmoba_flex.selection.weights import Targets
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF, NAN = torch.inf, torch.nan
@@ -57,7 +57,7 @@ def check_selection() -> None:
     # Small blocks, so that small pools take several programs and several blocks of each.
     long_pool_kernels._BLOCK, long_pool_kernels._PROGRAMS = 64, 4
     generator = torch.Generator(DEVICE).manual_seed(0)
-    targets = itertools.cycle(TARGETS)
+    shares = itertools.cycle(TARGETS)
     # Six targets over kinds and shapes in turn: the shapes' number shares no factor with six.
     for i, (kind, (count, length, own_rows)) in enumerate(
         itertools.product(KINDS, [(2, 200, 1), (2, 50, 2), (1, 1, 1), (1, 2, 1), (2, 70, 2)])
@@ -66,17 +66,15 @@ def check_selection() -> None:
             continue
         scores = pools(kind, count, length, generator)
         own = torch.rand(own_rows, length, generator=generator) < 0.15
-        share, tau = next(targets)
+        share, tau = next(shares)
         cap = None if share is None else int(share * length)
-        stretch = "masses" not in kind
-        expected = _take(scores, own, cap, tau, stretch)
+        targets = Targets(cap, tau, stretch="masses" not in kind)
+        expected = take_sorted(scores, own, targets)
         case = (kind, count, length, cap, tau)
-        assert torch.equal(
-            long_pool_kernels.take_long(scores, own, cap, tau, stretch, fraction_bits(length)), expected
-        ), case
+        assert torch.equal(long_pool_kernels.take_long(scores, own, targets), expected), case
         by_entry = scores.T.contiguous().T[None]
         each_own = own.repeat(count // own_rows, 1)
-        taken = short_pool_kernels.take_short(by_entry, each_own, cap, tau, stretch, fraction_bits(length))
+        taken = short_pool_kernels.take_short(by_entry, each_own, targets)
         assert torch.equal(taken[0].T, expected), case
 
 

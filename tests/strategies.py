@@ -11,9 +11,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vmoba_flex import BlockPartition, Threshold, TopK
+from vmoba_flex import BlockPartition, Tail, Threshold, TopK
+from vmoba_flex.call import BACKENDS, DISPATCHES
 from vmoba_flex.config import KINDS, ApproxBlocks, VMoBAConfig
-from vmoba_flex.dispatch.choose import BACKENDS, DISPATCHES
 from vmoba_flex.rules import NORMALIZE, POOLS, Rule
 from vmoba_flex.selection.mass import block_mass
 
@@ -29,6 +29,7 @@ class Problem:
     rule: Rule
     scale: float | None = None
     text_lengths: Tensor | None = None
+    tail: Tail | None = None
 
     def with_leaves(self) -> "Problem":
         """The same problem on copies of query, key and value that require gradients."""
@@ -87,6 +88,7 @@ def configs(draw: st.DrawFn) -> VMoBAConfig:
     sides = st.integers(1, 6)
     about = st.integers(1, 100).map(ApproxBlocks)
     cycle = draw(st.just(KINDS) | st.lists(st.sampled_from(KINDS), min_size=1, max_size=5).map(tuple))
+    steps, half = (st.integers(0, 12) | st.floats(0, most, exclude_max=True) for most in (1, 0.5))
     rule = draw(rules(4) | st.fixed_dictionaries({kind: rules(4) for kind in sorted(set(cycle))}))
     return VMoBAConfig(
         draw(sides | about),
@@ -94,8 +96,8 @@ def configs(draw: st.DrawFn) -> VMoBAConfig:
         draw(st.tuples(sides, sides, sides) | about),
         rule,
         cycle=cycle,
-        dense_layers=draw(st.integers(0, 3)),
-        dense_steps=draw(st.integers(0, 12) | st.floats(0, 1, exclude_max=True)),
+        dense_layers=draw(st.integers(0, 3) | st.lists(st.integers(-5, 5), max_size=3).map(tuple)),
+        dense_steps=draw(steps | st.tuples(half, half)),
         dispatch=draw(st.sampled_from(DISPATCHES)),
         backend=draw(st.sampled_from(BACKENDS)),
     )

@@ -1,21 +1,23 @@
-"""VMoBAConfig: which layer does what, blocks on any grid, and its JSON."""
+"""VMoBAConfig: which layer does what, blocks on any grid."""
 
 import copy
 import dataclasses
-import json
 import math
 import pickle
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.strategies import configs
-from vmoba_flex import Threshold, TopK, config_json
+from vmoba_flex import Threshold, TopK
+from vmoba_flex.approx_blocks import _even_sides
 from vmoba_flex.config import KINDS, ApproxBlocks, Layer, VMoBAConfig
 
 RULE = Threshold(0.25)
 SMALL = VMoBAConfig(2, (2, 3), (1, 2, 3), RULE)
+ABOUT = VMoBAConfig(ApproxBlocks(8), ApproxBlocks(48), ApproxBlocks(72), RULE)
 PER_KIND = {"temporal": TopK(1), "spatial": Threshold(0.5), "spatiotemporal": TopK(density=0.5)}
 PAPER = [
     ((21, 30, 52), (3, (5, 13), (7, 5, 13)), (7, 24, 72), (2, 6, 18)),
@@ -23,41 +25,12 @@ PAPER = [
     ((24, 36, 64), (3, (6, 8), (8, 12, 8)), (8, 48, 72), None),
     ((36, 30, 52), (3, (5, 13), (12, 10, 13)), (12, 24, 36), None),
 ]
-# The file that FastVideo ships for Wan 1.3B at 77x448x832.
-FASTVIDEO = {
-    "temporal_chunk_size": 2,
-    "temporal_topk": 2,
-    "spatial_chunk_size": [4, 13],
-    "spatial_topk": 6,
-    "st_chunk_size": [4, 4, 13],
-    "st_topk": 18,
-    "moba_select_mode": "threshold",
-    "moba_threshold": 0.25,
-    "moba_threshold_type": "query_head",
-    "first_full_layer": 0,
-    "first_full_step": 12,
-    "temporal_layer": 1,
-    "spatial_layer": 1,
-    "st_layer": 1,
-}
 
 sizes = st.integers(1, 60)
 
 
 def config(**changes: object) -> VMoBAConfig:
     return dataclasses.replace(SMALL, **changes)
-
-
-def from_json(data: object) -> VMoBAConfig:
-    return VMoBAConfig.from_json(json.dumps(data))
-
-
-def from_fastvideo(**changes: object) -> VMoBAConfig:
-    return from_json(FASTVIDEO | changes)
-
-
-def own(**changes: object) -> dict[str, object]:
-    return json.loads(SMALL.to_json()) | changes
 
 
 # Layers
@@ -76,9 +49,14 @@ def test_layers_cycle_through_the_kinds(config: VMoBAConfig, i: int):
         ({}, []),
         ({"dense_layers": 2}, [0, 1]),
         ({"dense_layers": 4}, [0, 1, 2, 3]),
+        ({"dense_layers": [0, 2]}, [0, 2]),
+        ({"dense_layers": (-1,)}, [3]),
+        ({"dense_layers": [0, -4, -2]}, [0, 2]),
+        ({"dense_layers": range(1, 3)}, [1, 2]),
+        ({"dense_layers": []}, []),
     ],
 )
-def test_first_layers_are_dense(changes: dict[str, int], dense: list[int]):
+def test_layers_that_are_dense(changes: dict[str, Any], dense: list[int]):
     assert [i for i in range(4) if config(**changes).layer(i, 4).dense] == dense
     assert [i for i in range(4) if config(**changes).layer(i, 4, step=0, num_steps=1).dense] == dense
 
@@ -91,6 +69,34 @@ def test_first_steps_are_dense(dense_steps: float, num_steps: int, dense: int):
     for i in range(3):
         layers = [config(dense_steps=dense_steps).layer(i, 3, step, num_steps) for step in range(num_steps)]
         assert [layer.dense for layer in layers] == [step < dense for step in range(num_steps)]
+
+
+@pytest.mark.parametrize(
+    ("dense_steps", "num_steps", "dense"),
+    [
+        ((1, 2), 6, [0, 4, 5]),
+        ([2, 1], 4, [0, 1, 3]),
+        ((0.25, 0.25), 8, [0, 1, 6, 7]),
+        ((0.3, 0.3), 4, [0, 1, 2, 3]),  # of each share so many that it is reached
+        ((0, 0.5), 5, [2, 3, 4]),
+        ((0.5, 1), 6, [0, 1, 2, 5]),
+        ((3, 3), 4, [0, 1, 2, 3]),
+        ((1, 0), 3, [0]),
+        ((0.0, 0), 3, []),
+    ],
+)
+def test_first_and_last_steps_are_dense(dense_steps: Any, num_steps: int, dense: list[int]):
+    ours = config(dense_steps=dense_steps)
+    assert [step for step in range(num_steps) if ours.layer(0, 3, step, num_steps).dense] == dense
+
+
+@given(st.integers(1, 60), st.integers(0, 59), st.data())
+def test_last_steps_mirror_the_first(num_steps: int, step: int, data: st.DataObject):
+    part = data.draw(st.integers(0, 70) | st.floats(0, 1, exclude_max=True))
+    first, last = config(dense_steps=(part, 0)), config(dense_steps=(0, part))
+    step %= num_steps
+    assert last.layer(0, 1, step, num_steps) == first.layer(0, 1, num_steps - 1 - step, num_steps)
+    assert first == config(dense_steps=part)
 
 
 @given(st.integers(1, 200), st.data())
@@ -130,6 +136,10 @@ def test_dense_layers_keep_their_place_in_the_cycle():
         ({"dense_steps": 2}, (0, 3), ValueError, "step must be given where dense_steps is not 0 but 2, got None"),
         ({"dense_steps": 0.5}, (0, 3, None, 4), ValueError, "step must be given where .* 0.5, got None"),
         ({"dense_steps": 0.5}, (0, 3, 1), ValueError, "num_steps must be given where .* a share, 0.5, got None"),
+        ({"dense_steps": (1, 1)}, (0, 3, 1), ValueError, r"num_steps must be .* has last steps, \(1, 1\), got None"),
+        ({"dense_steps": (0, 1)}, (0, 3), ValueError, r"step must be given where .* \(0, 1\), got None"),
+        ({"dense_layers": [0, 3]}, (0, 3), ValueError, r"dense_layers must lie in .* = -3..2, got 3 in \(0, 3\)"),
+        ({"dense_layers": [-4]}, (0, 3), ValueError, r"dense_layers must lie in .* = -3..2, got -4 in \(-4,\)"),
     ],
 )
 def test_bad_layers(changes: dict[str, object], arguments: tuple[object, ...], error: type[Exception], message: str):
@@ -184,6 +194,17 @@ def test_approx_blocks_are_not_slivers(grid: tuple[int, int, int], count: int):
     assert max(cube) <= 10 * min(cube)
     for kind in KINDS[1:]:
         assert abs(math.log(about.partition(kind, grid).num_blocks / count)) < math.log(1.2)
+
+
+@pytest.mark.parametrize("size", [*range(1, 130), 720, 1000, 1023, 1024])
+def test_sides_are_those_of_all_numbers_of_cells(size: int):
+    assert _even_sides(size) == sorted({-(-size // cells) for cells in range(1, size + 1)})
+
+
+@pytest.mark.parametrize("grid", [(2**31 - 1, 1, 1), (1, 46_340, 46_340), (1290, 1290, 1290)])
+def test_approx_blocks_of_the_largest_grids(grid: tuple[int, int, int]):
+    for kind in KINDS:
+        assert ABOUT.partition(kind, grid).num_blocks <= 80
 
 
 def test_approx_blocks_divide_the_grid_where_a_shape_near_the_count_does():
@@ -246,6 +267,12 @@ def test_paper_settings_at_other_grids(grid: tuple[int, int, int] | None):
         (lambda: VMoBAConfig.paper("training", (1, 2)), ValueError, r"grid must have 3 sizes, got \(1, 2\)"),
         (lambda: ApproxBlocks(0), ValueError, "count must be at least 1, got 0"),
         (lambda: ApproxBlocks(2.5), TypeError, "count must be an int, got 2.5"),
+        (lambda: ApproxBlocks(10**400), ValueError, "count must be below 2..31, got 10000"),
+        (
+            lambda: ABOUT.partition("temporal", (2**16, 2**15, 1)),
+            ValueError,
+            r"grid must have fewer than 2..31 tokens, got \(65536, 32768, 1\)",
+        ),
     ],
 )  # fmt: skip
 def test_bad_partitions(make, error, message):
@@ -303,11 +330,22 @@ def test_takes_lists_and_rules_for_kinds_outside_the_cycle():
         ({"cycle": ("spatial", "2d")}, ValueError, r"cycle must hold .*, got \('spatial', '2d'\)"),
         ({"cycle": "spatial"}, TypeError, "cycle must be a tuple of kinds, got 'spatial'"),
         ({"dense_layers": -1}, ValueError, "dense_layers must be at least 0, got -1"),
-        ({"dense_layers": 0.5}, TypeError, "dense_layers must be an int, got 0.5"),
+        ({"dense_layers": 0.5}, TypeError, "dense_layers must be an int, or a list of layers .*, got 0.5"),
         ({"dense_steps": -1}, ValueError, r"dense_steps must be .* a share in \[0, 1\) \(float\), got -1"),
         ({"dense_steps": 1.0}, ValueError, r"dense_steps must be a number of steps \(int\) or .*, got 1.0"),
         ({"dense_steps": math.nan}, ValueError, "dense_steps must be .*, got nan"),
-        ({"dense_steps": True}, TypeError, "dense_steps must be an int or a float, got True"),
+        ({"dense_layers": [0, 1.0]}, TypeError, r"dense_layers must hold ints, got \[0, 1.0\]"),
+        ({"dense_layers": [True]}, TypeError, r"dense_layers must hold ints, got \[True\]"),
+        ({"dense_layers": "01"}, TypeError, "dense_layers must be an int, or a list of layers .*, got '01'"),
+        ({"dense_layers": {0, 1}}, TypeError, "dense_layers must be an int, or a list of layers .*, got {0, 1}"),
+        ({"dense_layers": None}, TypeError, "dense_layers must be an int, or a list of layers .*, got None"),
+        ({"dense_steps": (1,)}, ValueError, r"dense_steps must be one number or a pair \(first, last\), got \(1,\)"),
+        ({"dense_steps": (1, -1)}, ValueError, r"dense_steps must be a number of steps .*, got \(1, -1\)"),
+        ({"dense_steps": (1.5, 1)}, ValueError, r"dense_steps must be a number of steps .*, got \(1.5, 1\)"),
+        ({"dense_steps": (0.5, 0.5)}, ValueError, r"dense_steps must be shares .* less than 1, got \(0.5, 0.5\)"),
+        ({"dense_steps": (0, "1")}, TypeError, r"dense_steps must be an int or a float, .*, got \(0, '1'\)"),
+        ({"dense_steps": (False, 1)}, TypeError, r"dense_steps must be an int or a float, .*, got \(False, 1\)"),
+        ({"dense_steps": True}, TypeError, "dense_steps must be an int or a float, or a pair of these, got True"),
         ({"dispatch": "fast"}, ValueError, "dispatch must be one of .*, got 'fast'"),
         ({"backend": "cudnn"}, ValueError, "backend must be one of .*, got 'cudnn'"),
     ],
@@ -315,154 +353,3 @@ def test_takes_lists_and_rules_for_kinds_outside_the_cycle():
 def test_bad_values(changes: dict[str, object], error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         config(**changes)
-
-
-# JSON
-
-
-@given(configs())
-def test_json_round_trip(config: VMoBAConfig):
-    text = config.to_json()
-    assert VMoBAConfig.from_json(text) == config
-    assert len(text.splitlines()) == len(dataclasses.fields(config)) + 3
-
-
-def test_json_is_readable():
-    text = VMoBAConfig(3, (5, 13), ApproxBlocks(72), {"spatial": TopK(6)}, cycle=["spatial"]).to_json()
-    assert text.splitlines()[1:6] == [
-        '  "version": 1,',
-        '  "temporal": 3,',
-        '  "spatial": [5, 13],',
-        '  "spatiotemporal": {"approx_blocks": 72},',
-        '  "rule": {"spatial": {"k": 6, "pool": "query"}},',
-    ]
-
-
-def test_json_has_every_field():
-    assert [field.name for field in dataclasses.fields(VMoBAConfig)] == list(config_json.FIELDS)
-
-
-def test_json_takes_defaults():
-    short = {"version": 1, "temporal": 2, "spatial": [2, 3], "spatiotemporal": [1, 2, 3], "rule": {"tau": 0.25}}
-    assert from_json(short) == SMALL
-
-
-@pytest.mark.parametrize(
-    ("data", "error", "message"),
-    [
-        ([1], ValueError, r"text must be a JSON object, got '\[1\]'"),
-        ({}, ValueError, r"text must have 'version', or keys of FastVideo's VMoBA JSON, got keys \[\]"),
-        ({"tau": 0.5}, ValueError, r"text must have 'version', or .*, got keys \['tau'\]"),
-        (own(version=2), ValueError, "version must be 1, got 2"),
-        (own(version="1"), ValueError, "version must be 1, got '1'"),
-        (own(version=True), ValueError, "version must be 1, got True"),
-        (own(tau=0.5), ValueError, "text must have keys of .*, got 'tau': 0.5"),
-        (own(st_topk=2), ValueError, "text must have keys of .*, got 'st_topk': 2"),
-        ({"version": 1, "temporal": 2}, ValueError, r"text must have 'spatial', got keys \['temporal', 'version'\]"),
-        (own(temporal="2"), TypeError, "temporal must be an int, got '2'"),
-        (own(spatial={"blocks": 2}), ValueError, r"spatial must have keys of \('approx_blocks',\), got 'blocks': 2"),
-        (own(spatial={}), TypeError, "count must be an int, got None"),
-        (own(rule=0.25), ValueError, "rule must be an object with 'tau', or with 'k' or 'density', got 0.25"),
-        (own(rule={"tau": 1.5}), ValueError, r"tau must lie in \(0, 1\], got 1.5"),
-        (own(rule={"k": 2.5}), TypeError, "k must be an int, got 2.5"),
-        (own(rule={"tau": 0.5, "k": 2}), ValueError, "rule must have keys of .*, got 'k': 2"),
-        (own(rule={"topk": 2}), ValueError, "rule must have keys of .*, got 'topk': 2"),
-        (own(rule={"1d": {"k": 2}}), ValueError, "rule must have keys of .*, got '1d'"),
-        (
-            own(rule={"spatial": {"k": 2, "tau": 0.5}}),
-            ValueError,
-            "rule of 'spatial' must have keys of .*, got 'k': 2",
-        ),
-        (own(rule={"spatial": {"k": 2}, "tau": 1}), ValueError, "rule of 'tau' must be an object .*, got 1"),
-    ],
-)
-def test_bad_json(data: object, error: type[Exception], message: str):
-    with pytest.raises(error, match=message):
-        from_json(data)
-
-
-def test_text_that_is_no_json():
-    with pytest.raises(ValueError, match="text must be JSON, got 'temporal = 3'"):
-        VMoBAConfig.from_json("temporal = 3")
-    with pytest.raises(ValueError, match=r"text must have each key once in an object, got keys .*'k', 'k'"):
-        VMoBAConfig.from_json('{"k": 1, "k": 2}')
-    with pytest.raises(TypeError, match="text must be a str, got bytes"):
-        VMoBAConfig.from_json(b"{}")
-
-
-# FastVideo's JSON
-
-
-def test_fastvideo_json():
-    assert from_json(FASTVIDEO) == VMoBAConfig(2, (4, 13), (4, 4, 13), Threshold(0.25, pool="query"), dense_steps=12)
-
-
-def test_fastvideo_defaults():
-    chunks = {key: value for key, value in FASTVIDEO.items() if key.endswith("chunk_size")}
-    assert from_json(chunks) == from_json(FASTVIDEO)
-
-
-@pytest.mark.parametrize(
-    ("name", "pool"), [("query_head", "query"), ("block", "block"), ("head_global", "head"), ("overall", "global")]
-)
-def test_fastvideo_pools(name: str, pool: str):
-    assert from_fastvideo(moba_threshold_type=name, moba_threshold=0.5).rule == Threshold(0.5, pool=pool)
-    if name != "block":
-        top_k = from_fastvideo(moba_threshold_type=name, moba_select_mode="topk")
-        assert top_k.rule == {
-            "temporal": TopK(2, pool=pool),
-            "spatial": TopK(6, pool=pool),
-            "spatiotemporal": TopK(18, pool=pool),
-        }
-
-
-@given(st.tuples(*[st.integers(0, 3)] * 3).filter(any), st.integers(0, 6))
-def test_fastvideo_cycle_starts_behind_the_dense_layers(runs: tuple[int, int, int], dense: int):
-    names = ("temporal_layer", "spatial_layer", "st_layer")
-    ours = from_fastvideo(first_full_layer=dense, first_full_step=0, **dict(zip(names, runs, strict=True)))
-    layers = [ours.layer(i, 20) for i in range(20)]
-    assert [layer.dense for layer in layers] == [i < dense for i in range(20)]
-    theirs = [kind for kind, run in zip(KINDS, runs, strict=True) for _ in range(run)]
-    assert [layer.kind for layer in layers[dense:]] == [theirs[i % len(theirs)] for i in range(20 - dense)]
-
-
-def test_fastvideo_first_full_step_is_acted_on():
-    ours = from_fastvideo(first_full_step=3)
-    assert [ours.layer(0, 30, step).dense for step in range(5)] == [True, True, True, False, False]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"sparsity": 0.9}, "FastVideo's VMoBA JSON must have keys of .*, got 'sparsity': 0.9"),
-        ({"temporal": 3}, "FastVideo's VMoBA JSON must have keys of .*, got 'temporal': 3"),
-        ({"temporal_chunk_size": 0}, "temporal_chunk_size must be an int of at least 1, got 0"),
-        ({"temporal_chunk_size": 2.0}, "temporal_chunk_size must be an int of at least 1, got 2.0"),
-        ({"temporal_chunk_size": None}, "temporal_chunk_size must be an int of at least 1, got None"),
-        ({"spatial_chunk_size": 4}, r"spatial_chunk_size must be a list of 2 ints .* \(height, width\), got 4"),
-        ({"st_chunk_size": [4, 4]}, r"st_chunk_size must be a list of 3 ints .*, got \[4, 4\]"),
-        ({"st_topk": 0}, "st_topk must be an int of at least 1, got 0"),
-        ({"moba_select_mode": "top_k"}, r"moba_select_mode must be one of \('topk', 'threshold'\), got 'top_k'"),
-        ({"moba_threshold": 1.5}, r"moba_threshold must be a number in \(0, 1\], got 1.5"),
-        ({"moba_threshold": "0.5"}, r"moba_threshold must be a number in \(0, 1\], got '0.5'"),
-        ({"moba_threshold_type": "head"}, "moba_threshold_type must be one of .*'overall'.*, got 'head'"),
-        ({"first_full_layer": -1}, "first_full_layer must be an int of at least 0, got -1"),
-        ({"first_full_step": 0.25}, "first_full_step must be an int of at least 0, got 0.25"),
-        ({"st_layer": True}, "st_layer must be an int of at least 0, got True"),
-        (
-            {"temporal_layer": 0, "spatial_layer": 0, "st_layer": 0},
-            r"temporal_layer \+ spatial_layer \+ st_layer must be at least 1, got 0",
-        ),
-        (
-            {"moba_select_mode": "topk", "moba_threshold_type": "block"},
-            "moba_threshold_type must not be 'block' where moba_select_mode is 'topk', got 'block'",
-        ),
-        (
-            {"moba_select_mode": "topk", "spatial_topk": None},
-            "spatial_topk must be given where moba_select_mode is 'topk', got None",
-        ),
-    ],
-)
-def test_bad_fastvideo_json(changes: dict[str, object], message: str):
-    with pytest.raises(ValueError, match=message):
-        from_fastvideo(**changes)

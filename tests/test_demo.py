@@ -5,6 +5,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import av
 import matplotlib.image
@@ -169,6 +170,17 @@ def test_checkpoint_keeps_weights_and_what_they_belong_to(tmp_path: Path):
         assert torch.equal(loaded.state_dict()[name], weight.half().float()), name
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")], ids=str)
+def test_a_checkpoint_that_fails_leaves_nothing(tmp_path: Path, error: object, monkeypatch: pytest.MonkeyPatch):
+    model = VideoTransformer(Shape((2, 4, 4), dim=64, depth=1, heads=2), CONFIG)
+    monkeypatch.setattr("safetensors.torch.save_file", mock.Mock(side_effect=error))
+    with pytest.raises((KeyboardInterrupt, UserError), match=r"No space left|^$"):
+        checkpoint.save(model, CONFIG, {}, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"must end in .safetensors, got .*model.pt"):
+        checkpoint.save(model, CONFIG, {}, tmp_path / "model.pt")
+
+
 def test_unusable_checkpoint_is_refused(tmp_path: Path):
     from safetensors.torch import save_file
 
@@ -327,7 +339,9 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "av" else find(name))
     assert main(["demo"]) == 2
-    assert capsys.readouterr().err == 'vmoba-flex: error: this needs av: pip install "vmoba-flex[demo]"\n'
+    assert capsys.readouterr().err == (
+        "vmoba-flex: error: this needs av: pip install av (in a clone: pip install '.[demo]')\n"
+    )
 
 
 def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -35,7 +35,7 @@ from tests.test_slots import slot_problems
 from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_attention, vmoba_mask, vmoba_selection
 from vmoba_flex.dispatch.choose import choose_backend
 from vmoba_flex.insight import Record, inspect
-from vmoba_flex.rules import POOLS, Rule
+from vmoba_flex.rules import POOLS, Pool, Rule
 from vmoba_flex.selection.gate import block_means, gate
 from vmoba_flex.selection.mass import block_mass
 from vmoba_flex.selection.select import select
@@ -240,7 +240,7 @@ def test_selection_kernels_equal_their_eager_forms_in_long_pools_of_masses(sharp
 
 @pytest.mark.parametrize("bad", [[torch.nan, -torch.nan], [torch.inf], [-torch.inf], [1e9], []], ids=repr)
 @pytest.mark.parametrize("pool", POOLS)
-def test_selection_kernels_equal_their_eager_forms_at_odd_sizes(pool: str, bad: list[float]):
+def test_selection_kernels_equal_their_eager_forms_at_odd_sizes(pool: Pool, bad: list[float]):
     partition = BlockPartition((7, 11, 13), (2, 3, 4))  # 64 blocks cut short, 1,001 queries
     scores = torch.randn(2, 3, partition.num_video_tokens, partition.num_blocks, generator=torch.Generator())
     scores[0, 1, 5, : len(bad)] = torch.tensor(bad)

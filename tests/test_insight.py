@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+import os
+import stat
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from tests.strategies import Problem, problems
 from vmoba_flex import BlockPartition, Threshold, TopK, VMoBAConfig, reference, vmoba_selection
 from vmoba_flex.insight import Record, Timing, break_even, calibrate, crossover, inspect, load, save
-from vmoba_flex.insight.measure import best_choice, own_blocks, recall_of, sample_rows, true_mass
+from vmoba_flex.insight.measure import best_choice, layer_of, own_blocks, recall_of, sample_rows, true_mass
 from vmoba_flex.user_error import UserError
 
 GRID = (4, 6, 8)
@@ -100,7 +102,15 @@ def test_a_config_brings_its_own_blocks_and_its_dense_layers():
 def test_records_survive_a_file(tmp_path):
     partition = BlockPartition(GRID, (2, 3, 4), prefix=2, suffix=3)
     query, key = torch.randn(2, 2, partition.num_tokens, 8).bfloat16()
-    facts = {"kind": "spatial", "layer": 7, "step": 9, "heads": (1, 5), "text_length": 4, "model": "transformer_2"}
+    facts = {
+        "kind": "spatial",
+        "layer": 7,
+        "num_layers": 30,
+        "step": 9,
+        "heads": (1, 5),
+        "text_length": 4,
+        "model": "transformer_2",
+    }
     first = Record(query, key, partition, **facts)
     save([first, record(1)], tmp_path / "a.safetensors")
     again, other = load(tmp_path / "a.safetensors")
@@ -110,11 +120,47 @@ def test_records_survive_a_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_follow_the_umask(tmp_path, umask: int):
+    before = os.umask(umask)
+    try:
+        save([record()], tmp_path / "a.safetensors")
+        CONFIG.save(tmp_path / "a.json")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
+def test_a_record_prints_shapes_and_no_values():
+    words = repr(record(4, num_layers=6))
+    assert words.startswith(
+        "Record(query=<float32 (2, 192, 16)>, key=<float32 (2, 192, 16)>, partition=BlockPartition("
+    )
+    assert words.endswith("layer=4, num_layers=6, step=0, heads=(0, 1), text_length=None, model='model')")
+    assert "tensor(" not in words
+
+
+@pytest.mark.parametrize(
+    ("dense", "num_layers", "expected"),
+    [(1, None, False), ([1], None, True), ([0, 9], None, False), ([-1], 2, True), ([-1], 3, False), ([], None, False)],
+)
+def test_a_record_is_dense_where_its_config_is(dense: Any, num_layers: int | None, expected: bool):
+    config = dataclasses.replace(CONFIG, dense_layers=dense)
+    _, _, rule = layer_of(record(1, num_layers=num_layers), config)
+    assert (rule is None) == expected
+
+
+def test_dense_layers_from_the_end_need_the_number_of_layers():
+    with pytest.raises(ValueError, match=r"num_layers of a record must be given where .* \(0, -1\), got None"):
+        inspect([record(1)], dataclasses.replace(CONFIG, dense_layers=[0, -1]))
+
+
 @pytest.mark.parametrize(
     ("facts", "error", "message"),
     [
         ({"kind": "cubes"}, ValueError, "kind must be one of"),
         ({"layer": -1}, ValueError, "layer must be at least 0, got -1"),
+        ({"layer": 3, "num_layers": 3}, ValueError, "layer must lie in 0..num_layers - 1 = 0..2, got 3"),
         ({"heads": (0, 1, 2)}, ValueError, r"heads must name the 2 heads of query, got \(0, 1, 2\)"),
         ({"text_length": 1}, ValueError, "text_length must lie in 0..prefix"),
         ({"key": torch.zeros(1, 192, 16)}, ValueError, "key must have query's shape"),

@@ -122,4 +122,6 @@ def test_missing_extra_is_named(here: Path, gone: str, words: str, monkeypatch: 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == gone else find(name))
     assert main(words.split()) == 2
-    assert capsys.readouterr().err == f'vmoba-flex: error: this needs {gone}: pip install "vmoba-flex[insight]"\n'
+    assert capsys.readouterr().err == (
+        f"vmoba-flex: error: this needs {gone}: pip install {gone} (in a clone: pip install '.[insight]')\n"
+    )

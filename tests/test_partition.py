@@ -14,6 +14,12 @@ from vmoba_flex import BlockPartition, reference
 
 
 @given(partitions())
+def test_the_flat_form_gives_the_partition_back(partition: BlockPartition):
+    assert BlockPartition.of_flat(partition.flat) == partition
+    assert partition.flat == [*partition.grid, *partition.block, partition.prefix, partition.suffix]
+
+
+@given(partitions())
 def test_block_ids_equal_both_oracles(partition: BlockPartition):
     ids = partition.block_ids()
     assert torch.equal(ids, reference.block_ids(partition.grid, partition.block))

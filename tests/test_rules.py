@@ -1,8 +1,13 @@
 """TopK and Threshold: what they keep, and the values that they refuse."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from tests.strategies import rules
 from vmoba_flex import Threshold, TopK
+from vmoba_flex.rules import Rule
+from vmoba_flex.warmup import WarmedThreshold, rule_of_flat, warmed
 
 
 @pytest.mark.parametrize(
@@ -17,6 +22,18 @@ def test_budgets_count_pairs():
     assert TopK(3).max_pairs(pool_pairs=8, num_blocks=8) == 3
     assert Threshold(0.25, max_density=0.5).max_pairs(pool_pairs=5, num_blocks=5) == 3
     assert Threshold(0.25).max_pairs(pool_pairs=5, num_blocks=5) is None
+
+
+@given(rules(12), st.booleans())
+def test_the_flat_form_gives_the_rule_back(rule: Rule, warm: bool):
+    if warm and isinstance(rule, Threshold):
+        rule = warmed(rule)
+        rule.warm(0.25)
+        back = rule_of_flat(*rule.flat)
+        assert isinstance(back, WarmedThreshold)
+        assert back.now is rule.now and vars(back) == vars(rule)
+    else:
+        assert rule_of_flat(*rule.flat) == rule
 
 
 def test_rules_are_values():

@@ -56,7 +56,9 @@ def test_problems_reach(edge):
         lambda c: isinstance(c.rule, Mapping) and len(c.rule) == 2,
         lambda c: isinstance(c.rule, Threshold) and c.rule.max_density is not None,
         lambda c: isinstance(c.dense_steps, float) and c.dense_steps > 0,
-        lambda c: c.dense_layers > len(c.cycle),
+        lambda c: isinstance(c.dense_layers, int) and c.dense_layers > len(c.cycle),
+        lambda c: isinstance(c.dense_layers, tuple) and min(c.dense_layers, default=0) < 0,
+        lambda c: isinstance(c.dense_steps, tuple) and isinstance(c.dense_steps[0], float),
         lambda c: len(c.cycle) > len(set(c.cycle)) > 1,
     ],
 )

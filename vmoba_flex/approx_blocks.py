@@ -8,44 +8,56 @@ import math
 from block_masks.launching.constant import constant_when_compiled
 from vmoba_flex.checks import check_positive
 
+_MAX_TOKENS = 2**31
+
 
 @dataclasses.dataclass(frozen=True)
 class ApproxBlocks:
     """About this many blocks; the grid that arrives decides their shape.
 
-    Each axis that the kind of partition cuts is cut into cells as even as can be. Of all such shapes, those count whose
-    number of blocks is within a tenth of ``count``, or the nearest where there are none. Of these the least elongated
-    is taken (as square, or as close to a cube, as can be, in tokens): that of the least longest side over shortest
-    side, where the shortest is of the axes that are truly cut, and where the ratio counts three times if the shape does
-    not divide the grid. Ties go to the nearest number of blocks, then to the shape that is smaller in frames, height,
-    width. At the grids and counts of the paper's settings this gives the paper's shapes.
+    The shape is the most even one among those whose number of blocks is within a tenth of ``count``. At the grids and
+    counts of the paper's settings it is the paper's shape. In detail:
+
+    1. Each axis that the kind of partition cuts is cut into cells as even as possible, in all numbers of cells.
+    2. Of all such shapes, those count that have within a tenth of ``count`` blocks, or, where none has, the nearest.
+    3. Of these the least elongated wins: the one with the smallest ratio of longest to shortest side, in tokens, where
+       the shortest is taken over the axes that are truly cut. The ratio of a shape that does not divide the grid counts
+       three times.
+    4. Ties go to the nearest number of blocks, then to the smaller shape in frames, height, width.
 
     Attributes:
-        count: blocks to come near to, at least 1. A grid of fewer tokens is cut into single tokens.
+        count: blocks wanted, in 1..2**31 - 1. A grid of fewer tokens is cut into single tokens.
 
     Raises:
         TypeError: if ``count`` is not an int.
-        ValueError: if ``count`` is below 1.
+        ValueError: if ``count`` is out of range.
     """
 
     count: int
 
     def __post_init__(self) -> None:
         check_positive("count", self.count)
+        if self.count >= _MAX_TOKENS:
+            raise ValueError(f"count must be below 2**31, got {self.count}")
 
 
 def approx_block(count: int, grid: tuple[int, int, int], axes: tuple[int, ...]) -> tuple[int, int, int]:
     """The block shape that ``ApproxBlocks(count)`` stands for on a grid.
 
     Args:
-        count: blocks to come near to.
+        count: blocks wanted.
         grid: latent video size (frames, height, width) in tokens.
         axes: axes of the grid that are cut; the block is as long as the grid along the others.
 
     Returns:
         ``(bt, bh, bw)`` in tokens. A constant to ``torch.compile``, which makes one graph for each grid.
+
+    Raises:
+        ValueError: if the grid has 2**31 tokens or more.
     """
     frames, height, width = (len(range(size)) for size in grid)  # int() would leave a symbolic size symbolic
+    if frames * height * width >= _MAX_TOKENS:
+        raise ValueError(f"grid must have fewer than 2**31 tokens, got {grid}")
     return _constant(count, (frames, height, width), axes)
 
 
@@ -74,5 +86,10 @@ def _search(count: int, grid: tuple[int, int, int], axes: tuple[int, ...]) -> tu
 
 
 def _even_sides(size: int) -> list[int]:
-    """The shortest side for each number of cells: the one that leaves the last cell longest."""
-    return sorted({-(-size // cells) for cells in range(1, size + 1)})
+    """``ceil(size / cells)`` for each number of cells: the shortest side, so that the last cell is as long as can be.
+
+    Up to the square root these are the sides that give themselves back, and from there on those of few cells.
+    """
+    root = math.isqrt(size) + 1
+    short = {side for side in range(1, root + 1) if -(-size // -(-size // side)) == side}
+    return sorted(short | {-(-size // cells) for cells in range(1, root + 1)})

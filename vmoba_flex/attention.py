@@ -5,14 +5,22 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from vmoba_flex.call import MAX_ROW_BYTES, Call
+from vmoba_flex.call import BACKENDS, DISPATCHES, MAX_ROW_BYTES, Backend, Call, Dispatch
 from vmoba_flex.checks import check_choice, check_positive
-from vmoba_flex.dispatch.choose import BACKENDS, DISPATCHES, choose_backend, choose_dispatch
+from vmoba_flex.dispatch.choose import choose_backend, choose_dispatch
 from vmoba_flex.dispatch.one_device import attend_here
-from vmoba_flex.inputs import check_query_key, check_scale, check_text_lengths, check_value, under_autocast
+from vmoba_flex.inputs import (
+    check_query_key,
+    check_scale,
+    check_tail,
+    check_text_lengths,
+    check_value,
+    under_autocast,
+)
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.stats import Attended, AttentionStats
+from vmoba_flex.tail import Tail
 
 if TYPE_CHECKING:  # loaded where a call is shared out
     from torch.distributed import ProcessGroup
@@ -32,11 +40,12 @@ def vmoba_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    dispatch: str = "auto",
-    backend: str = "auto",
+    dispatch: Dispatch = "auto",
+    backend: Backend = "auto",
     return_stats: Literal[False] = False,
     max_row_bytes: int = MAX_ROW_BYTES,
     text_lengths: Tensor | None = None,
+    tail: Tail | None = None,
     group: "ProcessGroup | DeviceMesh | None" = None,
     shards: "TokenShards | None" = None,
     balance: "HeadBalance | None" = None,
@@ -54,11 +63,12 @@ def vmoba_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    dispatch: str = "auto",
-    backend: str = "auto",
+    dispatch: Dispatch = "auto",
+    backend: Backend = "auto",
     return_stats: Literal[True],
     max_row_bytes: int = MAX_ROW_BYTES,
     text_lengths: Tensor | None = None,
+    tail: Tail | None = None,
     group: "ProcessGroup | DeviceMesh | None" = None,
     shards: "TokenShards | None" = None,
     balance: "HeadBalance | None" = None,
@@ -75,11 +85,12 @@ def vmoba_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    dispatch: str = "auto",
-    backend: str = "auto",
+    dispatch: Dispatch = "auto",
+    backend: Backend = "auto",
     return_stats: bool = False,
     max_row_bytes: int = MAX_ROW_BYTES,
     text_lengths: Tensor | None = None,
+    tail: Tail | None = None,
     group: "ProcessGroup | DeviceMesh | None" = None,
     shards: "TokenShards | None" = None,
     balance: "HeadBalance | None" = None,
@@ -130,6 +141,8 @@ def vmoba_attention(
             and the others are padding that nobody attends; all exist if None. The values are not checked: they must lie
             between 0 and prefix + suffix. Padding has outputs of its own, which mean nothing. Not for
             ``"shared"`` on ``"flash"`` in float16.
+        tail: how the blocks that a query did not choose take part in its softmax, by means of their cells; by default
+            they do not. Full attention, which ``"auto"`` may take, needs none.
         group: the process group, or device mesh with one dim, whose ranks share the call: each passes its tokens of
             query, key and value, and gets its tokens of the output. Everything else is the same on all ranks, and
             ``partition`` is that of all tokens. Gradients on a rank are those of the sum of what all ranks make of
@@ -159,7 +172,7 @@ def vmoba_attention(
     if group is not None:
         from vmoba_flex.distributed.agreement import agreed_layout
 
-        settings = {"rule": rule, "scale": scale, "dispatch": dispatch, "backend": backend}
+        settings = {"rule": rule, "scale": scale, "dispatch": dispatch, "backend": backend, "tail": tail}
         layout = agreed_layout(query, key, value, partition, settings, group, shards, check_ranks)
     elif shards is not None or balance is not None or check_ranks:
         given = "shards" if shards is not None else "balance" if balance is not None else "check_ranks"
@@ -169,7 +182,7 @@ def vmoba_attention(
             "return_stats must be False inside torch.compile with a group, whose ranks may be compiled to put their "
             "stats together in different orders, got True"
         )
-    call = Call(partition, rule, scale, enable_gqa, text_lengths, max_row_bytes)
+    call = Call(partition, rule, scale, enable_gqa, text_lengths, max_row_bytes, tail)
     attended = attend(query, key, value, call, dispatch, backend, layout, balance)
     return (attended.output, attended.stats()) if return_stats else attended.output
 
@@ -179,8 +192,8 @@ def attend(
     key: Tensor,
     value: Tensor,
     call: Call,
-    dispatch: str,
-    backend: str,
+    dispatch: Dispatch,
+    backend: Backend,
     layout: "Layout | None" = None,
     balance: "HeadBalance | None" = None,
 ) -> Attended:
@@ -196,6 +209,10 @@ def attend(
     call = call._replace(scale=check_scale(call.scale))
     check_positive("max_row_bytes", call.max_row_bytes)
     check_text_lengths(call.text_lengths, query, call.partition)
+    if call.tail is not None:
+        check_tail(call.tail, call.partition)
+        if dispatch == "dense":
+            raise ValueError(f"tail must be None for dispatch='dense', which skips no block, got {call.tail}")
     if key.shape[1] != query.shape[1] and not call.enable_gqa:
         raise ValueError(
             f"key must have query's {query.shape[1]} heads unless enable_gqa=True, got {key.shape[1]} heads"
@@ -206,5 +223,5 @@ def attend(
         return attend_across(query, key, value, call, dispatch, backend, layout, balance)
     if dispatch == "auto":
         dispatch = choose_dispatch(query, key, value, call.partition, call.rule)
-    kernels = choose_backend(backend, dispatch, query, key, value, call.partition, call.text_lengths is not None)
-    return attend_here(query, key, value, call, dispatch, kernels)
+    chosen = choose_backend(backend, dispatch, query, key, value, call.partition, call.text_lengths is not None)
+    return attend_here(query, key, value, call, dispatch, chosen)

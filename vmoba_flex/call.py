@@ -1,11 +1,20 @@
 """What a call of attention says beside query, key and value."""
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
+from vmoba_flex.tail import Tail
+
+Dispatch = Literal["auto", "tiles", "packed", "shared", "dense"]
+Backend = Literal["auto", "triton", "flash"]
+# A backend once it has been chosen; "eager" is plain PyTorch.
+ChosenBackend = Literal["eager", "triton", "flash"]
+DISPATCHES: tuple[Dispatch, ...] = get_args(Dispatch)
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 # The default of max_row_bytes.
 MAX_ROW_BYTES = 2_200_000_000
@@ -21,6 +30,8 @@ class Call(NamedTuple):
         enable_gqa: whether key may have fewer heads.
         text_lengths: int64 ``(B,)``, how many prefix and suffix tokens of each sample exist; all if None.
         max_row_bytes: what the rows of the heads worked on together may take.
+        tail: how the blocks that a query did not choose take part; None if they do not.
+        lse: whether the log-sum-exp is wanted, too.
     """
 
     partition: BlockPartition
@@ -29,3 +40,10 @@ class Call(NamedTuple):
     enable_gqa: bool = False
     text_lengths: Tensor | None = None
     max_row_bytes: int = MAX_ROW_BYTES
+    tail: Tail | None = None
+    lse: bool = False
+
+
+def scale_of(scale: float | None, query: Tensor) -> float:
+    """The factor on the scores of a call: as given, or ``1 / sqrt(D)``."""
+    return 1 / math.sqrt(query.shape[-1]) if scale is None else scale

@@ -1,4 +1,4 @@
-"""A config as JSON text, and what FastVideo's VMoBA JSON says, as arguments of a config."""
+"""A config to JSON text, and JSON text, FastVideo's too, to the arguments of a config."""
 
 import dataclasses
 import json
@@ -37,11 +37,15 @@ def load(text: str) -> dict[str, Any]:
         ValueError: if ``text`` is not JSON of one of the two, or has an unknown key or value.
     """
     if not isinstance(text, str):
-        raise TypeError(f"text must be a str, got {type(text).__name__}")
+        raise TypeError(f"text must be a str of JSON, got {text!r:.40}: VMoBAConfig.load(path) reads a file")
     try:
-        data = json.loads(text, object_pairs_hook=_without_duplicates)
+        data = json.loads(text, object_pairs_hook=_without_duplicates, parse_int=_int)
     except json.JSONDecodeError as error:
-        raise ValueError(f"text must be JSON, got {text[:40]!r}: {error}") from error
+        raise ValueError(
+            f"text must be JSON, got {text[:40]!r}: {error}; VMoBAConfig.load(path) reads a file"
+        ) from error
+    except RecursionError:
+        raise ValueError(f"text must be JSON that is not nested as deeply, got {text[:40]!r}") from None
     if not isinstance(data, dict):
         raise ValueError(f"text must be a JSON object, got {text[:40]!r}")
     if "version" not in data and not data.keys().isdisjoint(_FASTVIDEO):
@@ -71,15 +75,22 @@ def _own(data: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"text must have {key!r}, got keys {sorted(data)}")
     for key in FIELDS[:3]:
         if isinstance(arguments[key], dict):
-            sizes: Any = {name.replace("about", "approx"): count for name, count in arguments[key].items()}
-            _check_keys(key, sizes, ("approx_blocks",))  # "about_blocks" before version 0.2
-            arguments[key] = ApproxBlocks(sizes.get("approx_blocks"))
+            arguments[key] = _approx_blocks(key, arguments[key])
     rule = arguments["rule"]
     if isinstance(rule, dict) and any(isinstance(value, dict) for value in rule.values()):
         arguments["rule"] = {kind: _rule(f"rule of {kind!r}", value) for kind, value in rule.items()}
     else:
         arguments["rule"] = _rule("rule", rule)
     return arguments
+
+
+def _approx_blocks(name: str, data: dict[str, Any]) -> ApproxBlocks:
+    if len(data) != 1 or data.keys().isdisjoint(("approx_blocks", "about_blocks")):  # the second: in version 0.1.0
+        raise ValueError(f'{name} must be sizes or {{"approx_blocks": count}}, got {data}')
+    try:
+        return ApproxBlocks(*data.values())
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _rule(name: str, data: Any) -> Rule:
@@ -103,6 +114,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return data
 
 
+def _int(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"text must have ints of at most {_MAX_DIGITS} digits, got {digits[:_MAX_DIGITS]}...")
+    return int(digits)
+
+
 def _is_count(value: Any, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
@@ -111,6 +128,8 @@ def _sizes(length: int) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and len(value) == length and all(map(_is_count, value))
 
 
+_MAX_DIGITS = 20
+_MAX_CYCLE = 10_000  # more layers than any model has, few enough to list
 _POOLS = {"query_head": "query", "block": "block", "head_global": "head", "overall": "global"}
 _MODES = ("topk", "threshold")
 
@@ -147,11 +166,12 @@ def _fastvideo(data: dict[str, Any]) -> dict[str, Any]:
     for key, (_, rule, is_valid) in _FASTVIDEO.items():
         if not is_valid(values[key]):
             raise ValueError(f"{key} must be {rule}, got {values[key]!r}")
-    # FastVideo counts the layers of the cycle from the first sparse one, and a config from the model's first.
     kinds = {"temporal": "temporal", "spatial": "spatial", "spatiotemporal": "st"}
+    layers = sum(values[f"{name}_layer"] for name in kinds.values())
+    if not 1 <= layers <= _MAX_CYCLE:
+        raise ValueError(f"temporal_layer + spatial_layer + st_layer must lie in 1..{_MAX_CYCLE}, got {layers}")
     cycle = [kind for kind, name in kinds.items() for _ in range(values[f"{name}_layer"])]
-    if not cycle:
-        raise ValueError("temporal_layer + spatial_layer + st_layer must be at least 1, got 0")
+    # FastVideo counts the layers of the cycle from the first sparse one, and a config from the model's first.
     start = -values["first_full_layer"] % len(cycle)
     pool = _POOLS[values["moba_threshold_type"]]
     if values["moba_select_mode"] == "threshold":
@@ -164,5 +184,5 @@ def _fastvideo(data: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"{name}_topk must be given where moba_select_mode is 'topk', got None")
         rule = {kind: TopK(values[f"{name}_topk"], pool=pool) for kind, name in kinds.items()}
     blocks = {kind: values[f"{name}_chunk_size"] for kind, name in kinds.items()}
-    layers = {"cycle": cycle[start:] + cycle[:start], "dense_layers": values["first_full_layer"]}
-    return blocks | layers | {"rule": rule, "dense_steps": values["first_full_step"]}
+    dense = {"dense_layers": values["first_full_layer"], "dense_steps": values["first_full_step"]}
+    return blocks | dense | {"rule": rule, "cycle": cycle[start:] + cycle[:start]}

@@ -1,5 +1,7 @@
 """A VMoBA selection as a BlockMask."""
 
+from typing import Literal, get_args
+
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -11,7 +13,8 @@ from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection.select import choose_blocks
 
-TOKEN_ORDERS = ("raster", "block")
+TokenOrder = Literal["raster", "block"]
+TOKEN_ORDERS: tuple[TokenOrder, ...] = get_args(TokenOrder)
 
 
 def vmoba_mask(
@@ -20,7 +23,7 @@ def vmoba_mask(
     partition: BlockPartition,
     rule: Rule,
     *,
-    token_order: str = "raster",
+    token_order: TokenOrder = "raster",
     tile_size: int = 128,
     text_lengths: Tensor | None = None,
 ) -> BlockMask:
@@ -68,7 +71,7 @@ def vmoba_mask(
 def selection_mask(
     selection: Tensor,
     partition: BlockPartition,
-    token_order: str,
+    token_order: TokenOrder,
     tile_size: int = 128,
     text_lengths: Tensor | None = None,
 ) -> BlockMask:
@@ -81,7 +84,7 @@ def selection_mask(
 def selection_tiles(
     selection: Tensor,
     partition: BlockPartition,
-    token_order: str,
+    token_order: TokenOrder,
     tile_size: int = 128,
     key_valid: Tensor | None = None,
 ) -> TileMap:
@@ -89,7 +92,7 @@ def selection_tiles(
     return group_tiles(*_ordered_groups(selection, partition, token_order), tile_size, key_valid)
 
 
-def _ordered_groups(selection: Tensor, partition: BlockPartition, token_order: str) -> tuple[Tensor, Tensor]:
+def _ordered_groups(selection: Tensor, partition: BlockPartition, token_order: TokenOrder) -> tuple[Tensor, Tensor]:
     selection, groups = key_groups(selection, partition)
     if token_order == "block":
         return partition.to_block_order(selection), partition.to_block_order(groups, dim=0)

@@ -50,6 +50,17 @@ class BlockPartition:
             raise ValueError(f"block must not be larger than grid {self.grid}, got {self.block}")
 
     @classmethod
+    def of_flat(cls, flat: list[int]) -> Self:
+        """The partition with these ``flat`` sizes."""
+        t, y, x, bt, bh, bw, prefix, suffix = flat
+        return cls((t, y, x), (bt, bh, bw), prefix=prefix, suffix=suffix)
+
+    @property
+    def flat(self) -> list[int]:
+        """Grid, block, prefix and suffix, as the schema of a custom op takes them."""
+        return [*self.grid, *self.block, self.prefix, self.suffix]
+
+    @classmethod
     def temporal(cls, grid: tuple[int, int, int], frames: int, *, prefix: int = 0, suffix: int = 0) -> Self:
         """The 1D partition: slabs of ``frames`` whole frames."""
         _, height, width = check_sizes("grid", grid)

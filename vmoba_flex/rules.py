@@ -2,11 +2,20 @@
 
 import dataclasses
 import math
+from typing import Literal, Self, cast, get_args
+
+from torch import Tensor
 
 from vmoba_flex.checks import check_choice, check_int, check_share
 
-POOLS = ("query", "block", "head", "global")
-NORMALIZE = ("minmax", "softmax")
+Pool = Literal["query", "block", "head", "global"]
+Normalize = Literal["minmax", "softmax"]
+POOLS: tuple[Pool, ...] = get_args(Pool)
+NORMALIZE: tuple[Normalize, ...] = get_args(Normalize)
+
+# A rule as the schema of a custom op takes it: its words, its counts, its shares, and the tau in force where it is
+# warmed up. Counts are apart because they stay symbolic in graphs with dynamic shapes.
+FlatRule = tuple[str, list[int], list[float], Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +42,7 @@ class TopK:
 
     k: int | None = None
     density: float | None = dataclasses.field(default=None, kw_only=True)
-    pool: str = dataclasses.field(default="query", kw_only=True)
+    pool: Pool = dataclasses.field(default="query", kw_only=True)
 
     def __post_init__(self) -> None:
         if (self.k is None) == (self.density is None):
@@ -50,6 +59,18 @@ class TopK:
                 "pool must be 'query', 'head' or 'global' for TopK, got 'block': k counts the blocks of a query, and a "
                 "pool of one block has no such count"
             )
+
+    @classmethod
+    def of_flat(cls, words: str, counts: list[int], shares: list[float]) -> Self:
+        """The rule with this ``flat`` form."""
+        _, pool = words.split()
+        return cls(counts[0] if counts else None, density=shares[0] if shares else None, pool=cast(Pool, pool))
+
+    @property
+    def flat(self) -> FlatRule:
+        """The rule, as the schema of a custom op takes it."""
+        counts = [] if self.k is None else [self.k]
+        return f"topk {self.pool}", counts, [] if self.density is None else [self.density], None
 
     def blocks_per_query(self, num_blocks: int) -> int:
         """Blocks per query out of ``num_blocks``.
@@ -103,9 +124,9 @@ class Threshold:
     """
 
     tau: float
-    pool: str = dataclasses.field(default="head", kw_only=True)
+    pool: Pool = dataclasses.field(default="head", kw_only=True)
     max_density: float | None = dataclasses.field(default=None, kw_only=True)
-    normalize: str = dataclasses.field(default="minmax", kw_only=True)
+    normalize: Normalize = dataclasses.field(default="minmax", kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tau", check_share("tau", self.tau))
@@ -113,6 +134,22 @@ class Threshold:
             object.__setattr__(self, "max_density", check_share("max_density", self.max_density))
         check_choice("pool", self.pool, POOLS)
         check_choice("normalize", self.normalize, NORMALIZE)
+
+    @classmethod
+    def of_flat(cls, words: str, shares: list[float]) -> Self:
+        """The rule with this ``flat`` form."""
+        _, pool, normalize = words.split()
+        cap = shares[1] if shares[1:] else None
+        return cls(shares[0], pool=cast(Pool, pool), max_density=cap, normalize=cast(Normalize, normalize))
+
+    @property
+    def flat(self) -> FlatRule:
+        """The rule, as the schema of a custom op takes it."""
+        return self._flat(None)
+
+    def _flat(self, now: Tensor | None) -> FlatRule:
+        cap = [] if self.max_density is None else [self.max_density]
+        return f"threshold {self.pool} {self.normalize}", [], [self.tau, *cap], now
 
     def max_pairs(self, pool_pairs: int, num_blocks: int) -> int | None:
         """Pairs that a pool of ``pool_pairs`` may keep, own pairs included; None for no cap."""

@@ -43,9 +43,10 @@ class Attended(NamedTuple):
         query: as given.
         key: as given.
         call: what they attend.
+        lse: ``(B, H, S)``, the natural log-sum-exp, where the call wants it.
         selection: bool ``(B, H, video tokens, N)``, where each query chose for itself.
-        tiles: what each query tile attends, and the slots of these tiles, where tiles chose. With neither, the call
-            attended everything.
+        tile_choice: bool ``(B, H, tiles, G)`` and the slots of the tiles, where the queries of a tile chose together.
+            With neither, the call attended everything.
         part: the heads, or the queries, of the call that lie here; None for all.
     """
 
@@ -53,8 +54,9 @@ class Attended(NamedTuple):
     query: Tensor
     key: Tensor
     call: Call
+    lse: Tensor | None = None
     selection: Tensor | None = None
-    tiles: tuple[Tensor, Slots] | None = None
+    tile_choice: tuple[Tensor, Slots] | None = None
     part: Part | None = None
 
     def stats(self) -> AttentionStats:
@@ -63,8 +65,8 @@ class Attended(NamedTuple):
         live = valid_keys(partition, self.call.text_lengths)
         if self.selection is not None:
             stats = selection_stats(self.selection, self.query, self.key, partition, self.call.rule, live, self.part)
-        elif self.tiles is not None:
-            stats = shared_stats(*self.tiles, partition, live)
+        elif self.tile_choice is not None:
+            stats = shared_stats(*self.tile_choice, partition, live)
         else:
             stats = dense_stats(self.query, partition)
         if self.part is None or self.part.dim != 1:
@@ -79,10 +81,10 @@ class Attended(NamedTuple):
         """The mean density over samples of each head here, float32 ``(H,)``."""
         if self.selection is not None:
             return self.selection.mean((0, 2, 3), dtype=torch.float32)
-        if self.tiles is None:
+        if self.tile_choice is None:
             return torch.ones(self.query.shape[1], device=self.query.device)
         partition = self.call.partition
-        return _shared_pairs(*self.tiles, partition).mean(0, dtype=torch.float32) / _all_pairs(partition)
+        return _shared_pairs(*self.tile_choice, partition).mean(0, dtype=torch.float32) / _all_pairs(partition)
 
 
 def gather_part(x: Tensor, part: Part) -> Tensor:

@@ -2,33 +2,42 @@
 
 import importlib.util
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
-class UserError(Exception):
-    """A command cannot go on for a reason that its user can mend; the message says how, in one line."""
+class UserError(ValueError):
+    """Something that the user can mend; the message says how, in one line, which commands print."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks."""
+    return " ".join(str(error).split())
 
 
 def check_extra(extra: str, *modules: str) -> None:
-    """Raises ``UserError`` unless ``modules``, which the extra of this package brings, are there."""
+    """Raises ``UserError`` unless ``modules``, which an extra of this package brings, can be found."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f'this needs {", ".join(missing)}: pip install "vmoba-flex[{extra}]"')
+        # The names of modules and packages are the same; the package itself is on no index.
+        raise UserError(
+            f"this needs {', '.join(missing)}: pip install {' '.join(missing)} (in a clone: pip install '.[{extra}]')"
+        )
 
 
 @contextmanager
 def new_file(path: Path, suffix: str, what: str) -> Iterator[Path]:
-    """A file beside ``path`` to write to, which takes its place at the end and vanishes on failure.
+    """A file next to ``path`` to write to. It takes the place of ``path`` at the end, and is deleted on failure.
 
     Args:
-        path: where the file goes; in a folder that exists.
-        suffix: that its name must have, with the dot.
+        path: where the file goes, in a folder that exists.
+        suffix: which its name must have, with the dot.
         what: the file in words, for the error.
 
     Raises:
-        UserError: if the name has another suffix, is a folder's, or cannot be written.
+        UserError: if the name has another suffix, is a folder's, or the file cannot be written.
     """
     if path.suffix.lower() != suffix:
         raise UserError(f"{what}, so its name must end in {suffix}, got {path}")
@@ -36,9 +45,11 @@ def new_file(path: Path, suffix: str, what: str) -> Iterator[Path]:
         raise UserError(f"cannot write {path}, which is a folder: name a file")
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        # Made at once, so that a folder that cannot be written is known before the work and not after.
+        # Made at once: a folder that cannot be written fails before the work and not after it.
         draft.touch()
+        mode = stat.S_IMODE(draft.stat().st_mode)  # by the umask, which some writers do not follow
         yield draft
+        draft.chmod(mode)
         os.replace(draft, path)
     except OSError as error:
         raise UserError(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.checks import check_count, check_positive
-from vmoba_flex.rules import Rule, Threshold
+from vmoba_flex.rules import FlatRule, Rule, Threshold, TopK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +56,25 @@ class WarmedThreshold(Threshold):
 
     now: Tensor = dataclasses.field(default_factory=lambda: torch.ones(1, dtype=torch.float64), kw_only=True)
 
+    @property
+    def flat(self) -> FlatRule:
+        """The rule, as the schema of a custom op takes it."""
+        return self._flat(self.now)
+
     def warm(self, share: float) -> None:
         """Sets the tau of a share of the way from 1 to ``tau``."""
         self.now.fill_(1 - share * (1 - self.tau))
 
     def __repr__(self) -> str:
         return repr(Threshold(self.now.item(), pool=self.pool, max_density=self.max_density, normalize=self.normalize))
+
+
+def rule_of_flat(words: str, counts: list[int], shares: list[float], now: Tensor | None) -> Rule:
+    """The rule with this ``flat`` form."""
+    if words.startswith("topk"):
+        return TopK.of_flat(words, counts, shares)
+    rule = Threshold.of_flat(words, shares)
+    return rule if now is None else WarmedThreshold(**vars(rule), now=now)
 
 
 def warmed(rule: Rule) -> WarmedThreshold:

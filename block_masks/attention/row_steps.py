@@ -1,4 +1,4 @@
-"""The steps of attention over packed rows in plain PyTorch: for any device, and what the kernels are valid to.
+"""The steps of attention over packed rows in plain PyTorch: for any device, and what the kernels are held to.
 
 ``row_kernels.py`` has the steps that move rows, ``attend_kernels.py`` and ``flash_kernels.py`` the two that attend.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from block_masks.plans.section import Section
 from block_masks.plans.slots import take_slots
 
-# Scores valid at a time, over tiles of rows, their rows and the slots that they may see: 256 MiB in float32.
+# Scores held at a time, over tiles of rows, their rows and the slots that they may see: 256 MiB in float32.
 _CHUNK_SCORES = 2**26
 
 __all__ = ["backward", "delta", "forward", "merge_rows", "sum_rows", "take_slots"]

@@ -1,4 +1,4 @@
-"""The steps of attention of tiles of slots in plain PyTorch: for a CPU, and what the kernels are valid to."""
+"""The steps of attention of tiles of slots in plain PyTorch: for a CPU, and what the kernels are held to."""
 
 import torch
 from torch import Tensor

@@ -5,7 +5,8 @@
     model.py       a video diffusion transformer; bench/quality trained the one that checkpoint.py reads
     denoise.py     frames -> noisy video -> frames again, under any attention
     run.py         the model's own query, key, value -> one `LayerResult` per layer
-    picture.py     frames and results -> one PNG, drawn with canvas.py
+    story.py       what the picture tells
+    picture.py     story -> one PNG, drawn with canvas.py
 
-It needs the extra `demo` (av, matplotlib, safetensors, tqdm), which is imported where it is used and not before.
+It needs the extra `demo` (av, matplotlib, numpy, safetensors, tqdm), which is imported where it is used.
 """

@@ -1,4 +1,4 @@
-"""Drawing verbs of the picture: places in inches from the top left corner, and ways to paint a frame."""
+"""Drawing functions of the picture. Places are in inches from the top left corner."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ def text(figure: "Figure", left: float, top: float, words: str, *, size: float =
 
 
 def stroke(width: float) -> list[Any]:
-    """A black rim that keeps white lines and letters readable on any frame."""
+    """A black rim, so that white lines and letters are readable on any frame."""
     from matplotlib.patheffects import withStroke
 
     return [withStroke(linewidth=width, foreground="black")]
@@ -37,7 +37,7 @@ def label(target: "Axes", x: float, y: float, words: str, size: float, **style: 
 def outline(
     target: "Axes", corner: tuple[int, int], size: tuple[int, int], colour: str, width: float, inset: float = 0.0
 ) -> None:
-    """A cell's border in token units, `inset` inside it so that the lines of neighbours do not cover each other."""
+    """A cell's border in token units, drawn `inset` tokens inside it: neighbours' lines then do not overlap."""
     from matplotlib.patches import Rectangle
 
     (x, y), (w, h) = corner, size
@@ -68,7 +68,7 @@ def glowing(frame: Tensor, share: Tensor) -> np.ndarray:
     """A dim grey frame on which attention glows; share (h, w) is relative to the largest."""
     from matplotlib import colormaps
 
-    # The root lets weak attention show, of which there is much.
+    # The square root makes weak attention visible; most of it is weak.
     glow = _per_pixel(share.sqrt().numpy(), frame)
     colour = colormaps["inferno"](0.25 + 0.7 * glow)[..., :3]
     opacity = np.sqrt(glow)[..., None]

@@ -1,8 +1,7 @@
-"""A trained model as one safetensors file: half-precision weights, and in its metadata what they belong to."""
+"""A trained model as one safetensors file: weights in half precision; shape, attention and training as metadata."""
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,36 +9,38 @@ import torch
 
 from vmoba_flex import VMoBAConfig
 from vmoba_flex.demo.model import Shape, VideoTransformer
-from vmoba_flex.user_error import UserError
+from vmoba_flex.user_error import UserError, new_file, one_line
 
 TRAINED = Path(__file__).with_name("model.safetensors")
 """The model that ships with the demo; bench/quality trained it."""
 
 
 def save(model: VideoTransformer, attention: VMoBAConfig, training: dict[str, Any], path: Path) -> None:
-    """Write the model to `path`, whole or not at all.
+    """Writes the model to `path`, whole or not at all.
 
     Args:
         model: its weights are stored in float16.
         attention: what it was trained with.
-        training: how it was trained, for the reader; JSON can hold it.
-        path: the file.
+        training: how it was trained, for the reader; what JSON can hold.
+        path: the file, ending in ``.safetensors``.
+
+    Raises:
+        UserError: if the file cannot be written.
     """
     from safetensors.torch import save_file
 
     weights = {name: weight.detach().half().cpu().contiguous() for name, weight in model.state_dict().items()}
     shape = json.dumps(dataclasses.asdict(model.shape))
     metadata = {"shape": shape, "attention": attention.to_json(), "training": json.dumps(training)}
-    draft = path.with_name(path.name + ".part")
-    save_file(weights, draft, metadata)
-    os.replace(draft, path)
+    with new_file(path, ".safetensors", "a model is a safetensors file") as draft:
+        save_file(weights, draft, metadata)
 
 
 def load(path: Path = TRAINED) -> tuple[VideoTransformer, VMoBAConfig, dict[str, Any]]:
     """The model in float32, the attention that it was trained with, and how it was trained.
 
     Raises:
-        UserError: the file is missing, or is not what `save` writes.
+        UserError: if the file is missing, or is not what `save` writes.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -55,5 +56,5 @@ def load(path: Path = TRAINED) -> tuple[VideoTransformer, VMoBAConfig, dict[str,
         model.load_state_dict(weights, assign=True)
         return model.requires_grad_(False), attention, json.loads(metadata["training"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        words = " ".join(str(error).split())[:200]
+        words = one_line(error)[:200]
         raise UserError(f"{path} holds no model of bench/quality ({words}): give another file") from error

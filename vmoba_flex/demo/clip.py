@@ -1,4 +1,4 @@
-"""Read a video file into frames."""
+"""Reads a video file into frames."""
 
 import itertools
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from av import VideoFrame
 
 BUNNY = Path(__file__).with_name("bunny.mp4")
-"""The clip that ships with the demo; CREDITS.md says whose it is."""
+"""The clip that ships with the demo; CREDITS.md names its source."""
 
 
 def read_clip(path: str | Path, frames: int, height: int, width: int) -> Tensor:
@@ -31,7 +31,7 @@ def read_clip(path: str | Path, frames: int, height: int, width: int) -> Tensor:
         float32 (frames, 3, height, width) in [0, 1].
 
     Raises:
-        UserError: the file is missing, is not a video, or is too short.
+        UserError: if the file is missing, is not a video, or is too short.
     """
     from av.error import FFmpegError
 

@@ -1,4 +1,4 @@
-"""Add noise to a video, take it off again by a model, and tell how near two videos are."""
+"""Adds noise to a video, removes it again by a model, and measures how near two videos are."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torch import Tensor
 from vmoba_flex.demo.model import VideoTransformer, to_model_range, to_pixels
 
 LEVEL, STEPS = 0.7, 4
-"""The noise level that the demo starts from, and the steps in which it goes down to zero."""
+"""The noise level that the demo starts from, and the number of steps down to zero."""
 
 
 def add_noise(frames: Tensor, level: float, seed: int = 0) -> Tensor:
@@ -21,12 +21,12 @@ def add_noise(frames: Tensor, level: float, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def denoise(model: VideoTransformer, noisy: Tensor, step: Callable[[str], None]) -> Tensor:
-    """Follow the flow from `LEVEL` to zero by Euler's method.
+    """Follows the flow from `LEVEL` to zero by Euler's method.
 
     Args:
-        model: predicts the video in a noisy one.
+        model: predicts the video from a noisy one.
         noisy: (1, 3, F, H, W), of level `LEVEL`.
-        step: called before each step, with a word on it.
+        step: called before each step, with its name.
 
     Returns:
         float (F, 3, H, W) in [0, 1].

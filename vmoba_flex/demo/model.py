@@ -23,7 +23,7 @@ def to_model_range(frames: Tensor) -> Tensor:
 
 
 def to_pixels(video: Tensor) -> Tensor:
-    """The inverse of `to_model_range`, cut off to [0, 1]."""
+    """The inverse of `to_model_range`, clamped to [0, 1]."""
     return (video * _PIXEL_SPREAD + _PIXEL_MEAN).clamp(0, 1)
 
 
@@ -46,13 +46,13 @@ def from_patches(tokens: Tensor, patch: Grid, grid: Grid) -> Tensor:
 
 
 def rotary_angles(grid: Grid, head_dim: int, base: float = 100.0, device: torch.device | None = None) -> Tensor:
-    """Rotation angle of each token and channel pair, the pairs being split over time, height and width.
+    """Rotation angle of each token and channel pair; the pairs are split over time, height and width.
 
     Args:
         grid: latent video size (frames, height, width).
         head_dim: channels of a head, even; height and width get a third of the pairs each, time the rest.
         base: the longest wavelength, in tokens over 2 pi.
-        device: where the angles are made: copied there, they could be part of no CUDA graph.
+        device: where the angles are made. A copy to it could not be part of a CUDA graph.
 
     Returns:
         float32 (tokens, head_dim / 2), tokens in raster order.
@@ -77,13 +77,13 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a `VideoTransformer` is made of, but for its attention.
+    """The sizes of a `VideoTransformer`.
 
     Attributes:
         patch: frames, rows, columns of pixels in a token.
         dim: channels of a token.
         depth: layers.
-        heads: attention heads; they divide `dim`.
+        heads: attention heads, a divisor of `dim`.
     """
 
     patch: Grid
@@ -101,7 +101,7 @@ class Shape:
 class Block(nn.Module):
     """Self-attention and a perceptron, both modulated by the noise level.
 
-    `project` and `finish` surround the attention, so that they can be compiled without it and for all layers at once.
+    `project` runs before the attention and `finish` after it: they can be compiled without it, once for all layers.
     """
 
     def __init__(self, shape: Shape, layer: int, attention: VMoBAConfig) -> None:
@@ -138,22 +138,22 @@ class Block(nn.Module):
         return self.finish(x, self.attention(*self.project(x, level, angles), grid), level)
 
     def _modulations(self, level: Tensor) -> list[Tensor]:
-        """Six times (B, 1, dim), of the level's (B, 6, dim)."""
+        """Shifts, scales and gates, six tensors (B, 1, dim), from the level's (B, 6, dim)."""
         return list((level.float() + self.modulation)[:, :, None].unbind(1))
 
 
 class VideoTransformer(nn.Module):
-    """Predicts the video in a noisy video `(1 - level) * video + level * noise`, and so the velocity of the flow.
+    """Predicts the video from a noisy video `(1 - level) * video + level * noise`, and so the velocity of the flow.
 
-    The velocity of a rectified flow is `noise - video = (noisy - video) / level`. A token has fewer channels than its
-    patch, through which videos pass, but noise does not: that is why the video is predicted.
+    The velocity of a rectified flow is `noise - video = (noisy - video) / level`. The video is predicted, and not the
+    velocity, because a token has fewer channels than its patch: a video can pass through them, noise cannot.
 
-    Tokens are patches of pixels; query and key are normalised and turned by a 3D rotary embedding; the noise level acts
-    through adaptive layer norms whose gates start at zero.
+    Tokens are patches of pixels. Query and key are normalised and rotated by a 3D rotary embedding. The noise level
+    acts through adaptive layer norms whose gates start at zero.
 
     Args:
-        shape: of the model.
-        attention: what its layers attend; no parameters, so that the same weights run with any.
+        shape: sizes of the model.
+        attention: what its layers attend. It has no parameters: the same weights run with any attention.
     """
 
     def __init__(self, shape: Shape, attention: VMoBAConfig) -> None:
@@ -172,12 +172,12 @@ class VideoTransformer(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def set_attention(self, attention: VMoBAConfig) -> None:
-        """Run the same weights with another attention."""
+        """Runs the same weights with another attention."""
         for layer, block in enumerate(self.blocks):
             block.attention = VMoBAAttention(attention, layer, self.shape.depth)
 
     def forward(self, noisy: Tensor, level: Tensor) -> Tensor:
-        """The video in noisy videos (B, 3, F, H, W) of levels (B,) in [0, 1], all as `to_model_range` has them."""
+        """Videos from noisy videos (B, 3, F, H, W) of levels (B,) in [0, 1], both as `to_model_range` makes them."""
         tokens = to_patches(noisy, self.shape.patch)
         t, y, x = (size // part for size, part in zip(noisy.shape[2:], self.shape.patch, strict=True))
         angles = rotary_angles((t, y, x), self.shape.dim // self.shape.heads, device=noisy.device)
@@ -191,7 +191,7 @@ class VideoTransformer(nn.Module):
 
 
 def _level_features(level: Tensor) -> Tensor:
-    """Waves of the level, (B, features)."""
+    """Cosines and sines of the level, (B, features)."""
     half = _LEVEL_FEATURES // 2
     frequencies = 1000 * 10_000.0 ** -(torch.arange(half, dtype=torch.float32, device=level.device) / half)
     angles = level.float()[:, None] * frequencies

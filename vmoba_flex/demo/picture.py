@@ -1,6 +1,5 @@
-"""Draw what the demo did: the clip, where one query looks, and per layer kind its blocks, that query's, the tiles."""
+"""Draws what the demo did: the clip, where one query looks, and by kind of layer the blocks, its choice, the tiles."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,16 +11,17 @@ from vmoba_flex import BlockPartition
 from vmoba_flex.demo import canvas
 from vmoba_flex.demo.denoise import LEVEL
 from vmoba_flex.demo.run import TILE, LayerResult
+from vmoba_flex.demo.story import Story
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Shades and outlines that stay apart in greyscale and for the colour-blind.
+# Shades and outlines that differ in greyscale and for the colour-blind.
 TILE_COLOURS = ("#eeeeee", "#7fb0d6", "#0b3c66")
 OWN, CHOSEN = "#ffffff", "#ffb000"
 
-# Inches, like all lengths here. Frames lie in slots of 16 : 9, whatever their own shape.
+# Inches, as all lengths here. Each frame has a slot of 16 : 9, whatever its own shape.
 WIDTH, MARGIN, GAP = 16.0, 0.4, 0.07
 RATIO = 9 / 16
 SMALL = (WIDTH - 2 * MARGIN - 7 * GAP) / 8
@@ -29,65 +29,8 @@ LARGE = 1.88
 COLUMNS = (MARGIN, MARGIN + 2 * (LARGE + GAP) + 0.3, MARGIN + 6 * (LARGE + GAP) + 0.95)
 
 
-@dataclass(frozen=True)
-class Story:
-    """What the picture tells.
-
-    Attributes:
-        videos: float (T, 3, H, W) in [0, 1], one frame for each latent frame: "clip", "noisy", and denoised under
-            attention that is "full" and "sparse".
-        nearness: PSNR of two of them in dB, by their names in the order of the alphabet.
-        held_out: whether the model was not trained on the clip.
-        token: the query that is followed, (t, y, x) in the grid.
-        attention: float (tokens,), its probabilities under full attention, in each layer of `results`.
-        head: the head that is shown.
-        results: one per layer that is drawn.
-        rule: how many blocks are chosen, in words.
-        credit: whose clip it is.
-    """
-
-    videos: dict[str, Tensor]
-    nearness: dict[tuple[str, str], float]
-    held_out: bool
-    token: tuple[int, int, int]
-    attention: list[Tensor]
-    head: int
-    results: list[LayerResult]
-    rule: str
-    credit: str = ""
-
-    def psnr(self, one: str, other: str) -> float:
-        """PSNR of two of the videos, in dB."""
-        first, second = sorted((one, other))
-        return self.nearness[first, second]
-
-    @property
-    def frames(self) -> Tensor:
-        """The clip's frames."""
-        return self.videos["clip"]
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Latent size (frames, height, width)."""
-        return self.results[0].partition.grid
-
-    @property
-    def row(self) -> int:
-        """The query's place in raster order."""
-        _, height, width = self.grid
-        t, y, x = self.token
-        return (t * height + y) * width + x
-
-    def latent_frames(self, count: int) -> list[int]:
-        """`count` frames, or all if there are fewer, evenly spread, the query's own among them."""
-        total = self.grid[0]
-        picked = np.linspace(0, total - 1, min(count, total)).round().astype(int)
-        picked[np.abs(picked - self.token[0]).argmin()] = self.token[0]
-        return picked.tolist()
-
-
 def draw(story: Story, path: str | Path) -> None:
-    """Write the picture to `path` as a PNG, 1760 pixels wide."""
+    """Writes the picture to `path` as a PNG, 1760 pixels wide."""
     from matplotlib.figure import Figure
 
     strip_step, kind_step = SMALL * RATIO + 0.42, 2 * LARGE * RATIO + GAP + 0.72
@@ -200,7 +143,7 @@ def _draw_tiles(figure: "Figure", story: Story, result: LayerResult, left: float
     axes.imshow(tiles, cmap=ListedColormap(TILE_COLOURS), vmin=0, vmax=2, extent=(0, count, count, 0))
     axes.set(xticks=[], yticks=[])
     axes.set_xlabel(f"keys: {count} tiles of {TILE}, sorted by block", fontsize=9, labelpad=3)
-    axes.set_ylabel("queries, likewise", fontsize=9, labelpad=3)
+    axes.set_ylabel(f"queries: {count} tiles", fontsize=9, labelpad=3)
     axes.yaxis.set_label_position("right")
     order = result.partition.block_ids().sort(stable=True)
     colours = canvas.palette(result.partition.num_blocks)[order.values]
@@ -230,8 +173,8 @@ def _draw_legend(figure: "Figure", story: Story, top: float) -> None:
     notes = (
         "Density: share of (query, block) pairs attended. Tiles run: share of the 128 x 128 tiles that FlexAttention "
         "computes; a tile runs as soon as one of its 128 queries wants it. Recall: share of full attention kept.\n"
-        f"They are means over {len(story.results[0].tiles)} heads; all else shows head {story.head}. Query and key are "
-        f"the trained model's in its layers {layers}, on the noisy video. {story.credit}"
+        f"They are means over {len(story.results[0].tiles)} heads; the rest is from head {story.head}. Query and "
+        f"key are the trained model's in its layers {layers}, on the noisy video. {story.credit}"
     )
     canvas.text(figure, MARGIN, top + 0.33, notes, size=9.5, color="#444444", va="top", linespacing=1.4)
 

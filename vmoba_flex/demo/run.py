@@ -1,4 +1,4 @@
-"""Run a model's layers on their own query, key and value, the plain way, and measure what each does."""
+"""Runs a model's layers on their own query, key and value, the plain way, and measures what each does."""
 
 import functools
 import math
@@ -7,7 +7,7 @@ import shutil
 import sysconfig
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,15 +41,15 @@ class LayerResult:
     """What one layer did; shares are means over heads.
 
     Attributes:
-        layer: which layer of the model.
+        layer: its index in the model.
         kind: "full", "1D", "2D" or "3D".
         partition: the blocks.
         rule: how they were chosen.
-        density: share of the (query, block) pairs attended.
-        tile_density: share of the 128 x 128 tiles that had to run.
-        recall: share of the full attention's probability mass that falls on attended keys.
+        density: share of the (query, block) pairs that are attended.
+        tile_density: share of the 128 x 128 tiles that run.
+        recall: share of full attention that falls on attended keys.
         error: largest difference from dense masked attention in float64, over 512 queries.
-        seconds: median time of a call, choosing the blocks included.
+        seconds: median time of a call, which includes choosing the blocks.
         selection: bool (heads, tokens, blocks), raster order.
         tiles: int64 (heads, query tiles, key tiles), block order: 0 skipped, 1 partial, 2 full.
     """
@@ -63,12 +63,12 @@ class LayerResult:
     recall: float
     error: float
     seconds: float
-    selection: Tensor
-    tiles: Tensor
+    selection: Tensor = field(repr=False)
+    tiles: Tensor = field(repr=False)
 
 
 def check_toolchain() -> None:
-    """Raise `UserError` where torch.compile would fail for want of a C++ compiler or of Python's headers."""
+    """Raises `UserError` if torch.compile would find no C++ compiler or no headers of Python."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++", "cl")):
         raise UserError("torch.compile needs a C++ compiler: install g++, or name one in the variable CXX")
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
@@ -76,10 +76,10 @@ def check_toolchain() -> None:
 
 
 class PlainAttention(nn.Module):
-    """A layer's attention the plain way, `flex_attention` with a mask: the same as the `VMoBAAttention` it stands for.
+    """A layer's attention the plain way: `flex_attention` with a mask. It equals `VMoBAAttention`.
 
-    Only `flex_attention` is compiled, and all layers share its kernel; a compiled `vmoba_attention` fuses the choice of
-    blocks as well, but takes half a minute to compile for each kind.
+    Only `flex_attention` is compiled, and all layers share its kernel. A compiled `vmoba_attention` would fuse the
+    choice of blocks too, but takes half a minute to compile for each kind.
     """
 
     def __init__(self, config: VMoBAConfig, layer: int, num_layers: int) -> None:
@@ -87,7 +87,7 @@ class PlainAttention(nn.Module):
         self.config, self.plan = config, config.layer(layer, num_layers)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid) -> Tensor:
-        """Like `VMoBAAttention.forward`."""
+        """The same as `VMoBAAttention.forward`."""
         return plain(query, key, value, self.config.partition(self.plan.kind, grid), self.plan.rule)[0]
 
 
@@ -97,7 +97,8 @@ def plain(
     """One layer's output in raster order, and its mask in block order."""
     query, key, value = (partition.to_block_order(x) for x in (query, key, value))
     mask = vmoba_mask(query, key, partition, rule, token_order="block", tile_size=TILE)
-    return partition.to_raster_order(compiled_flex_attention(query, key, value, block_mask=mask)), mask
+    output, _ = compiled_flex_attention(query, key, value, block_mask=mask)
+    return partition.to_raster_order(output), mask
 
 
 @torch.no_grad()
@@ -116,13 +117,13 @@ def layer_inputs(model: VideoTransformer, noisy: Tensor, level: Tensor) -> list[
 
 @torch.no_grad()
 def run_layers(inputs: list[Inputs], config: VMoBAConfig, grid: Grid, step: Callable[[str], None]) -> list[LayerResult]:
-    """Run full attention on the first layer's inputs, and VMoBA on each layer's; check and time them.
+    """Runs full attention on the first layer's inputs, and VMoBA on each layer's; checks and times them.
 
     Args:
         inputs: float32 query, key and value (1, heads, tokens, head_dim) of each layer, raster order.
         config: what the layers attend.
         grid: latent video size (frames, height, width).
-        step: called three times per result, with a word on what is done next.
+        step: called three times per result, with what is done next, in words.
 
     Returns:
         One result for full attention, then one per layer.
@@ -173,7 +174,7 @@ def recall(query: Tensor, key: Tensor, selection: Tensor, partition: BlockPartit
     kept = []
     for head in range(query.shape[1]):
         keys = key[0, head].float()
-        # Some rows at a time: a head's scores over 55,296 tokens take 12 GB.
+        # Some rows at a time: all scores of a head would take 12 GB at 55,296 tokens.
         for rows in torch.arange(query.shape[2], device=query.device).split(_ROWS):
             scores = query[0, head, rows].float() @ keys.T / math.sqrt(query.shape[-1])
             kept.append((scores.softmax(-1) * selection[0, head, rows][:, ids]).sum(-1))

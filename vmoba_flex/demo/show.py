@@ -10,7 +10,7 @@ from vmoba_flex.demo import checkpoint
 from vmoba_flex.demo.clip import BUNNY, read_clip
 from vmoba_flex.demo.denoise import LEVEL, STEPS, add_noise, denoise, frames_of, psnr
 from vmoba_flex.demo.model import Grid, VideoTransformer
-from vmoba_flex.demo.picture import Story, draw
+from vmoba_flex.demo.picture import draw
 from vmoba_flex.demo.run import (
     LayerResult,
     PlainAttention,
@@ -20,13 +20,14 @@ from vmoba_flex.demo.run import (
     run_layers,
     sdpa_seconds,
 )
+from vmoba_flex.demo.story import Story
 from vmoba_flex.user_error import UserError, check_extra, new_file
 
 HEAD = 1
 """The head that the picture shows."""
 
 BUNNY_FACE = (0.44, 0.53, 0.39)
-"""Where the query lies in the clip that ships, as shares of time, height and width."""
+"""The query in the clip that ships, as shares of time, height and width."""
 
 BUNNY_CREDIT = "Clip: Big Buck Bunny, (c) 2008 Blender Foundation, www.bigbuckbunny.org, CC BY 3.0."
 
@@ -43,16 +44,16 @@ def show(
 
     Args:
         output: the PNG to write; it appears whole or not at all.
-        video: any video file; the clip that ships if None, whose first frames the model was not trained on.
+        video: any video file. If None, the clip that ships, whose first frames the model was not trained on.
         grid: latent video size (frames, height, width) in tokens of 4 frames x 8 x 8 pixels.
-        rule: how blocks are chosen; the rule that the model was trained with if None.
-        token: the query that the picture follows, (t, y, x); the bunny's face, or the middle of other videos, if None.
+        rule: how blocks are chosen. If None, the rule that the model was trained with.
+        token: the query that the picture follows, (t, y, x). If None, the bunny's face, or the middle of other videos.
 
     Returns:
         Text: how near the denoised videos are, a table with a line per layer, and how to read it.
 
     Raises:
-        UserError: something is missing, or cannot be read or written.
+        UserError: if something is missing, or cannot be read or written.
     """
     check_extra("demo", "av", "matplotlib", "safetensors", "tqdm")
     check_toolchain()
@@ -90,10 +91,10 @@ def _run(
 ) -> tuple[Story, list[LayerResult], float]:
     from tqdm import tqdm
 
-    # One step each to read, take the layers' inputs, time torch's attention and draw; three per result.
+    # One step each to read, to take the layers' inputs, to time torch's attention and to draw; three per result.
     total = 4 + 2 * STEPS + 3 * (1 + model.shape.depth)
     with tqdm(total=total, bar_format="{desc:<32}|{bar}| {n_fmt}/{total_fmt}, {elapsed}", leave=False) as bar:
-        # A step is counted when the next begins, so that the words always name what is going on.
+        # A step is counted when the next begins: the words name what runs now.
         def step(words: str) -> None:
             bar.update(bar.desc != "")
             bar.set_description_str(words)
@@ -131,7 +132,7 @@ def _run(
         )
         draw(story, path)
         step("done")
-        bar.leave = True  # a bar that fails makes room for the error
+        bar.leave = True  # not before: a bar that fails makes room for the error
     return story, results, sdpa
 
 

@@ -1,17 +1,18 @@
 """Which way a call takes, from what is known without reading the device."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from block_masks.launching.constant import constant_when_compiled
 from block_masks.plans.rows import TILE
+from vmoba_flex.call import BACKENDS as BACKENDS
+from vmoba_flex.call import DISPATCHES as DISPATCHES
+from vmoba_flex.call import Backend, ChosenBackend, Dispatch
 from vmoba_flex.groups import group_sizes
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK
-
-DISPATCHES = ("auto", "tiles", "packed", "shared", "dense")
-BACKENDS = ("auto", "triton", "flash")
-
 
 # Times on one H200 or H100 that "auto" goes by (bench/NOTES.md). The fastest dense peer runs at _DENSE_RATE, and its
 # forward + backward takes _BACKWARD times as long. "packed" takes the share of that which _SHARE gives (a constant, and
@@ -27,7 +28,7 @@ _FLASH_FROM = (10e-3, 18e-3)
 
 def choose_dispatch(
     query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Rule, ranks: int = 1
-) -> str:
+) -> Literal["tiles", "packed", "dense"]:
     """What ``dispatch="auto"`` runs; see ``vmoba_attention``.
 
     Args:
@@ -68,14 +69,14 @@ def _largest_density(rule: Rule, blocks: int) -> float:
 
 
 def choose_backend(
-    backend: str,
-    dispatch: str,
+    backend: Backend,
+    dispatch: Dispatch,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     partition: BlockPartition,
     padded: bool = False,
-) -> str:
+) -> ChosenBackend:
     """The kernels that a dispatch runs on: ``"eager"``, ``"triton"`` or ``"flash"``; ``padded``: with text lengths.
 
     Raises:
@@ -99,7 +100,13 @@ def choose_backend(
 
 
 def _flash_refusal(
-    dispatch: str, query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, padded: bool, backward: bool
+    dispatch: Dispatch,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    partition: BlockPartition,
+    padded: bool,
+    backward: bool,
 ) -> str | None:
     if dispatch not in ("packed", "shared"):
         return f"dispatch={dispatch!r} has no kernels for it"

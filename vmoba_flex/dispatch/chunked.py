@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Scores valid at a time, over samples, heads, queries of the chunk and keys: 256 MiB in float32.
+# Scores held at a time, over samples, heads, queries of the chunk and keys: 256 MiB in float32.
 _CHUNK_SCORES = 2**26
 
 
@@ -18,7 +18,8 @@ def chunked_attention(
     key_group: Tensor,
     scale: float | None,
     key_valid: Tensor | None = None,
-) -> Tensor:
+    lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Attention of each query over the keys of its selected groups, a chunk of queries at a time.
 
     Costs as much as full attention. Backward recomputes each chunk, so that memory grows linearly with the tokens.
@@ -31,19 +32,22 @@ def chunked_attention(
         key_group: int64 ``(S,)``.
         scale: ``1 / sqrt(D)`` if None.
         key_valid: bool ``(B, S)``: False at keys that nobody attends; all True if None.
+        lse: whether the log-sum-exp is wanted.
 
     Returns:
-        ``(B, H, S, value dim)``, in query's dtype; accumulated in float32, or float64 for float64 inputs.
+        ``(B, H, S, value dim)`` in query's dtype, and the natural log-sum-exp of each query's scores ``(B, H, S)`` if
+        wanted; accumulated in float32, or float64 for float64 inputs.
     """
     batch, heads, tokens, head_dim = query.shape
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
     rows = max(1, _CHUNK_SCORES // (batch * heads * tokens))
     chunks = [
-        checkpoint(_masked_attention, q, key, value, chosen, key_group, scale, key_valid, use_reentrant=False)
+        checkpoint(_masked_attention, q, key, value, chosen, key_group, scale, key_valid, lse, use_reentrant=False)
         for q, chosen in zip(query.split(rows, 2), selected.split(rows, 2), strict=True)
     ]
-    return torch.cat(chunks, dim=2)
+    outputs, sums = zip(*chunks, strict=True)
+    return torch.cat(outputs, dim=2), torch.cat(sums, dim=2) if lse else None
 
 
 def _masked_attention(
@@ -54,7 +58,8 @@ def _masked_attention(
     key_group: Tensor,
     scale: float,
     key_valid: Tensor | None,
-) -> Tensor:
+    lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     exact = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         scores = (query.to(exact) @ key.to(exact).mT) * scale
@@ -62,4 +67,5 @@ def _masked_attention(
         if key_valid is not None:
             attended = attended & key_valid[:, None, None]
         scores = scores.masked_fill(~attended, -torch.inf)
-        return (scores.softmax(-1) @ value.to(exact)).to(query.dtype)
+        output = (scores.softmax(-1) @ value.to(exact)).to(query.dtype)
+        return output, scores.logsumexp(-1) if lse else None

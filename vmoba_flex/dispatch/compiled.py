@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 # Shapes, dtypes, scale and grad mode each need a kernel of their own. Past torch's default of 8 a compiled function
 # runs eagerly, and eager flex_attention builds the S x S scores: 137 GiB at 55,296 tokens and 12 heads.
@@ -24,7 +24,7 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(_attend, fullgraph=True, dynamic=False)
 
 
-def has_flex_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def has_flex_kernel(query: Tensor, key: Tensor, value: Tensor, lse: bool = False) -> bool:
     """Whether to run ``flex_attention`` on these inputs: on a GPU always, on a CPU rarely.
 
     There it has no backward and no float64, and is worth a compilation only as part of a caller that is compiled.
@@ -32,7 +32,7 @@ def has_flex_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if query.device.type != "cpu":
         return True
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    return torch.compiler.is_compiling() and query.dtype != torch.float64 and not needs_grad
+    return torch.compiler.is_compiling() and query.dtype != torch.float64 and not needs_grad and not lse
 
 
 def compiled_flex_attention(
@@ -40,17 +40,26 @@ def compiled_flex_attention(
     key: Tensor,
     value: Tensor,
     *,
-    block_mask: BlockMask,
+    block_mask: BlockMask | None,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
+    lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """``flex_attention``, compiled: as part of the caller's graph if there is one, and by itself otherwise.
+
+    Returns:
+        The output, and its natural log-sum-exp if ``lse``.
 
     Raises:
         torch._dynamo.exc.FailOnRecompileLimitHit: after 128 combinations of shapes, dtype, scale and grad mode in
             one process.
     """
-    return _run(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=enable_gqa)
+    if not lse:
+        return _run(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=enable_gqa), None
+    output, aux = _run(
+        query, key, value, block_mask=block_mask, scale=scale, enable_gqa=enable_gqa, return_aux=AuxRequest(lse=True)
+    )
+    return output, aux.lse
 
 
 def _run(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:

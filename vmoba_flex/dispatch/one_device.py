@@ -4,11 +4,11 @@ import functools
 
 from torch import Tensor
 
-from vmoba_flex.call import Call
+from vmoba_flex.call import Call, ChosenBackend, Dispatch
 from vmoba_flex.dispatch.dense import dense_attention
 from vmoba_flex.dispatch.packed import packed_attention
 from vmoba_flex.dispatch.shared import shared_attention
-from vmoba_flex.dispatch.tiles import tiles_attention
+from vmoba_flex.dispatch.tiles import attend_all, tiles_attention
 from vmoba_flex.groups import valid_keys
 from vmoba_flex.part import Part
 from vmoba_flex.selection.select import choose_blocks
@@ -16,7 +16,13 @@ from vmoba_flex.stats import Attended
 
 
 def attend_here(
-    query: Tensor, key: Tensor, value: Tensor, call: Call, dispatch: str, kernels: str, part: Part | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: Call,
+    dispatch: Dispatch,
+    backend: ChosenBackend,
+    part: Part | None = None,
 ) -> Attended:
     """Attention by one dispatch.
 
@@ -26,20 +32,23 @@ def attend_here(
         value: ``(B, key heads, S, value dim)``.
         call: what they attend.
         dispatch: any but ``"auto"``.
-        kernels: what ``choose_backend`` says.
+        backend: what ``choose_backend`` returns.
         part: the heads, or the queries, of the call that lie here; None for all.
     """
     attended = functools.partial(Attended, query=query, key=key, call=call, part=part)
     if dispatch == "dense":
-        live = valid_keys(call.partition, call.text_lengths)
-        return attended(dense_attention(query, key, value, call.scale, call.enable_gqa, live))
+        valid = valid_keys(call.partition, call.text_lengths)
+        if call.lse:
+            output, lse = attend_all(query, key, value, call, valid)
+            return attended(output, lse=lse)
+        return attended(dense_attention(query, key, value, call.scale, call.enable_gqa, valid))
     if dispatch == "shared":
-        output, selected, slots = shared_attention(query, key, value, call, kernels, part=part)
-        return attended(output, tiles=(selected, slots))
+        shared = shared_attention(query, key, value, call, backend, part=part)
+        return attended(shared.output, lse=shared.lse, tile_choice=(shared.selected, shared.slots))
     selection = choose_blocks(query, key, call.partition, call.rule, part)
     if dispatch == "packed":
-        output = packed_attention(query, key, value, selection, call, kernels, part)
+        output, lse = packed_attention(query, key, value, selection, call, backend, part)
     else:
         queries = part.queries if part is not None and part.dim == 2 else None
-        output = tiles_attention(query, key, value, selection, call, queries)
-    return attended(output, selection=selection)
+        output, lse = tiles_attention(query, key, value, selection, call, queries)
+    return attended(output, lse=lse, selection=selection)

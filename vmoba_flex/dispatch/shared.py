@@ -11,15 +11,16 @@ their number takes the place of the video tokens' in every pool, and a short til
 queries of a tile attend the blocks chosen for it, and prefix and suffix; prefix and suffix queries attend everything.
 """
 
-import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from block_masks import Slots, attend_slots, from_slots, realize, slot_mask, to_slots, valid_slots
+from block_masks import Slots, attend_slots, from_slots, merge_coarse_keys, realize, slot_mask, to_slots, valid_slots
 from block_masks.plans.rows import TILE
-from vmoba_flex.call import Call
+from vmoba_flex.call import Call, ChosenBackend, scale_of
+from vmoba_flex.cells import coarse_keys
 from vmoba_flex.dispatch.chunked import chunked_attention
 from vmoba_flex.dispatch.compiled import compiled_flex_attention, has_flex_kernel
 from vmoba_flex.groups import block_slots, group_of_key, valid_group_lengths, valid_keys
@@ -30,15 +31,32 @@ from vmoba_flex.selection.gate import block_means
 from vmoba_flex.selection.select import ranked, select
 
 
+class Shared(NamedTuple):
+    """Attention of tiles that share a choice.
+
+    Attributes:
+        output: ``(B, H, S, value dim)`` in raster order.
+        lse: ``(B, H, S)``, its natural log-sum-exp, if the call wants it.
+        selected: bool ``(B, H, tiles, G)``, what each tile attends. Prefix and suffix are one more group after the N
+            blocks, and their tiles follow the video's.
+        slots: of these tiles.
+    """
+
+    output: Tensor
+    lse: Tensor | None
+    selected: Tensor
+    slots: Slots
+
+
 def shared_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     call: Call,
-    backend: str = "eager",
+    backend: ChosenBackend = "eager",
     tile_size: int = TILE,
     part: Part | None = None,
-) -> tuple[Tensor, Tensor, Slots]:
+) -> Shared:
     """Chooses blocks for each query tile and attends them, in block order with each block padded to whole tiles.
 
     Args:
@@ -50,21 +68,21 @@ def shared_attention(
             kernels.
         tile_size: tokens in a query tile. Compiled kernels on Hopper GPUs need a multiple of 128.
         part: the heads of the call that lie here; None for all.
-
-    Returns:
-        The output ``(B, H, S, value dim)`` in raster order; what each tile attends, bool ``(B, H, tiles, G)``, where
-        prefix and suffix are one more group behind the N blocks, and their tiles stand behind the video's; and the
-        slots of these tiles.
     """
     partition, scale, text_lengths = call.partition, call.scale, call.text_lengths
     slots = block_slots(partition, query.device, tile_size)
     query_slots = to_slots(query, slots)
     selected = choose_tiles(query_slots, key, partition, call.rule, slots, part)
-    if not has_flex_kernel(query, key, value):
+    coarse = None if call.tail is None else coarse_keys(key, value, partition, call.tail)
+    wants_lse = call.lse or coarse is not None
+    if not has_flex_kernel(query, key, value, wants_lse):
         of_token = selected.index_select(2, slots.key_slot // tile_size)
-        key_group = group_of_key(partition, query.device)
-        live = valid_keys(partition, text_lengths)
-        return chunked_attention(query, key, value, of_token, key_group, scale, live), selected, slots
+        key_group, valid = group_of_key(partition, query.device), valid_keys(partition, text_lengths)
+        output, lse = chunked_attention(query, key, value, of_token, key_group, scale, valid, wants_lse)
+        if coarse is not None:
+            assert lse is not None
+            output, lse = merge_coarse_keys(query, output, lse, coarse, of_token, scale_of(scale, query))
+        return Shared(output, lse, selected, slots)
     group_lengths, valid = None, None
     if backend == "flash" and text_lengths is not None:
         group_lengths = valid_group_lengths(partition, text_lengths)
@@ -73,12 +91,18 @@ def shared_attention(
     if not query.is_cuda:  # FlexAttention's kernel for CPUs reads no views of what an op made.
         q, k, v = map(realize, (q, k, v))
     if backend == "flash":
-        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        output, _ = attend_slots(q, k, v, selected, slots, scale, group_lengths)
-        return from_slots(output, slots), selected, slots
-    mask = slot_mask(selected, slots, valid_slots(slots, valid_keys(partition, text_lengths)))
-    output = compiled_flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=call.enable_gqa)
-    return from_slots(output, slots), selected, slots
+        output, lse = attend_slots(q, k, v, selected, slots, scale_of(scale, query), group_lengths, coarse)
+    else:
+        mask = slot_mask(selected, slots, valid_slots(slots, valid_keys(partition, text_lengths)))
+        output, lse = compiled_flex_attention(
+            q, k, v, block_mask=mask, scale=scale, enable_gqa=call.enable_gqa, lse=wants_lse
+        )
+        if coarse is not None:
+            assert lse is not None
+            output, lse = merge_coarse_keys(q, output, lse, coarse, selected, scale_of(scale, query), tile_size)
+    if lse is not None and call.lse:
+        lse = from_slots(lse[..., None], slots)[..., 0]
+    return Shared(from_slots(output, slots), lse if call.lse else None, selected, slots)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vmoba_flex.call import Call
+from vmoba_flex.call import Backend, Call, Dispatch
 from vmoba_flex.dispatch.choose import choose_backend, choose_dispatch
 from vmoba_flex.dispatch.one_device import attend_here
 from vmoba_flex.distributed.balance import HeadBalance
@@ -20,8 +20,8 @@ def attend_across(
     key: Tensor,
     value: Tensor,
     call: Call,
-    dispatch: str,
-    backend: str,
+    dispatch: Dispatch,
+    backend: Backend,
     layout: Layout,
     balance: HeadBalance | None = None,
 ) -> Attended:
@@ -48,7 +48,7 @@ def attend_across(
     if dispatch == "auto":
         dispatch = choose_dispatch(query, key, value, partition, call.rule, ranks.size)
     # Chosen by the whole call, so that all ranks take the same backend, the one that a single GPU would take.
-    backend = choose_backend(backend, dispatch, query, key, value, partition, call.text_lengths is not None)
+    chosen = choose_backend(backend, dispatch, query, key, value, partition, call.text_lengths is not None)
     of_keys = None
     if query.shape[1] >= ranks.size:
         repeats = query.shape[1] // key.shape[1]
@@ -68,7 +68,7 @@ def attend_across(
         heads = Heads((key.shape[1],) * ranks.size)
         repeated = [x.repeat(1, ranks.size, 1, 1) for x in (key, value)]
         key, value = to_heads(repeated, layout, (heads, heads))
-    attended = attend_here(query, key, value, call, dispatch, backend, part)
+    attended = attend_here(query, key, value, call, dispatch, chosen, part)
     if of_keys is None:
         return attended
     if balance is not None and dispatch != "dense":
@@ -103,7 +103,7 @@ def by_heads(
     return to_tokens(attention(query, key, value, text_lengths), layout, heads)
 
 
-def _check_by_queries(query: Tensor, dispatch: str, balance: HeadBalance | None, ranks: int) -> None:
+def _check_by_queries(query: Tensor, dispatch: Dispatch, balance: HeadBalance | None, ranks: int) -> None:
     where = f"with more ranks than heads, got {ranks} ranks and {query.shape[1]} heads"
     if dispatch == "shared":
         raise ValueError(f"dispatch must not be 'shared' {where}; its tiles of queries cannot be split over ranks")

@@ -110,6 +110,7 @@ class capture:  # noqa: N801 - read as a verb: with capture(model) as captured
         length = None if text_lengths is None else int(text_lengths[0])
         key_heads = [head // group for head in heads]
         facts: dict[str, Any] = {"kind": processor.kind, "layer": layer, "step": step, "heads": tuple(heads)}
+        facts["num_layers"] = len(run.processors)
         of_query, of_key = (x.detach().cpu() for x in (query[0, heads], key[0, key_heads]))
         self.records.append(Record(of_query, of_key, partition, text_length=length, model=name, **facts))
 

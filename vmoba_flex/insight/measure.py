@@ -13,10 +13,9 @@ from vmoba_flex.insight.records import Record
 from vmoba_flex.mask import selection_tiles
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
-from vmoba_flex.selection.gate import gate
-from vmoba_flex.selection.select import POOL_DIMS, ranked, select
+from vmoba_flex.selection.select import POOL_DIMS, choose_blocks
 
-_LOGITS = 2**24  # that are there at a time
+_LOGITS = 2**24  # in memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,17 +23,19 @@ class HeadReport:
     """What one head of one layer keeps at one step.
 
     Attributes:
-        model: a pipeline's name for it.
+        model: the pipeline's name for the model.
         layer: from 0.
         step: from 0.
         kind: of the blocks.
-        head: in the layer.
-        density: (query, block) pairs chosen, as a share of all.
-        tile_density: tiles of 128 x 128 with a pair, in block order, as a share of all.
-        recall: mean share of a sampled query's attention that falls on what it attends: chosen blocks, and all text.
-        best_recall: the same, had the pairs with the largest true mass been chosen: own blocks and the best others, as
-            many in each pool of the sampled queries as were chosen there.
-        entropy: mean of a sampled query's attention, in nats; the logarithm of the tokens if it is uniform.
+        head: its index in the layer.
+        density: share of the (query, block) pairs that are chosen.
+        tile_density: share of the 128 x 128 tiles, in block order, that hold a chosen pair.
+        recall: share of a query's full attention that falls on what it attends, chosen blocks and all text; mean over
+            the sampled queries.
+        best_recall: recall of the best choice with as many pairs in each pool of the sampled queries: own blocks, and
+            the pairs with the largest true mass.
+        entropy: of a query's full attention, in nats, mean over the sampled queries; the logarithm of the number of
+            tokens if attention is uniform.
     """
 
     model: str
@@ -50,20 +51,20 @@ class HeadReport:
 
 
 def inspect(records: Sequence[Record], rule: Rule | VMoBAConfig, *, rows: int = 256, seed: int = 0) -> list[HeadReport]:
-    """What each head of each record keeps under a rule, or under a config, which brings blocks of its own.
+    """What each head of each record keeps under a rule or a config.
 
-    Choices are those of all queries, as at run time, but that pools over heads see the recorded heads alone. The true
-    attention, which full attention would have, is computed for ``rows`` queries of the video, drawn by ``seed`` without
-    replacement, some at a time: never for all.
+    Blocks are chosen for all queries, as at run time; pools over heads see only the recorded heads. Full attention is
+    computed for ``rows`` video queries only, drawn by ``seed`` without replacement.
 
     Args:
         records: of any layers and steps.
-        rule: on the blocks of the records; or a config, by each record's layer.
+        rule: a rule, on the blocks of the records; or a config, which brings its own blocks, and a rule by layer.
         rows: sampled queries of each record.
-        seed: that draws them.
+        seed: of the sample.
 
     Raises:
-        ValueError: if ``rows`` is below 1, or a config's block exceeds the grid.
+        ValueError: if ``rows`` is below 1, a config's block exceeds the grid, or its dense layers cannot be known from
+            a record.
     """
     check_positive("rows", rows)
     return [report for record in records for report in _inspect(record, rule, rows, seed)]
@@ -91,18 +92,35 @@ def _inspect(record: Record, rule: Rule | VMoBAConfig, rows: int, seed: int) -> 
 
 
 def layer_of(record: Record, rule: Rule | VMoBAConfig) -> tuple[str, BlockPartition, Rule | None]:
-    """A record's kind, blocks and rule, None for full attention."""
+    """A record's kind, blocks and rule; the rule of a dense layer is None.
+
+    Raises:
+        ValueError: if a config's dense layers cannot be known from the record, or its block exceeds the grid.
+    """
     if not isinstance(rule, VMoBAConfig):
         return record.kind, record.partition, rule
-    layers = max(record.layer + 1, rule.dense_layers)
-    layer = dataclasses.replace(rule, dense_steps=0).layer(record.layer, layers)
+    layer = dataclasses.replace(rule, dense_steps=0).layer(record.layer, _num_layers(record, rule))
     where = record.partition
     partition = rule.partition(layer.kind, where.grid, where.prefix, where.suffix)
     return layer.kind, partition, None if layer.dense else layer.rule
 
 
+def _num_layers(record: Record, config: VMoBAConfig) -> int:
+    """Layers of the record's model, or, if unknown, as many as record and config speak of."""
+    if record.num_layers is not None:
+        return record.num_layers
+    dense = config.dense_layers
+    if isinstance(dense, int):
+        return max(record.layer + 1, dense)
+    if any(layer < 0 for layer in dense):
+        raise ValueError(
+            f"num_layers of a record must be given where dense_layers counts from the end, {dense}, got None"
+        )
+    return 1 + max(record.layer, *dense) if dense else record.layer + 1
+
+
 def sample_rows(partition: BlockPartition, rows: int, seed: int) -> Tensor:
-    """Video queries drawn without replacement, in order; all where there are no more."""
+    """Indices of ``rows`` video queries drawn without replacement, in order; of all queries if they are fewer."""
     order = torch.randperm(partition.num_video_tokens, generator=torch.Generator().manual_seed(seed))
     return order[:rows].sort().values
 
@@ -114,12 +132,11 @@ def own_blocks(partition: BlockPartition, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def choose(record: Record, partition: BlockPartition, rule: Rule | None) -> Tensor:
-    """What a rule chooses, bool ``(heads, video tokens, N)``; everything without one."""
-    own = own_blocks(partition, record.query.device)
+    """What a rule chooses, or everything without a rule: bool ``(heads, video tokens, N)``."""
     if rule is None:
-        return torch.ones_like(own).expand(len(record.query), *own.shape)
-    scores = gate(record.query[None], record.key[None], partition)
-    return select(ranked(scores, partition, rule, record.query.shape[-1]), own, rule)[0]
+        shape = len(record.query), partition.num_video_tokens, partition.num_blocks
+        return torch.ones(shape, dtype=torch.bool, device=record.query.device)
+    return choose_blocks(record.query[None], record.key[None], partition, rule)[0]
 
 
 @torch.no_grad()
@@ -132,19 +149,18 @@ def true_mass(record: Record, partition: BlockPartition, rows: Tensor) -> tuple[
         rows: int64, among the video tokens.
 
     Returns:
-        The mass on each block ``(heads, rows, N)``, what is missing to 1 being text's, and the entropy in nats
-        ``(heads, rows)``.
+        Mass on each block ``(heads, rows, N)``, where the rest up to 1 is on text; entropy in nats ``(heads, rows)``.
     """
     groups = group_of_key(partition, record.key.device).long()
-    live, scale = record.key_valid(), record.query.shape[-1] ** -0.5
+    valid, scale = record.key_valid(), record.query.shape[-1] ** -0.5
     mass = torch.zeros(len(record.query), len(rows), partition.num_blocks + 1, device=record.key.device)
     entropy = torch.zeros(mass.shape[:2], device=record.key.device)
     for head, (query, key) in enumerate(zip(record.query, record.key, strict=True)):
         key = key.float()
         for part in torch.arange(len(rows), device=rows.device).split(max(1, _LOGITS // len(key))):
             logits = query[partition.prefix + rows[part]].float() @ key.T * scale
-            if live is not None:
-                logits = logits.masked_fill(~live, -torch.inf)
+            if valid is not None:
+                logits = logits.masked_fill(~valid, -torch.inf)
             shares = logits.log_softmax(-1)
             entropy[head, part] = torch.special.entr(shares.exp()).sum(-1)
             mass[head, part] = mass[head, part].index_add(1, groups, shares.exp())
@@ -175,5 +191,5 @@ def best_choice(mass: Tensor, own: Tensor, chosen: Tensor, pool: str) -> Tensor:
     return best.view([chosen[None].shape[dim] for dim in order]).permute(back)[0]
 
 
-def _batched(live: Tensor | None) -> Tensor | None:
-    return None if live is None else live[None]
+def _batched(valid: Tensor | None) -> Tensor | None:
+    return None if valid is None else valid[None]

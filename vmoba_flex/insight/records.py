@@ -15,10 +15,10 @@ from vmoba_flex.groups import valid_keys
 from vmoba_flex.inputs import check_query_key
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import TopK
-from vmoba_flex.user_error import UserError, check_extra, new_file
+from vmoba_flex.user_error import UserError, check_extra, new_file, one_line
 
 _VERSION = 1
-_FACTS = ("model", "layer", "step", "kind", "heads", "text_length", "grid", "block", "prefix", "suffix")
+_FACTS = ("model", "layer", "num_layers", "step", "kind", "heads", "text_length", "grid", "block", "prefix", "suffix")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,14 +27,15 @@ class Record:
 
     Attributes:
         query: floating ``(heads, S, D)`` in raster order, prefix and suffix included.
-        key: likewise, one for each query head.
+        key: floating ``(heads, S, D)``, one head for each query head.
         partition: the layer's blocks; ``S`` is its ``num_tokens``.
         kind: ``"temporal"``, ``"spatial"`` or ``"spatiotemporal"``.
-        layer: from 0.
+        layer: its index, from 0.
+        num_layers: layers of the model; None if unknown. Needed where a config counts dense layers from the end.
         step: the denoising step, from 0.
-        heads: which of the layer's heads these are; the first ones by default.
-        text_length: so many of the prefix and suffix tokens exist; all if None.
-        model: a pipeline's name for it.
+        heads: indices of these heads in the layer; the first ones by default.
+        text_length: how many prefix and suffix tokens are valid, the first ones; all if None.
+        model: the pipeline's name for the model.
 
     Raises:
         TypeError: if a value has a wrong type.
@@ -46,6 +47,7 @@ class Record:
     partition: BlockPartition
     kind: str = dataclasses.field(default="spatiotemporal", kw_only=True)
     layer: int = dataclasses.field(default=0, kw_only=True)
+    num_layers: int | None = dataclasses.field(default=None, kw_only=True)
     step: int = dataclasses.field(default=0, kw_only=True)
     heads: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
     text_length: int | None = dataclasses.field(default=None, kw_only=True)
@@ -58,7 +60,7 @@ class Record:
         if self.key.shape != self.query.shape:
             raise ValueError(f"key must have query's shape {tuple(self.query.shape)}, got {tuple(self.key.shape)}")
         check_choice("kind", self.kind, KINDS)
-        check_count("layer", self.layer)
+        check_count("layer", self.layer, self.num_layers, "num_layers")
         check_count("step", self.step)
         object.__setattr__(self, "heads", tuple(self.heads) or tuple(range(len(self.query))))
         if len(self.heads) != len(self.query):
@@ -68,25 +70,31 @@ class Record:
             check_count("text_length", self.text_length, text + 1, "prefix + suffix + 1")
 
     def key_valid(self) -> Tensor | None:
-        """Which keys exist, bool ``(S,)``; None if all do."""
+        """Which keys are valid, bool ``(S,)``; None if all are."""
         if self.text_length is None:
             return None
-        live = valid_keys(self.partition, torch.tensor([self.text_length], device=self.key.device))
-        return None if live is None else live[0]
+        valid = valid_keys(self.partition, torch.tensor([self.text_length], device=self.key.device))
+        return None if valid is None else valid[0]
 
     def to(self, device: torch.device | str) -> "Record":
         """The same record on another device."""
         return dataclasses.replace(self, query=self.query.to(device), key=self.key.to(device))
 
     def num_bytes(self) -> int:
-        """What query and key take."""
+        """Bytes of query and key."""
         return self.query.nbytes + self.key.nbytes
+
+    def __repr__(self) -> str:
+        """All fields, with the dtype and shape of query and key in place of their values."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        words = (f"{name}={_short(value)}" for name, value in values.items())
+        return f"Record({', '.join(words)})"
 
 
 def save(records: Sequence[Record], path: Path | str) -> None:
     """Writes records to a safetensors file, which appears whole or not at all.
 
-    Each has the tensors ``<i>.query`` and ``<i>.key``; what else there is to it stands in the metadata, as JSON.
+    Record i has the tensors ``<i>.query`` and ``<i>.key``; its other fields are JSON in the metadata.
 
     Raises:
         UserError: if there is nothing to write, or the file cannot be written.
@@ -130,18 +138,23 @@ def load(path: Path | str) -> list[Record]:
                 _record(facts, file.get_tensor(f"{i}.query"), file.get_tensor(f"{i}.key"))
                 for i, facts in enumerate(data["records"])
             ]
+    except UserError:
+        raise
     except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot read {path} as safetensors ({_one_line(error)}): capture again") from error
+        raise UserError(f"cannot read {path} as safetensors ({one_line(error)}): capture again") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} holds records that do not fit together ({_one_line(error)}): capture again") from error
+        raise UserError(f"{path} holds records that do not fit together ({one_line(error)}): capture again") from error
 
 
 def _record(facts: dict[str, Any], query: Tensor, key: Tensor) -> Record:
     grid, block, prefix, suffix = (facts[name] for name in _FACTS[-4:])
     partition = BlockPartition(tuple(grid), tuple(block), prefix=prefix, suffix=suffix)
+    facts.setdefault("num_layers", None)  # absent from files of version 0.1.0
     values: dict[str, Any] = {name: facts[name] for name in _FACTS[:-4]}
     return Record(query, key, partition, **values)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"<{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}>"
+    return repr(value)

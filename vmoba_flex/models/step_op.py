@@ -1,18 +1,18 @@
 """Attention as one op that reads as it runs whether the step is dense, so that one graph serves all steps."""
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from vmoba_flex.attention import attend
-from vmoba_flex.call import Call
+from vmoba_flex.call import Backend, Call, Dispatch
 from vmoba_flex.dispatch.dense import dense_attention
 from vmoba_flex.groups import valid_keys
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule, Threshold, TopK
-from vmoba_flex.warmup import WarmedThreshold
+from vmoba_flex.rules import Rule
+from vmoba_flex.warmup import rule_of_flat
 
 if TYPE_CHECKING:  # loaded where a model is context-parallel
     from vmoba_flex.collectives import Ranks
@@ -28,8 +28,8 @@ def attend_at_step(
     density: Tensor,
     partition: BlockPartition,
     rule: Rule,
-    dispatch: str,
-    backend: str,
+    dispatch: Dispatch,
+    backend: Backend,
     dense_backend: str,
     ranks: "Ranks | None" = None,
 ) -> Tensor:
@@ -49,13 +49,8 @@ def attend_at_step(
         dense_backend: diffusers' name of what a dense step runs on; empty for the fastest that torch brings.
         ranks: that share the tokens; None for one.
     """
-    top_k = isinstance(rule, TopK)
     return _attend_at_step(
-        query, key, value, text_lengths, dense, density, list(partition.grid), list(partition.block),
-        [partition.prefix, partition.suffix], rule.pool, rule.k if top_k else None, rule.density if top_k else None,
-        None if top_k else rule.tau, None if top_k else rule.max_density,
-        "" if top_k else rule.normalize, rule.now if isinstance(rule, WarmedThreshold) else None,
-        dispatch, backend, dense_backend,
+        query, key, value, text_lengths, dense, density, partition.flat, *rule.flat, dispatch, backend, dense_backend,
         "" if ranks is None else ranks.group, 0 if ranks is None else ranks.rank, 1 if ranks is None else ranks.size,
     )  # fmt: skip
 
@@ -64,13 +59,10 @@ def attend_at_step(
 @torch.library.custom_op("vmoba_flex::attend_at_step", mutates_args=("density",), tags=(torch.Tag.cudagraph_unsafe,))
 def _attend_at_step(
     query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None, dense: Tensor, density: Tensor,
-    grid: list[int], block: list[int], text: list[int],
-    pool: str, k: int | None, share: float | None, tau: float | None, max_density: float | None,
-    normalize: str, now: Tensor | None, dispatch: str, backend: str, dense_backend: str,
-    group: str, rank: int, size: int,
+    sizes: list[int], words: str, counts: list[int], shares: list[float], now: Tensor | None,
+    dispatch: str, backend: str, dense_backend: str, group: str, rank: int, size: int,
 ) -> Tensor:  # fmt: skip
-    (frames, height, width), (bt, bh, bw), (prefix, suffix) = grid, block, text
-    partition = BlockPartition((frames, height, width), (bt, bh, bw), prefix=prefix, suffix=suffix)
+    partition, rule = BlockPartition.of_flat(sizes), rule_of_flat(words, counts, shares, now)
     layout = None
     if size > 1:
         from vmoba_flex.collectives import Ranks
@@ -84,13 +76,8 @@ def _attend_at_step(
 
             return by_heads(everything, query, key, value, text_lengths, layout).contiguous()
         return everything(query, key, value, text_lengths).contiguous()
-    if tau is None:
-        rule = TopK(k, density=share, pool=pool)
-    else:
-        rule = Threshold(tau, pool=pool, max_density=max_density, normalize=normalize)
-        if now is not None:
-            rule = WarmedThreshold(**vars(rule), now=now)
-    attended = attend(query, key, value, Call(partition, rule, text_lengths=text_lengths), dispatch, backend, layout)
+    call = Call(partition, rule, text_lengths=text_lengths)
+    attended = attend(query, key, value, call, cast(Dispatch, dispatch), cast(Backend, backend), layout)
     density.copy_(attended.density())
     return attended.output.contiguous()
 

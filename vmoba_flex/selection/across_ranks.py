@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.collectives import all_reduce
-from vmoba_flex.selection.weights import rest_to_reach, scaled_weights
+from vmoba_flex.selection.weights import Targets, rest_to_reach, scaled_weights
 
 _BITS = 8
 _DIGITS = 2**_BITS
@@ -21,9 +21,7 @@ def take_across(
     own: Tensor,
     place: Tensor,
     length: int,
-    max_pairs: int | None,
-    tau: float | None,
-    stretch: bool,
+    targets: Targets,
     group: str,
 ) -> Tensor:
     """Own pairs and the best others, per pool: the shortest prefix of the whole pool that reaches every target.
@@ -35,16 +33,14 @@ def take_across(
         own: bool ``(own pools, entries)``; pool p has row ``p % own pools``.
         place: int64 ``(entries,)``: where an entry stands in its pool, in the order that breaks ties.
         length: entries of a whole pool.
-        max_pairs: pairs that a pool keeps, own ones included; None for no cap.
-        tau: share of the pool's weights to reach; None for no target.
-        stretch: as in ``scaled_weights``.
+        targets: what to keep of a whole pool.
         group: name of the process group.
 
     Returns:
         bool ``(pools, entries)``.
     """
     own = own.repeat(scores.shape[0] // own.shape[0], 1)
-    weights, caps = _targets(scores, own, length, max_pairs, tau, stretch, group)
+    weights, caps = _caps(scores, own, length, targets, group)
     descent = _Descent(~own, weights, caps, group)
     key, bits = _ordered(scores)
     descent.follow(key, bits)
@@ -88,10 +84,9 @@ class _Descent:
         return torch.zeros(len(digit), _DIGITS, dtype=torch.int64, device=digit.device).scatter_add_(1, digit, values)
 
 
-def _targets(
-    scores: Tensor, own: Tensor, length: int, max_pairs: int | None, tau: float | None, stretch: bool, group: str
-) -> tuple[list[Tensor | None], Tensor]:
+def _caps(scores: Tensor, own: Tensor, length: int, targets: Targets, group: str) -> tuple[list[Tensor | None], Tensor]:
     """What each target counts, None for pairs, and how much of it the non-own pairs have to reach ``(pools, n)``."""
+    max_pairs, tau, stretch = targets
     weights: list[Tensor | None] = []
     caps = []
     finite, parts = None, [own.sum(-1)]

@@ -23,18 +23,18 @@ def block_means(key: Tensor, partition: BlockPartition) -> Tensor:
     Returns:
         float32 or float64 ``(B, H, N, D)``.
     """
-    return _block_means(key.detach(), list(partition.grid), list(partition.block), partition.prefix, partition.suffix)
+    return _block_means(key.detach(), partition.flat)
 
 
 @torch.library.custom_op("vmoba_flex::block_means", mutates_args=())
 @on_device
-def _block_means(key: Tensor, grid: list[int], block: list[int], prefix: int, suffix: int) -> Tensor:
-    return _means(key, BlockPartition(_triple(grid), _triple(block), prefix=prefix, suffix=suffix)).contiguous()
+def _block_means(key: Tensor, sizes: list[int]) -> Tensor:
+    return _means(key, BlockPartition.of_flat(sizes)).contiguous()
 
 
 @_block_means.register_fake
-def _(key: Tensor, grid: list[int], block: list[int], prefix: int, suffix: int) -> Tensor:
-    return key.new_empty((*key.shape[:2], _num_blocks(grid, block), key.shape[3]), dtype=_accumulator(key))
+def _(key: Tensor, sizes: list[int]) -> Tensor:
+    return key.new_empty((*key.shape[:2], _num_blocks(sizes), key.shape[3]), dtype=_accumulator(key))
 
 
 def _means(key: Tensor, partition: BlockPartition) -> Tensor:
@@ -69,17 +69,14 @@ def gate(query: Tensor, key: Tensor, partition: BlockPartition, queries: Queries
         read it.
     """
     before, _, video, _ = Queries.of(partition) if queries is None else queries
-    sizes = list(partition.grid), list(partition.block), partition.prefix, partition.suffix
-    return _gate(query, key, *sizes, before, video)
+    return _gate(query, key, partition.flat, before, video)
 
 
 # Opaque to Inductor, so that a compiled selection sees the same scores, to the bit, as an eager one.
 @torch.library.custom_op("vmoba_flex::gate", mutates_args=())
 @on_device
-def _gate(
-    query: Tensor, key: Tensor, grid: list[int], block: list[int], prefix: int, suffix: int, before: int, count: int
-) -> Tensor:
-    partition = BlockPartition(_triple(grid), _triple(block), prefix=prefix, suffix=suffix)
+def _gate(query: Tensor, key: Tensor, sizes: list[int], before: int, count: int) -> Tensor:
+    partition = BlockPartition.of_flat(sizes)
     if _has_kernels(query) and count:
         from vmoba_flex.selection import gate_kernels
 
@@ -96,25 +93,18 @@ def _gate(
 
 
 @_gate.register_fake
-def _(
-    query: Tensor, key: Tensor, grid: list[int], block: list[int], prefix: int, suffix: int, before: int, count: int
-) -> Tensor:
-    shape = (*query.shape[:2], _num_blocks(grid, block), count)
+def _(query: Tensor, key: Tensor, sizes: list[int], before: int, count: int) -> Tensor:
+    shape = (*query.shape[:2], _num_blocks(sizes), count)
     return query.new_empty(shape, dtype=_accumulator(query)).mT
 
 
-def _num_blocks(grid: list[int], block: list[int]) -> int:
-    """As ``BlockPartition`` has it; sizes may be symbolic here, and of these no partition can be made."""
-    return math.prod([-(-size // part) for size, part in zip(grid, block, strict=True)])
+def _num_blocks(sizes: list[int]) -> int:
+    """Blocks of the partition with these ``flat`` sizes, which may be symbolic: of those no partition can be made."""
+    return math.prod([-(-size // part) for size, part in zip(sizes[:3], sizes[3:6], strict=True)])
 
 
 def _has_kernels(x: Tensor) -> bool:
     return x.is_cuda and x.element_size() == 2 and x.shape[-1] <= _KERNEL_MAX_DIM
-
-
-def _triple(sizes: list[int]) -> tuple[int, int, int]:
-    t, y, x = sizes
-    return t, y, x
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

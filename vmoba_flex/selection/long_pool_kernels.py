@@ -19,6 +19,7 @@ from block_masks.launching.launch import QuickLaunch
 from vmoba_flex.selection.bracket_kernels import DIGITS, RECORD, bin_kernel, bracket_kernel, list_kernel, range_kernel
 from vmoba_flex.selection.digit_kernels import digit_kernel
 from vmoba_flex.selection.pair_kernels import bits_of, key_of
+from vmoba_flex.selection.weights import Targets, fraction_bits
 
 _PROGRAMS = 2112  # sixteen per multiprocessor of an H200
 _BLOCK = 1024
@@ -45,23 +46,20 @@ def take_kernel(scores, own, state, taken, fields, step, length, own_pools, plac
     tl.store(taken + (pool * length + first) + here, chosen, mask=inside)
 
 
-def take_long(
-    scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None, stretch: bool, one_bits: int
-) -> Tensor:
+def take_long(scores: Tensor, own: Tensor, targets: Targets) -> Tensor:
     """Takes pairs in pools of any length.
 
     Args:
         scores: float32 ``(pools, entries)``, contiguous.
         own: bool ``(own pools, entries)``, contiguous; pool p has row ``p % own pools``.
-        max_pairs: pairs that a pool keeps, own ones included; None for no cap.
-        tau: share of the pool's weight to reach; None for no target.
-        stretch: whether weights are scores scaled by the pool's minimum and maximum, or as they are, in 0..1.
-        one_bits: fraction bits of the fixed-point weights.
+        targets: what to keep.
 
     Returns:
         bool ``(pools, entries)``.
     """
     (pools, length), own_pools, device = scores.shape, len(own), scores.device
+    max_pairs, tau, stretch = targets
+    one_bits = fraction_bits(length)
     parts = max(1, min(triton.cdiv(length, _BLOCK), _PROGRAMS // pools))
     chunk = triton.cdiv(triton.cdiv(length, parts), _BLOCK) * _BLOCK
     parts = triton.cdiv(length, chunk)
@@ -71,7 +69,6 @@ def take_long(
     steps = triton.cdiv(32 + place_bits, bits)
     fields = DIGITS.value + (steps + 1) * RECORD.value
     flags = {"HAS_CAP": max_pairs is not None, "HAS_TAU": tau is not None}
-    targets = (max_pairs or 0, bits_of(tau), one_bits)
     bin_bits = _BINS.bit_length() - 1
 
     state = torch.zeros(pools * fields, dtype=torch.int64, device=device)
@@ -86,7 +83,9 @@ def take_long(
         scores, own, state, counts, fields, length, own_pools, chunk, parts, one_bits,
         HAS_TAU=tau is not None, STRETCH=stretch, BIN_BITS=bin_bits, BLOCK=_BLOCK,
     )  # fmt: skip
-    bracket_kernel[pools,](state, counts, fields, *targets, STRETCH=stretch, BIN_BITS=bin_bits, **flags)
+    bracket_kernel[pools,](
+        state, counts, fields, max_pairs or 0, bits_of(tau), one_bits, STRETCH=stretch, BIN_BITS=bin_bits, **flags
+    )
     list_kernel[grid](
         scores, own, state, listed, fields, length, own_pools, chunk, parts, one_bits,
         HAS_TAU=tau is not None, STRETCH=stretch, BLOCK=_BLOCK,

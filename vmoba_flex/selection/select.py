@@ -1,6 +1,7 @@
 """Which blocks each query attends: one algorithm over pools, for both rules."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -9,11 +10,14 @@ from block_masks.launching.device import on_device
 from vmoba_flex.inputs import check_query_key
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule, Threshold
+from vmoba_flex.rules import Pool, Rule, Threshold, TopK
 from vmoba_flex.selection.gate import gate
 from vmoba_flex.selection.mass import block_mass
-from vmoba_flex.selection.weights import fraction_bits, rest_to_reach, scaled_weights
-from vmoba_flex.warmup import WarmedThreshold
+from vmoba_flex.selection.weights import Targets, rest_to_reach, scaled_weights
+from vmoba_flex.warmup import WarmedThreshold, rule_of_flat
+
+# The most blocks that pools of one query may have for a kernel; beyond, a GPU sorts.
+SHORT = 1024
 
 # For each pool, the dims of a (B, H, S, N) gate that stay apart and those that compete. The competing dims stand in
 # the order that breaks ties: block id, then query index, then head.
@@ -79,16 +83,9 @@ def select(scores: Tensor, own: Tensor, rule: Rule, part: Part | None = None) ->
     Returns:
         bool ``(B, H, S, N)``, the transpose of a contiguous ``(B, H, N, S)``.
     """
-    apart, competing = POOL_DIMS[rule.pool]
-    part = part if part is not None and part.dim in competing else None
-    sizes = [scores.shape[dim] if part is None or dim != part.dim else part.size for dim in competing]
-    max_pairs = rule.max_pairs(math.prod(sizes), scores.shape[-1])
-    tau, stretch = (rule.tau, rule.normalize == "minmax") if isinstance(rule, Threshold) else (None, True)
-    now = rule.now if isinstance(rule, WarmedThreshold) else None
-    targets = max_pairs, tau, stretch, now
-    if part is None:
-        return _select(scores, own, apart, competing, *targets)
-    return _select_across(scores, own, part.places, part.dim, sizes, apart, competing, *targets, part.group)
+    if part is None or part.dim not in POOL_DIMS[rule.pool][1]:
+        return _select(scores, own, *rule.flat)
+    return _select_across(scores, own, part.places, part.dim, part.size, *rule.flat, part.group)
 
 
 # Opaque to Inductor, which on torch 2.11 fails to fuse scans as long as a pool with what surrounds them, and which
@@ -96,58 +93,74 @@ def select(scores: Tensor, own: Tensor, rule: Rule, part: Part | None = None) ->
 @torch.library.custom_op("vmoba_flex::select", mutates_args=())
 @on_device
 def _select(
-    scores: Tensor, own: Tensor, apart: list[int], competing: list[int],
-    max_pairs: int | None, tau: float | None, stretch: bool, now: Tensor | None,
-) -> Tensor:  # fmt: skip
-    tau = tau if now is None else _now(scores, now)
-    batch, heads, tokens, blocks = scores.shape
-    on_gpu = scores.is_cuda and scores.dtype == torch.float32
-    if on_gpu and len(apart) == 3:
-        from vmoba_flex.selection import short_pool_kernels
+    scores: Tensor, own: Tensor, words: str, counts: list[int], shares: list[float], now: Tensor | None
+) -> Tensor:
+    rule = rule_of_flat(words, counts, shares, now)
+    apart, competing = POOL_DIMS[rule.pool]
+    targets = _targets(rule, scores, math.prod([scores.shape[dim] for dim in competing]))
+    search = _search(scores, rule.pool)
+    if search == "short":
+        from vmoba_flex.selection.short_pool_kernels import take_short
 
-        if blocks <= short_pool_kernels.SHORT:
-            one_bits = fraction_bits(blocks)
-            return (
-                short_pool_kernels.take_short(scores.flatten(0, 1), own, max_pairs, tau, stretch, one_bits)
-                .view(batch, heads, blocks, tokens)
-                .mT
-            )
+        batch, heads, tokens, blocks = scores.shape
+        return take_short(scores.flatten(0, 1), own, targets).view(batch, heads, blocks, tokens).mT
     pools, own = _pools(scores, own, apart, competing)
-    if on_gpu and len(apart) < 3:
-        from vmoba_flex.selection import long_pool_kernels
+    if search == "long":
+        from vmoba_flex.selection.long_pool_kernels import take_long
 
-        selected = long_pool_kernels.take_long(
-            pools.contiguous(), own, max_pairs, tau, stretch, fraction_bits(pools.shape[1])
-        )
+        taken = take_long(pools.contiguous(), own, targets)
     else:
-        selected = _take(pools, own, max_pairs, tau, stretch)
-    return _unpooled(selected, scores, apart, competing)
+        taken = take_sorted(pools, own, targets)
+    return _unpooled(taken, scores, apart, competing)
 
 
 # Opaque too, with its collectives inside.
 @torch.library.custom_op("vmoba_flex::select_across", mutates_args=())
 @on_device
 def _select_across(
-    scores: Tensor, own: Tensor, places: Tensor, dim: int, sizes: list[int], apart: list[int], competing: list[int],
-    max_pairs: int | None, tau: float | None, stretch: bool, now: Tensor | None, group: str,
+    scores: Tensor, own: Tensor, places: Tensor, dim: int, size: int,
+    words: str, counts: list[int], shares: list[float], now: Tensor | None, group: str,
 ) -> Tensor:  # fmt: skip
     from vmoba_flex.selection.across_ranks import take_across
 
-    tau = tau if now is None else _now(scores, now)
+    rule = rule_of_flat(words, counts, shares, now)
+    apart, competing = POOL_DIMS[rule.pool]
     pools, own = _pools(scores, own, apart, competing)
-    place = torch.zeros((), dtype=torch.int64, device=scores.device)
-    for one, size in zip(competing, sizes, strict=True):
-        along = places if one == dim else torch.arange(size, device=scores.device)
-        place = (place[..., None] * size + along).flatten()
-    selected = take_across(pools, own, place, math.prod(sizes), max_pairs, tau, stretch, group)
-    return _unpooled(selected, scores, apart, competing)
+    place, length = torch.zeros((), dtype=torch.int64, device=scores.device), 1
+    for each in competing:
+        whole = size if each == dim else scores.shape[each]
+        along = places if each == dim else torch.arange(whole, device=scores.device)
+        place, length = (place[..., None] * whole + along).flatten(), length * whole
+    taken = take_across(pools, own, place, length, _targets(rule, scores, length), group)
+    return _unpooled(taken, scores, apart, competing)
 
 
-def _now(scores: Tensor, now: Tensor) -> float:
-    """The tau in force of a rule that is warmed up."""
-    if scores.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise ValueError("a rule must not be warmed up inside a CUDA graph, which would keep its tau")
-    return now.item()
+def _targets(rule: Rule, scores: Tensor, length: int) -> Targets:
+    """What a rule keeps of each pool of ``length`` pairs."""
+    max_pairs = rule.max_pairs(length, scores.shape[-1])
+    if isinstance(rule, TopK):
+        return Targets(max_pairs)
+    tau = rule.tau
+    if isinstance(rule, WarmedThreshold):
+        if scores.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError("a rule must not be warmed up inside a CUDA graph, which would keep its tau")
+        tau = rule.now.item()
+    return Targets(max_pairs, tau, rule.normalize == "minmax")
+
+
+def _search(scores: Tensor, pool: Pool) -> Literal["short", "long", "sort"]:
+    """How the best pairs of each pool are found.
+
+    Returns:
+        ``"short"``: one kernel that holds whole pools in registers, for the blocks of one query. ``"long"``: kernels
+        that pass over each pool a few times, for pools of many queries; with the millions of pools of single queries
+        their tables would not fit. ``"sort"``: torch's sort, which runs everywhere, for all else.
+    """
+    if not scores.is_cuda or scores.dtype != torch.float32:
+        return "sort"
+    if pool != "query":
+        return "long"
+    return "short" if scores.shape[-1] <= SHORT else "sort"
 
 
 def _pools(scores: Tensor, own: Tensor, apart: list[int], competing: list[int]) -> tuple[Tensor, Tensor]:
@@ -175,7 +188,7 @@ def _(scores: Tensor, *_: object) -> Tensor:
     return scores.new_empty(scores.mT.shape, dtype=torch.bool).mT
 
 
-def _take(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None, stretch: bool) -> Tensor:
+def take_sorted(scores: Tensor, own: Tensor, targets: Targets) -> Tensor:
     """Own pairs and the best others, per pool: the shortest prefix that reaches every target.
 
     A pair belongs to that prefix exactly if what ranks before it falls short of the target, for each criterion.
@@ -183,13 +196,12 @@ def _take(scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None,
     Args:
         scores: floating ``(pools, entries)``, entries in the order that breaks ties.
         own: bool ``(own pools, entries)``; pool p has row ``p % own pools``.
-        max_pairs: pairs that a pool keeps, own ones included; None for no cap.
-        tau: share of the pool's weights to reach; None for no target.
-        stretch: whether weights are the scores scaled by the pool's minimum and maximum, or as they are, in 0..1.
+        targets: what to keep.
 
     Returns:
         bool ``(pools, entries)``.
     """
+    max_pairs, tau, stretch = targets
     own = own.repeat(scores.shape[0] // own.shape[0], 1)
     # NaNs with either sign, and the two zeros, compare equal here but not in every sort.
     scores = torch.where(scores.isnan(), torch.nan, torch.where(scores == 0, 0.0, scores))

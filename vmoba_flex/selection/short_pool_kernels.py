@@ -12,8 +12,8 @@ from torch import Tensor
 
 from block_masks.launching.launch import QuickLaunch
 from vmoba_flex.selection.pair_kernels import bits_of, key_of, rest_of, scale_of, score_of, weight_of
+from vmoba_flex.selection.weights import Targets, fraction_bits
 
-SHORT = 1024
 # No score has this key: it stands for pairs that do not compete.
 _NO_KEY = tl.constexpr(-(2**31))
 
@@ -92,23 +92,19 @@ def _short_kernel(
     tl.store(tl.max_contiguous(taken + (place * inner + column[None, :]), [1, 1]), chosen, mask=inside)
 
 
-def take_short(
-    scores: Tensor, own: Tensor, max_pairs: int | None, tau: float | None, stretch: bool, one_bits: int
-) -> Tensor:
-    """Takes pairs in pools of at most ``SHORT`` entries.
+def take_short(scores: Tensor, own: Tensor, targets: Targets) -> Tensor:
+    """Takes pairs in pools of at most ``select.SHORT`` entries.
 
     Args:
         scores: float32 ``(outer, inner, entries)``, dense in some order of dims; each ``(outer, inner)`` is a pool.
         own: bool ``(inner, entries)``, dense likewise.
-        max_pairs: pairs that a pool keeps, or None.
-        tau: share of the pool's weight to reach, or None.
-        stretch: whether weights are scores scaled by the pool's minimum and maximum, or as they are, in 0..1.
-        one_bits: fraction bits of the fixed-point weights.
+        targets: what to keep.
 
     Returns:
         bool ``(outer, entries, inner)``, contiguous.
     """
     outer, inner, length = scores.shape
+    max_pairs, tau, stretch = targets
     padded = max(triton.next_power_of_2(length), 2)
     # A thread keeps 32 keys, or half as many with their weights; more would spill. A short pool stays in one warp.
     budget = 1024 if tau is None else 512
@@ -117,7 +113,7 @@ def take_short(
     taken = torch.empty(outer, length, inner, dtype=torch.bool, device=scores.device)
     _short_kernel[outer * triton.cdiv(inner, pools),](
         scores, own, taken, inner, length, *scores.stride(), *own.stride(), max_pairs or 0, bits_of(tau),
-        one_bits, HAS_CAP=max_pairs is not None, HAS_TAU=tau is not None, STRETCH=stretch, LENGTH=padded, POOLS=pools,
-        num_warps=warps,
+        fraction_bits(length), HAS_CAP=max_pairs is not None, HAS_TAU=tau is not None, STRETCH=stretch,
+        LENGTH=padded, POOLS=pools, num_warps=warps,
     )  # fmt: skip
     return taken

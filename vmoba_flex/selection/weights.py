@@ -4,8 +4,24 @@ Integer sums are the same in any order, so that a cut does not depend on how a d
 pool.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Targets(NamedTuple):
+    """What is kept of each pool: own pairs, and of the others, best first, the fewest that reach a target.
+
+    Attributes:
+        max_pairs: pairs that a pool keeps, own ones included; None for no cap.
+        tau: share of the pool's weights to reach; None for no target.
+        stretch: whether weights are the scores scaled by the pool's minimum and maximum, or as they are, in 0..1.
+    """
+
+    max_pairs: int | None
+    tau: float | None = None
+    stretch: bool = True
 
 
 def fraction_bits(length: int) -> int:
