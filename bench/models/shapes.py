@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.common.sizes import Sizes3
+from vmoba_flex.call import Dispatch
 from vmoba_flex import Threshold, TopK
 from vmoba_flex.config import ApproxBlocks, VMoBAConfig
 
@@ -139,7 +140,7 @@ class ModelSizes:
     grids: tuple[Sizes3, ...]
     about: tuple[int, int, int] | None = None
 
-    def config(self, grid: Sizes3, training: bool, dispatch: str) -> VMoBAConfig:
+    def config(self, grid: Sizes3, training: bool, dispatch: Dispatch) -> VMoBAConfig:
         """The configuration of a row of ours."""
         rule = TRAINING_RULE if training else INFERENCE_RULE
         if self.about is None:
