@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vmoba_flex.approx_blocks import ApproxBlocks
-from vmoba_flex.rules import Rule, Threshold, TopK
+from vmoba_flex.rules import Pool, Rule, Threshold, TopK
 
 VERSION = 1
 FIELDS = (
@@ -85,7 +85,7 @@ def _own(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _approx_blocks(name: str, data: dict[str, Any]) -> ApproxBlocks:
-    if len(data) != 1 or data.keys().isdisjoint(("approx_blocks", "about_blocks")):  # the second: in version 0.1.0
+    if len(data) != 1 or data.keys().isdisjoint(("approx_blocks", "about_blocks")):  # the second: before version 0.2
         raise ValueError(f'{name} must be sizes or {{"approx_blocks": count}}, got {data}')
     try:
         return ApproxBlocks(*data.values())
@@ -130,7 +130,7 @@ def _sizes(length: int) -> Callable[[Any], bool]:
 
 _MAX_DIGITS = 20
 _MAX_CYCLE = 10_000  # more layers than any model has, few enough to list
-_POOLS = {"query_head": "query", "block": "block", "head_global": "head", "overall": "global"}
+_POOLS: dict[str, Pool] = {"query_head": "query", "block": "block", "head_global": "head", "overall": "global"}
 _MODES = ("topk", "threshold")
 
 _COUNT = ("an int of at least 1", _is_count)

@@ -4,8 +4,7 @@
     python -m bench.attention.bits --compare before.json     # after the change: names the calls that differ
 
 Each hash covers one call: a selection, the lists of a mask, or an output with its gradients and statistics. Hashes can
-be compared only on the same machine and versions. All calls take a minute on one core; ``--device cuda`` adds the
-Triton kernels.
+be compared only on the same machine and versions. All calls take a minute on one core; on a GPU they run in Triton.
 """
 
 import argparse
@@ -38,8 +37,6 @@ PARTITIONS = {
     "cubes": BlockPartition.spatiotemporal((8, 8, 8), (4, 8, 8)),
     "text": BlockPartition.spatiotemporal((7, 8, 10), (3, 4, 4), prefix=5, suffix=9),
 }
-
-
 DISPATCHES = ("packed", "shared", "tiles", "dense")
 DTYPES = {"cpu": (torch.float32, torch.bfloat16, torch.float64), "cuda": (torch.float32, torch.bfloat16)}
 
@@ -95,9 +92,9 @@ def _calls(partition: BlockPartition, rule: Rule, tensors: tuple[Tensor, ...]) -
         if query.is_cuda and query.dtype == torch.float32 and dispatch != "packed":
             continue  # each shape would be compiled: in bfloat16 only
         backend = "triton" if query.is_cuda and dispatch != "dense" else "auto"
-        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        leaves = q, k, v = [x.clone().requires_grad_() for x in (query, key, value)]
         output, stats = vmoba_attention(
-            *leaves, partition, rule, dispatch=dispatch, backend=backend, enable_gqa=True, text_lengths=lengths,
+            q, k, v, partition, rule, dispatch=dispatch, backend=backend, enable_gqa=True, text_lengths=lengths,
             return_stats=True,
         )  # fmt: skip
         yield dispatch, digest(output, *torch.autograd.grad(output, leaves, grad), *stats)

@@ -23,23 +23,22 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 @QuickLaunch
 @triton.jit
-def _words_kernel(
-    group, selected, words, rows, cells, head_step, row_step, group_step, ROWS: tl.constexpr, CELLS: tl.constexpr
-):
-    """Packs the coarse keys of one word, for some rows of one head."""
+def _words_kernel(group, selected, words, rows, cells, head_step, row_step, group_step, ROWS: tl.constexpr):
+    """Packs the coarse keys of one word, for some rows of one head: each group that they are parts of is read once."""
     word, head = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
-    selected += head * head_step
+    bit = tl.arange(0, 64)
+    cell = word * 64 + bit
+    which = tl.load(group + cell, mask=cell < cells, other=-1)
+    first = tl.min(tl.where(cell < cells, which, 2**31 - 1), 0)
+    last = tl.max(which, 0)
+    at = selected + head * head_step + row.to(tl.int64) * row_step
     bits = tl.zeros((ROWS,), tl.int64)
-    for start in range(0, 64, CELLS):
-        bit = start + tl.arange(0, CELLS)
-        cell = word * 64 + bit
-        which = tl.load(group + cell, mask=cell < cells, other=0)
-        at = (which * group_step)[:, None] + (row.to(tl.int64) * row_step)[None, :]
-        chosen = tl.load(selected + at, mask=(cell < cells)[:, None] & inside[None, :], other=1)
-        bits += tl.sum((chosen == 0).to(tl.int64) << bit[:, None].to(tl.int64), 0)
-    tl.store(words + (head * tl.num_programs(1) + word) * rows + row, bits, mask=inside)
+    for this in range(first, last + 1):
+        parts = tl.sum(tl.where(which == this, tl.full((64,), 1, tl.int64) << bit.to(tl.int64), 0), 0)
+        chosen = tl.load(at + this * group_step, mask=row < rows, other=1)
+        bits |= tl.where(chosen == 0, parts, 0)
+    tl.store(words + (head * tl.num_programs(1) + word) * rows + row, bits, mask=row < rows)
 
 
 @triton.jit
@@ -246,8 +245,8 @@ def pack_words(coarse: CoarseKeys, selected: Tensor) -> Tensor:
     heads, rows, _ = selected.shape
     cells = len(coarse.bias)
     words = torch.empty(heads, triton.cdiv(cells, _WORD_BITS), rows, dtype=torch.int64, device=selected.device)
-    _words_kernel[triton.cdiv(rows, 256), words.shape[1], heads](
-        coarse.group, selected, words, rows, cells, *selected.stride(), ROWS=256, CELLS=8
+    _words_kernel[triton.cdiv(rows, 512), words.shape[1], heads](
+        coarse.group, selected, words, rows, cells, *selected.stride(), ROWS=512
     )
     return words
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from block_masks.precision import accumulator
+
 # Scores held at a time, over samples, heads, queries of the chunk and keys: 256 MiB in float32.
 _CHUNK_SCORES = 2**26
 
@@ -60,7 +62,7 @@ def _masked_attention(
     key_valid: Tensor | None,
     lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    exact = torch.promote_types(query.dtype, torch.float32)
+    exact = accumulator(query)
     with torch.autocast(query.device.type, enabled=False):
         scores = (query.to(exact) @ key.to(exact).mT) * scale
         attended = selected[..., key_group]
