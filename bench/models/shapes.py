@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from bench.common.sizes import Sizes3
-from vmoba_flex.call import Dispatch
 from vmoba_flex import Threshold, TopK
+from vmoba_flex.call import Dispatch
 from vmoba_flex.config import ApproxBlocks, VMoBAConfig
 
 TRAINING_RULE = Threshold(0.25, pool="head", max_density=0.25)

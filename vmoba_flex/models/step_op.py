@@ -1,4 +1,4 @@
-"""Attention as one op that reads as it runs whether the step is dense, so that one graph serves all steps."""
+"""Attention as one op that reads when it runs whether the step is dense, so that one graph serves all steps."""
 
 import functools
 from typing import TYPE_CHECKING, cast
@@ -37,16 +37,16 @@ def attend_at_step(
 
     Args:
         query: ``(B, H, S, D)``.
-        key: likewise.
-        value: likewise.
+        key: ``(B, H, S, D)``.
+        value: ``(B, H, S, D)``.
         text_lengths: as in ``vmoba_attention``.
         dense: bool scalar on the CPU.
         density: float32 scalar; what the call attended is written to it.
         partition: the blocks.
         rule: chooses them.
-        dispatch: as in ``vmoba_attention``, where the step is not dense.
-        backend: likewise.
-        dense_backend: diffusers' name of what a dense step runs on; empty for the fastest that torch brings.
+        dispatch: as in ``vmoba_attention``, for a step that is not dense.
+        backend: as in ``vmoba_attention``, for the same.
+        dense_backend: diffusers' name of the backend of a dense step; empty for the fastest of torch's.
         ranks: that share the tokens; None for one.
     """
     return _attend_at_step(
@@ -115,12 +115,12 @@ def layout_of(ranks: "Ranks | None", partition: BlockPartition) -> "Layout | Non
 def attend_everything(
     query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None, partition: BlockPartition, backend: str
 ) -> Tensor:
-    """Full attention; ``backend``: diffusers' name of one, or empty for the fastest that torch brings."""
-    live = valid_keys(partition, text_lengths)
+    """Full attention by a backend of diffusers, by name, or by the fastest of torch's if the name is empty."""
+    valid = valid_keys(partition, text_lengths)
     if not backend:
-        return dense_attention(query, key, value, None, False, live)
+        return dense_attention(query, key, value, None, False, valid)
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
-    mask = None if live is None else live[:, None, None]
+    mask = None if valid is None else valid[:, None, None]
     tokens_first = (x.transpose(1, 2) for x in (query, key, value))
     return dispatch_attention_fn(*tokens_first, attn_mask=mask, backend=AttentionBackendName(backend)).transpose(1, 2)
