@@ -1,4 +1,4 @@
-"""What the README and the docs tell their readers works as it stands, and a wheel holds what it should.
+"""What the README and the docs tell their readers works as it stands.
 
 A fence of Python says after its language how it runs: not at all (``no-run``: it needs a GPU, weights or a prompt),
 under ``torchrun``, or in this process if it says nothing.
@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import types
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +101,3 @@ def test_each_kind_of_example_is_found():
 def test_links_exist(page: Path):
     for link in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text()):
         assert (page.parent / link).is_file(), link
-
-
-def test_one_wheel_holds_both_packages(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
-    subprocess.run([*command, str(tmp_path), str(ROOT)], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("vmoba_flex-*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {
-        p.relative_to(ROOT).as_posix() for top in ("vmoba_flex", "block_masks") for p in (ROOT / top).rglob("*.py")
-    }
-    expected |= {f"{top}/py.typed" for top in ("vmoba_flex", "block_masks")} | {"vmoba_flex/demo/bunny.mp4"}
-    assert expected <= names
-    assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"vmoba_flex", "block_masks"}
