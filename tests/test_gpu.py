@@ -577,17 +577,16 @@ def test_reduce_overhead_gives_what_eager_gives(dispatch: str):
 
 @pytest.mark.parametrize("dispatch", CAPTURED)
 def test_a_warm_up_makes_no_graph_anew(dispatch: str):
-    partition, rule = CASES["spatial"][0], warmed(CAPTURED[dispatch])
+    partition, rule = CASES["spatial"][0], CAPTURED[dispatch]
     *inputs, upstream = fresh_inputs(partition, 0)
     leaves = [x.requires_grad_() for x in inputs]
     torch.compiler.reset()
     attend = functools.partial(vmoba_attention, *leaves, partition, dispatch=dispatch, backend="triton")
-    compiled = torch.compile(lambda: attend(rule), fullgraph=True, dynamic=False)
+    compiled = torch.compile(attend, fullgraph=True, dynamic=False)
     for i, share in enumerate((0.3, 0.6, 1.0)):
-        rule.warm(share)
         with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
-            actual = compiled()
-        expected = attend(dataclasses.replace(CAPTURED[dispatch], tau=1 - share * (1 - rule.tau)))
+            actual = compiled(rule=warmed(rule, share))
+        expected = attend(rule=dataclasses.replace(rule, tau=1 - share * (1 - rule.tau)))
         for x, y in zip(
             (actual, *torch.autograd.grad(actual, leaves, upstream)),
             (expected, *torch.autograd.grad(expected, leaves, upstream)),
@@ -597,7 +596,7 @@ def test_a_warm_up_makes_no_graph_anew(dispatch: str):
 
 
 def test_a_rule_that_is_warmed_up_is_refused_in_a_cuda_graph():
-    partition, rule = CASES["spatial"][0], warmed(Threshold(0.25, max_density=0.4))
+    partition, rule = CASES["spatial"][0], warmed(Threshold(0.25, max_density=0.4), 1.0)
     query, key, *_ = fresh_inputs(partition, 0)
     vmoba_selection(query, key, partition, rule)
     capturing = torch.cuda.graph(torch.cuda.CUDAGraph())

@@ -12,10 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.strategies import Problem, problems
 from vmoba_flex import BlockPartition, Threshold, TopK, VMoBAConfig, reference, vmoba_selection
+from vmoba_flex.dispatch.choose import choose_dispatch
 from vmoba_flex.insight import Record, Timing, break_even, calibrate, crossover, inspect, load, save
+from vmoba_flex.insight.calibrate import MARGIN, _auto_is_packed
 from vmoba_flex.insight.measure import best_choice, layer_of, own_blocks, recall_of, sample_rows, true_mass
 from vmoba_flex.user_error import UserError
 
@@ -229,6 +232,46 @@ def test_calibrate_reaches_a_wanted_density():
         assert one.density == pytest.approx(0.4, abs=0.01)
         assert isinstance(config.rule, Mapping) and config.rule[one.kind] == one.rule
     assert VMoBAConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("pool", ["query", "block", "head", "global"])
+def test_calibrate_caps_the_density_with_a_margin(pool: str):
+    rule = Threshold(0.5, pool=pool, normalize="softmax")
+    config = dataclasses.replace(CONFIG, rule=rule, cycle=("spatial",), dense_steps=(0.25, 1), dense_layers=[-1])
+    records = [dataclasses.replace(record(1, seed), layer=0, num_layers=9) for seed in range(3)]
+    wanted, (one,) = calibrate(records, config, recall=0.8)
+    assert isinstance(one.rule, Threshold) and one.rule.max_density is not None
+    # Without the cap as much is reached at a density of which the cap is 1.25 times, or 1.25 times that, and so on.
+    _, (free,) = calibrate(
+        records, dataclasses.replace(config, rule=dataclasses.replace(rule, max_density=1.0)), recall=0.8
+    )
+    ratio = one.rule.max_density / free.density
+    assert any(ratio == pytest.approx(MARGIN**n, rel=0.01) for n in (1, 2, 3)) or one.rule.max_density == 1
+    assert one.density <= one.rule.max_density + 1e-6 and 0.8 <= one.recall < 0.85
+    assert (wanted.dense_steps, wanted.dense_layers) == ((0.25, 1), (-1,))
+    reports = inspect(records, wanted)
+    assert sum(report.recall for report in reports) / len(reports) == pytest.approx(one.recall)
+
+
+def test_calibrate_keeps_a_cap():
+    rule = Threshold(0.5, max_density=0.6, normalize="softmax")
+    _, (one,) = calibrate([record(0)], dataclasses.replace(CONFIG, rule=rule, cycle=("temporal",)), recall=0.5)
+    assert isinstance(one.rule, Threshold) and one.rule.max_density == 0.6
+
+
+@pytest.mark.parametrize("tokens", [(4, 16, 16), (8, 32, 32), (21, 30, 52)])
+@pytest.mark.parametrize("heads", [(0, 1), (0, 11), (0, 39)])
+@pytest.mark.parametrize(
+    "rule", [Threshold(0.9), Threshold(0.9, max_density=0.3), TopK(density=0.5), TopK(density=0.7)]
+)
+def test_calibrate_knows_what_auto_takes(tokens: tuple[int, int, int], heads: tuple[int, int], rule: Any):
+    partition = CONFIG.partition("spatial", tokens)
+    one = Record(*torch.empty(2, 2, partition.num_tokens, 128), partition, heads=heads)
+    with FakeTensorMode():
+        shape = (1, max(heads) + 1, partition.num_tokens, 128)
+        q, k, v = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+        auto = choose_dispatch(q, k, v, partition, rule)
+    assert _auto_is_packed(one, partition, rule) == (auto == "packed")
 
 
 def test_calibrate_moves_top_k_in_whole_blocks():

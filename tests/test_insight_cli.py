@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib.image
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.test_insight import CONFIG, record
-from vmoba_flex import VMoBAConfig
+from vmoba_flex import Threshold, VMoBAConfig
 from vmoba_flex.cli import main
 from vmoba_flex.insight import save
 
@@ -50,20 +51,37 @@ def test_inspect(here: Path, capsys: pytest.CaptureFixture[str]):
 def test_calibrate(here: Path, base: list[str], capsys: pytest.CaptureFixture[str]):
     assert main(["calibrate", "ok.safetensors", "--recall", "0.8", "--output", "c.json", *base]) == 0
     config = VMoBAConfig.from_json((here / "c.json").read_text())
-    assert set(config.rule) == set(config.cycle)
-    assert capsys.readouterr().out.count("normalize='softmax'") == 3
+    assert isinstance(config.rule, Mapping) and set(config.rule) == set(config.cycle)
+    assert all(isinstance(rule, Threshold) and rule.max_density for rule in config.rule.values())
+    assert config.dense_steps == (0 if base else 0.25)
+    output = capsys.readouterr().out
+    assert output.count("normalize='softmax'") == 3 and output.count("dense_steps: 0.25, as in the paper.") == (
+        not base
+    )
+    # At 192 tokens full attention is faster than a launch, and the density may be too large as well.
+    assert output.count(": auto runs full attention, ") == 3
 
 
-@pytest.mark.parametrize("options", [["mass"], ["choice", "--query", "1,2,3", "--head", "1"], ["density"]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [["mass", "--layer", "1"], ["choice", "--step", "5", "--query", "1,2,3", "--head", "1"], ["density"]],
+    ids=str,
+)
 def test_plot(here: Path, options: list[str]):
-    assert main(["plot", "ok.safetensors", "--output", "p.png", "--layer", "1", "--step", "5", "--what", *options]) == 0
+    assert main(["plot", "ok.safetensors", "--output", "p.png", "--what", *options]) == 0
     assert min(matplotlib.image.imread(here / "p.png").shape[:2]) > 300
 
 
 def test_bench(here: Path, capsys: pytest.CaptureFixture[str]):
     options = ["--tokens", "512", "1024", "--heads", "1", "--head-dim", "8", "--density", "0.25", "--pool", "query"]
     assert main(["bench", *options, "--json", "b.json", "--plot", "b.png"]) == 0
-    assert "forward + backward: " in capsys.readouterr().out
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[1] == "1,024 tokens: timed at 8x11x11 = 968, the nearest with square frames."
+    assert "full attention ms  sparse ms  speed up  density" in lines[2] and "forward + backward: " in lines[-1]
+    assert [line.partition(":")[0] for line in captured.err.splitlines()] == [
+        f"{tokens} tokens, {direction}" for tokens in (512, 968) for direction in ("forward", "forward + backward")
+    ]
     assert len(json.loads((here / "b.json").read_text())["timings"]) == 4
     assert matplotlib.image.imread(here / "b.png").shape[1] > 1000
 

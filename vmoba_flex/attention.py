@@ -6,13 +6,21 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.call import BACKENDS, DISPATCHES, MAX_ROW_BYTES, Backend, Call, Dispatch
-from vmoba_flex.checks import check_choice, check_positive
+from vmoba_flex.checks import check_bool, check_choice, check_positive
 from vmoba_flex.dispatch.choose import choose_backend, choose_dispatch
 from vmoba_flex.dispatch.one_device import attend_here
-from vmoba_flex.inputs import check_query_key, check_scale, check_text_lengths, check_value, under_autocast
+from vmoba_flex.inputs import (
+    check_query_key,
+    check_scale,
+    check_tail,
+    check_text_lengths,
+    check_value,
+    under_autocast,
+)
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.stats import Attended, AttentionStats
+from vmoba_flex.tail import Tail
 
 if TYPE_CHECKING:  # loaded only where ranks share a call
     from torch.distributed import ProcessGroup
@@ -31,6 +39,7 @@ class CallOptions(TypedDict, total=False):
     backend: Backend
     max_row_bytes: int
     text_lengths: Tensor | None
+    tail: Tail | None
     group: "RankGroup | ProcessGroup | DeviceMesh | None"
     # Deprecated: what RankGroup holds.
     shards: "TokenShards | None"
@@ -41,15 +50,29 @@ class CallOptions(TypedDict, total=False):
 @overload
 def vmoba_attention(
     query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Rule, *,
-    return_stats: Literal[False] = False, **options: Unpack[CallOptions],
+    return_stats: Literal[False] = False, return_lse: Literal[False] = False, **options: Unpack[CallOptions],
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def vmoba_attention(
     query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Rule, *,
-    return_stats: Literal[True], **options: Unpack[CallOptions],
+    return_stats: Literal[True], return_lse: Literal[False] = False, **options: Unpack[CallOptions],
 ) -> tuple[Tensor, AttentionStats]: ...  # fmt: skip
+
+
+@overload
+def vmoba_attention(
+    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Rule, *,
+    return_stats: Literal[False] = False, return_lse: Literal[True], **options: Unpack[CallOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def vmoba_attention(
+    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Rule, *,
+    return_stats: Literal[True], return_lse: Literal[True], **options: Unpack[CallOptions],
+) -> tuple[Tensor, Tensor, AttentionStats]: ...  # fmt: skip
 
 
 def vmoba_attention(
@@ -64,14 +87,17 @@ def vmoba_attention(
     dispatch: Dispatch = "auto",
     backend: Backend = "auto",
     return_stats: bool = False,
+    return_lse: bool = False,
     max_row_bytes: int = MAX_ROW_BYTES,
     text_lengths: Tensor | None = None,
+    tail: Tail | None = None,
     group: "RankGroup | ProcessGroup | DeviceMesh | None" = None,
     **deprecated: Any,
-) -> Tensor | tuple[Tensor, AttentionStats]:
+) -> Tensor | tuple[Tensor, AttentionStats] | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, AttentionStats]:
     """VMoBA attention (arXiv 2506.23858), raster order in and out, differentiable in query, key and value.
 
-    Video queries attend the blocks that ``rule`` chose for them, and prefix and suffix, which attend everything.
+    Video queries attend the blocks that ``rule`` chose for them, and prefix and suffix, which attend everything. With a
+    ``tail`` they attend the other blocks by the means of their cells.
 
     Args:
         query: ``(B, H, S, D)``, floating point, on CPU or CUDA. Under autocast all three tensors are cast first.
@@ -89,15 +115,18 @@ def vmoba_attention(
             inputs. ``"flash"``, FlashAttention-4, is checked on small problems at its first call. ``"auto"`` is the
             faster one that can run.
         return_stats: also return ``AttentionStats``; with a group, not inside ``torch.compile``.
+        return_lse: also return the natural log-sum-exp of each query's scores, without a gradient.
         max_row_bytes: memory for the rows of ``"packed"``, which works on at least one head at a time.
         text_lengths: int64 ``(B,)``, in 0..prefix + suffix (not checked): how many of a sample's prefix and suffix
             tokens, prefix first, are valid. Nobody attends the others, which are padding with meaningless outputs.
+        tail: how skipped blocks take part; by default they do not. Not for ``"dense"``, which skips none.
         group: the ranks that share the call: a process group, a device mesh with one dim, or a ``RankGroup``. Each
             passes and gets its own tokens; the other arguments are the same on all. Gradients are of the sum over them.
         **deprecated: ``shards``, ``balance`` and ``check_ranks``, which are part of ``RankGroup``.
 
     Returns:
-        The output ``(B, H, S, value dim)``, or the output and ``AttentionStats``.
+        The output ``(B, H, S, value dim)``; then, where asked for, the log-sum-exp ``(B, H, S)``, float32, or float64
+        for float64 inputs; then ``AttentionStats``.
 
     Raises:
         TypeError: if an argument has a wrong type or dtype.
@@ -119,15 +148,20 @@ def vmoba_attention(
         from vmoba_flex.distributed.group import RankGroup
 
         group = group if isinstance(group, RankGroup) else RankGroup(group)
-        settings = {"rule": rule, "scale": scale, "dispatch": dispatch, "backend": backend}
+        settings = {"rule": rule, "scale": scale, "dispatch": dispatch, "backend": backend, "tail": tail}
         layout, balance = agreed_layout(query, key, value, partition, settings, group), group.balance
         if return_stats and torch.compiler.is_compiling():
             raise ValueError(
                 "return_stats must be False inside torch.compile with a group: ranks may be compiled to exchange their "
                 "stats in different orders, got True"
             )
-    call = Call(partition, rule, scale, enable_gqa, text_lengths, max_row_bytes)
+    for name, flag in (("return_stats", return_stats), ("return_lse", return_lse), ("enable_gqa", enable_gqa)):
+        check_bool(name, flag)
+    call = Call(partition, rule, scale, enable_gqa, text_lengths, max_row_bytes, tail, return_lse)
     attended = attend(query, key, value, call, dispatch, backend, layout, balance)
+    if return_lse:
+        assert attended.lse is not None
+        return (attended.output, attended.lse, attended.stats()) if return_stats else (attended.output, attended.lse)
     return (attended.output, attended.stats()) if return_stats else attended.output
 
 
@@ -164,6 +198,10 @@ def attend(
     call = call._replace(scale=check_scale(call.scale))
     check_positive("max_row_bytes", call.max_row_bytes)
     check_text_lengths(call.text_lengths, query, call.partition)
+    if call.tail is not None:
+        check_tail(call.tail, call.partition)
+        if dispatch == "dense":
+            raise ValueError(f"tail must be None for dispatch='dense', which skips no block, got {call.tail}")
     if key.shape[1] != query.shape[1] and not call.enable_gqa:
         raise ValueError(
             f"key must have query's {query.shape[1]} heads unless enable_gqa=True, got {key.shape[1]} heads"

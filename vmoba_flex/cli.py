@@ -1,83 +1,114 @@
-"""The command `vmoba-flex`."""
+"""The command ``vmoba-flex``: runs a command, and ends in one line whatever stops it."""
 
-import argparse
+import contextlib
+import os
+import signal
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any
 
-from vmoba_flex.insight.commands import add_commands
-from vmoba_flex.rules import Threshold, TopK
+from vmoba_flex.arguments import parse
 from vmoba_flex.user_error import UserError
 
 
+class _Stopped(BaseException):
+    """A signal asks to stop: not an error, so that only ``finally`` and ``main`` see it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code, 2 where the user has to mend something."""
-    arguments = _parser().parse_args(argv)
+    """Runs the command line.
+
+    Returns:
+        The exit code: 2 where the user has to mend something, 128 + n where signal n stopped it (130 for Ctrl-C, 141
+        where the reader of the output is gone).
+    """
     try:
-        report = arguments.run(arguments)
+        with _signals_raise():
+            try:
+                arguments = parse(argv)
+                _write(_command(arguments.command)(arguments) + "\n")
+            finally:
+                _write("")  # what --help wrote, too
     except UserError as error:
-        sys.stderr.write(f"vmoba-flex: error: {error}\n")
-        return 2
-    sys.stdout.write(report + "\n")
+        return _end(2, f"error: {error}")
+    except _Stopped as stopped:
+        return _end(128 + stopped.number, f"stopped by {signal.Signals(stopped.number).name}")
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
     return 0
 
 
-def _demo(arguments: argparse.Namespace) -> str:
-    from vmoba_flex.demo.show import show
+def _command(name: str) -> Callable[[Any], str]:
+    if name == "demo":
+        from vmoba_flex.demo.show import run_demo
 
+        return run_demo
+    from vmoba_flex.insight import commands
+
+    return {
+        "inspect": commands.run_inspect,
+        "calibrate": commands.run_calibrate,
+        "plot": commands.run_plot,
+        "bench": commands.run_bench,
+    }[name]
+
+
+def _write(text: str) -> None:
+    """Writes to stdout for good.
+
+    Raises:
+        BrokenPipeError: if its reader is gone.
+        UserError: if it cannot be written.
+    """
+    if sys.stdout is None:
+        if text:
+            raise UserError("cannot write the report (stdout is closed): give it a place to go")
+        return
     try:
-        rule = None if arguments.tau is None else Threshold(arguments.tau)
-        if arguments.density is not None:
-            rule = TopK(density=arguments.density)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return show(arguments.output, video=arguments.video, grid=arguments.grid, rule=rule, token=arguments.query)
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # Python flushes once more as it ends; that must not fail again.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise UserError(f"cannot write the report ({error.strerror}): give it a place to go") from error
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vmoba-flex", description="Sparse attention for video transformers.")
-    commands = parser.add_subparsers(required=True, metavar="command")
-    demo = commands.add_parser(
-        "demo",
-        help="denoise a clip by a trained model under full attention and VMoBA, and draw what its layers do",
-        description="Denoise a clip by a small trained model under full attention and VMoBA; print how near they are "
-        "and what each layer did, and draw a picture.",
-    )
-    demo.add_argument("--video", type=Path, metavar="FILE", help="a video file (default: a clip of Big Buck Bunny)")
-    demo.add_argument("--output", type=Path, metavar="PNG", default=Path("vmoba_demo.png"), help="default: %(default)s")
-    demo.add_argument(
-        "--grid",
-        type=_grid,
-        metavar="TxHxW",
-        default=(8, 18, 32),
-        help="tokens in time, height and width, each of 4 frames x 8 x 8 pixels (default: 8x18x32)",
-    )
-    rule = demo.add_mutually_exclusive_group()
-    rule.add_argument(
-        "--tau", type=float, help="similarity that a head covers (default: 0.25, as the model was trained)"
-    )
-    rule.add_argument("--density", type=float, help="instead, the share of the blocks that each query attends")
-    demo.add_argument("--query", type=_token, metavar="T,Y,X", help="the token whose choice is drawn")
-    demo.set_defaults(run=_demo)
-    add_commands(commands, _token)
-    return parser
+def _end(code: int, words: str) -> int:
+    sys.stderr.write(f"vmoba-flex: {words}\n")
+    return code
 
 
-def _grid(words: str) -> tuple[int, int, int]:
-    frames, height, width = _three(words, "x", "TxHxW, as in 8x18x32", least=1)
-    return frames, height, width
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Has Ctrl-C and requests to end raise ``_Stopped``, so that files under way are deleted."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # only the main thread may set handlers
+    # What is ignored stays so: nohup ignores SIGHUP.
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
 
+    def stop(number: int, _: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # one is enough: files are deleted undisturbed
+        raise _Stopped(number)
 
-def _token(words: str) -> tuple[int, int, int]:
-    t, y, x = _three(words, ",", "T,Y,X, as in 3,9,12", least=0)
-    return t, y, x
-
-
-def _three(words: str, separator: str, form: str, least: int) -> list[int]:
-    parts = words.split(separator)
-    if len(parts) != 3 or not all(part.isdecimal() and int(part) >= least for part in parts):
-        raise argparse.ArgumentTypeError(f"must be three whole numbers {form}, got {words!r}")
-    return [int(part) for part in parts]
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def _own(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _approx_blocks(name: str, data: dict[str, Any]) -> ApproxBlocks:
-    if len(data) != 1 or data.keys().isdisjoint(("approx_blocks", "about_blocks")):  # the second: in version 0.1.0
+    if len(data) != 1 or data.keys().isdisjoint(("approx_blocks", "about_blocks")):  # the second: before version 0.2
         raise ValueError(f'{name} must be sizes or {{"approx_blocks": count}}, got {data}')
     try:
         return ApproxBlocks(*data.values())

@@ -86,11 +86,8 @@ def vmoba_inputs(
     check_value(value, query, key)
     check_text_lengths(text_lengths, query, partition)
     check_tail(tail, partition)
-    in_raster = query, key, value
-    if token_order == "block":
-        in_raster = tuple(map(partition.to_raster_order, in_raster))
-    selection = choose_blocks(in_raster[0], in_raster[1], partition, rule)
-    coarse = coarse_keys(in_raster[1], in_raster[2], partition, tail)
+    q, k, v = (x if token_order == "raster" else partition.to_raster_order(x) for x in (query, key, value))
+    selection, coarse = choose_blocks(q, k, partition, rule), coarse_keys(k, v, partition, tail)
     selected, groups = key_groups(selection, partition)
     if token_order == "block":
         selected, groups = partition.to_block_order(selected), partition.to_block_order(groups, dim=0)

@@ -1,5 +1,6 @@
 """The whole demo, from video file to table and picture."""
 
+import argparse
 import dataclasses
 from pathlib import Path
 
@@ -30,6 +31,17 @@ BUNNY_FACE = (0.44, 0.53, 0.39)
 """The query in the clip that ships, as shares of time, height and width."""
 
 BUNNY_CREDIT = "Clip: Big Buck Bunny, (c) 2008 Blender Foundation, www.bigbuckbunny.org, CC BY 3.0."
+
+
+def run_demo(arguments: argparse.Namespace) -> str:
+    """The command ``demo``; ``arguments`` has its options."""
+    try:
+        rule = None if arguments.tau is None else Threshold(arguments.tau)
+        if arguments.density is not None:
+            rule = TopK(density=arguments.density)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return show(arguments.output, video=arguments.video, grid=arguments.grid, rule=rule, token=arguments.query)
 
 
 def show(

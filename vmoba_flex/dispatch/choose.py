@@ -43,10 +43,7 @@ def choose_dispatch(
     if not query.is_cuda or query.dtype == torch.float64 or max(query.shape[-1], value.shape[-1]) > 256:
         return "tiles"
     dense, backward = _dense_seconds(query, key, value, partition)
-    dense /= ranks
-    constant, factor = _SHARE
-    share = constant + factor * _largest_density(rule, partition.num_blocks)
-    if max(_LAUNCHES[int(backward)], share * dense) >= dense:
+    if not packed_wins(dense / ranks, backward, rule, partition.num_blocks):
         return "dense"
     unbounded = isinstance(rule, Threshold) and rule.max_density is None
     return "tiles" if unbounded and torch.compiler.is_compiling() else "packed"
@@ -55,8 +52,23 @@ def choose_dispatch(
 def _dense_seconds(query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition) -> tuple[float, bool]:
     """What the fastest dense peer takes for all tokens and these heads, and whether with backward."""
     backward = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    operations = 4 * query.shape[0] * query.shape[1] * partition.num_tokens**2 * query.shape[-1]
-    return operations / _DENSE_RATE * (_BACKWARD if backward else 1), backward
+    return dense_seconds(query.shape[0] * query.shape[1], partition.num_tokens, query.shape[-1], backward), backward
+
+
+def dense_seconds(heads: int, tokens: int, head_dim: int, backward: bool) -> float:
+    """Estimated seconds of the fastest dense peer on a GPU; ``heads`` are those of all samples."""
+    return 4 * heads * tokens**2 * head_dim / _DENSE_RATE * (_BACKWARD if backward else 1)
+
+
+def packed_share(rule: Rule, num_blocks: int) -> float:
+    """Estimated time of ``"packed"`` as a share of the dense peer's, at the largest density that the rule allows."""
+    constant, factor = _SHARE
+    return constant + factor * _largest_density(rule, num_blocks)
+
+
+def packed_wins(dense: float, backward: bool, rule: Rule, num_blocks: int) -> bool:
+    """Whether ``"auto"`` expects ``"packed"`` to beat a dense peer that takes ``dense`` seconds."""
+    return max(_LAUNCHES[int(backward)], packed_share(rule, num_blocks) * dense) < dense
 
 
 def _largest_density(rule: Rule, blocks: int) -> float:

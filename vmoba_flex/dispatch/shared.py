@@ -78,7 +78,10 @@ def shared_attention(
     if not has_flex_kernel(query, key, value, wants_lse):
         of_token = selected.index_select(2, slots.key_slot // tile_size)
         key_group, valid = group_of_key(partition, query.device), valid_keys(partition, text_lengths)
-        output, lse = chunked_attention(query, key, value, of_token, key_group, scale, valid, coarse, call.lse)
+        output, lse = chunked_attention(query, key, value, of_token, key_group, scale, valid, wants_lse)
+        if coarse is not None:
+            assert lse is not None
+            output, lse = merge_coarse_keys(query, output, lse, coarse, of_token, scale_of(scale, query))
         return Shared(output, lse, selected, slots)
     group_lengths, valid = None, None
     if backend == "flash" and text_lengths is not None:

@@ -1,6 +1,7 @@
 """Finds the rules that reach a wanted recall, or a wanted density, on recorded query and key."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -8,12 +9,18 @@ import torch
 
 from vmoba_flex.checks import check_positive
 from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.dispatch.choose import dense_seconds, packed_share, packed_wins
 from vmoba_flex.insight.measure import choose, layer_of, recall_of, sample_rows, true_mass
 from vmoba_flex.insight.records import Record
+from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold
+
+MARGIN = 1.25
+"""``max_density`` over the density that was measured: videos may be denser by so much before it cuts."""
 
 _TOLERANCE = 0.002
 _HALVINGS = 14
+_Measure = Callable[[Rule], dict[str, float]]
 
 
 class Calibrated(NamedTuple):
@@ -24,7 +31,11 @@ class Calibrated(NamedTuple):
         rule: the rule.
         recall: mean over records, heads and sampled queries.
         density: mean over records, heads and queries.
-        records: so many went into it.
+        records: the number of records.
+        auto: what ``dispatch="auto"`` takes on a GPU at the records' sizes, forward: ``"packed"`` or ``"dense"``.
+        share: estimated time of ``packed`` as a share of full attention's, by which ``auto`` decides: at the largest
+            density that the rule allows. ``auto`` also takes ``"dense"`` where full attention takes less time than
+            launching ``packed``.
     """
 
     kind: str
@@ -32,6 +43,8 @@ class Calibrated(NamedTuple):
     recall: float
     density: float
     records: int
+    auto: str
+    share: float
 
 
 def calibrate(
@@ -45,19 +58,25 @@ def calibrate(
 ) -> tuple[VMoBAConfig, list[Calibrated]]:
     """A config whose rules reach a mean recall, or a mean density, over the layers of each kind.
 
-    For each kind of the config's cycle, the config's rule is kept but for its ``tau``, or its number of blocks, which
-    becomes a ``density``: the smallest that reaches what is wanted, by bisection, for a ``Threshold`` within 0.002
-    above. A ``TopK`` moves in whole blocks, and may exceed it by as much as one block holds. Layers that the config has
-    dense are left out. Recall is measured as ``inspect`` does: take several prompts and steps, since what holds for one
-    video may not for the next.
+    For each kind of the config's cycle, bisection finds the smallest ``tau`` of its ``Threshold``, or the smallest
+    ``density`` of its ``TopK``, that reaches what is wanted. A ``Threshold`` ends within 0.002 above it; a ``TopK``
+    moves in whole blocks, and may exceed it by what one block holds.
+
+    A ``Threshold`` without ``max_density`` gets one, since ``dispatch="auto"`` cannot bound its cost otherwise and
+    takes full attention: 1.25 times the measured density, or 1.25 times that until recall is within reach. It also
+    holds on the recordings: a pool that would keep more is cut.
+
+    Layers that the config has dense are left out. Recall is measured as ``inspect`` does: record several prompts and
+    steps, because what holds for one video may not for the next.
 
     Args:
         records: of dense or sparse forwards, at least one of each kind.
-        config: brings blocks, cycle, and each kind's rule, in particular its pool, ``normalize`` and ``max_density``.
+        config: brings blocks, cycle, dense layers and steps, and each kind's rule with its pool, ``normalize`` and
+            ``max_density``, all of which are kept.
         recall: wanted share of attention, in (0, 1].
-        density: instead, wanted share of the pairs.
+        density: wanted share of the pairs, in place of ``recall``.
         rows: sampled queries of each record.
-        seed: that draws them.
+        seed: of the sample.
 
     Returns:
         The config, and what was found for each kind.
@@ -85,33 +104,67 @@ def calibrate(
 
 
 def _find(
-    kind: str, records: list[Record], config: VMoBAConfig, name: str, wanted: float,
-    measure: Callable[[Rule], dict[str, float]],
-) -> Calibrated:  # fmt: skip
+    kind: str, records: list[Record], config: VMoBAConfig, name: str, wanted: float, measure: _Measure
+) -> Calibrated:
     start = layer_of(records[0], config)[2]
-    assert start is not None
+    assert start is not None  # of a layer that is not dense
+    found = _smallest(start, name, wanted, measure)
+    if found is None:
+        most = measure(_rule_at(start, 1.0))[name]
+        raise ValueError(f"{name} {wanted} must be within reach of {start!r}, got at most {most:.3f} for {kind}")
+    if isinstance(start, Threshold) and start.max_density is None:
+        found = _smallest_capped(start, name, wanted, measure, found[1]["density"])
+    rule, values = found
+    share = max(packed_share(rule, layer_of(record, config)[1].num_blocks) for record in records)
+    wins = all(_auto_is_packed(record, layer_of(record, config)[1], rule) for record in records)
+    return Calibrated(
+        kind, rule, values["recall"], values["density"], len(records), "packed" if wins else "dense", share
+    )
 
-    def rule_at(share: float) -> Rule:
-        changes = {"tau": share} if isinstance(start, Threshold) else {"k": None, "density": share}
-        return dataclasses.replace(start, **changes)
 
+def _smallest(start: Rule, name: str, wanted: float, measure: _Measure) -> tuple[Rule, dict[str, float]] | None:
+    """The smallest ``tau`` or ``density`` that reaches what is wanted, and its values; None if none does."""
     low, high = 0.0, 1.0
-    best = measure(rule_at(high))
+    best = measure(_rule_at(start, high))
     if best[name] < wanted - 1e-6:
-        raise ValueError(f"{name} {wanted} must be within reach of {start!r}, got at most {best[name]:.3f} for {kind}")
+        return None
     for _ in range(_HALVINGS):
         if best[name] - wanted <= _TOLERANCE:
             break
         middle = (low + high) / 2
-        values = measure(rule_at(middle))
+        values = measure(_rule_at(start, middle))
         if values[name] >= wanted:
             high, best = middle, values
         else:
             low = middle
-    return Calibrated(kind, rule_at(high), best["recall"], best["density"], len(records))
+    return _rule_at(start, high), best
 
 
-def _measure_of(records: list[Record], config: VMoBAConfig, rows: int, seed: int) -> Callable[[Rule], dict[str, float]]:
+def _smallest_capped(
+    start: Threshold, name: str, wanted: float, measure: _Measure, density: float
+) -> tuple[Rule, dict[str, float]]:
+    """``_smallest`` under the lowest ``max_density`` above the measured density that leaves it within reach."""
+    while True:
+        # Rounded up, so that the config is readable.
+        density = min(1.0, math.ceil(1000 * MARGIN * density) / 1000)
+        found = _smallest(dataclasses.replace(start, max_density=density), name, wanted, measure)
+        if found is not None:  # at 1 at the latest, which caps nothing
+            return found
+
+
+def _rule_at(start: Rule, share: float) -> Rule:
+    changes = {"tau": share} if isinstance(start, Threshold) else {"k": None, "density": share}
+    return dataclasses.replace(start, **changes)
+
+
+def _auto_is_packed(record: Record, partition: BlockPartition, rule: Rule) -> bool:
+    """Whether ``dispatch="auto"`` takes ``packed`` on a GPU, forward, for one sample and the layer's heads."""
+    heads = max(record.heads) + 1  # capture records the last head, if it records more than one
+    dense = dense_seconds(heads, partition.num_tokens, record.query.shape[-1], backward=False)
+    return packed_wins(dense, False, rule, partition.num_blocks)
+
+
+def _measure_of(records: list[Record], config: VMoBAConfig, rows: int, seed: int) -> _Measure:
     """Mean recall and density under a rule; the true attention is computed once."""
     partitions = [layer_of(record, config)[1] for record in records]
     samples = [sample_rows(partition, rows, seed).to(records[0].query.device) for partition in partitions]

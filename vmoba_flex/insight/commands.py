@@ -1,22 +1,24 @@
-"""The insight tools on the command line: inspect, calibrate, plot, bench."""
+"""The commands inspect, calibrate, plot and bench; ``arguments`` has their options."""
 
 import argparse
 import contextlib
 import dataclasses
 import json
+import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from vmoba_flex.config import VMoBAConfig
-from vmoba_flex.insight.calibrate import calibrate
-from vmoba_flex.insight.crossover import break_even, crossover
+from vmoba_flex.insight.calibrate import Calibrated, calibrate
+from vmoba_flex.insight.crossover import Timing, break_even, crossover, grid_of
 from vmoba_flex.insight.measure import inspect
 from vmoba_flex.insight.records import Record, load
-from vmoba_flex.rules import NORMALIZE, POOLS, Rule, Threshold, TopK
-from vmoba_flex.user_error import UserError, check_extra, new_file
+from vmoba_flex.rules import Rule, Threshold, TopK
+from vmoba_flex.user_error import UserError, check_extra, new_file, one_line
 
 
 def run_inspect(arguments: argparse.Namespace) -> str:
@@ -39,15 +41,37 @@ def run_inspect(arguments: argparse.Namespace) -> str:
 def run_calibrate(arguments: argparse.Namespace) -> str:
     """Finds rules for a wanted recall or density, and writes a config."""
     with new_file(arguments.output, ".json", "the config is JSON") as draft, _mendable():
-        config = _config(arguments.config) if arguments.config else None
+        config = VMoBAConfig.load(arguments.config) if arguments.config else None
         records = _records(arguments)
         if config is None:
-            paper = VMoBAConfig.paper("training", records[0].partition.grid)
+            paper = VMoBAConfig.paper("inference", records[0].partition.grid)
             config = dataclasses.replace(paper, rule=Threshold(0.5, normalize="softmax"))
-        wanted = {"recall": arguments.recall, "density": arguments.density}
+        wanted = {"recall": arguments.recall, "density": arguments.wanted_density}
         config, found = calibrate(records, config, **wanted, rows=arguments.rows, seed=arguments.seed)
         draft.write_text(config.to_json() + "\n")
-    return _table(found) + f"\nConfig: {arguments.output}, for VMoBAConfig.from_json"
+    lines = [_table(found), *_about_auto(config, found)]
+    if config.dense_steps:
+        lines.append(f"dense_steps: {config.dense_steps}, as in {arguments.config or 'the paper'}.")
+    return "\n".join([*lines, f"Config: {arguments.output}, for VMoBAConfig.load"])
+
+
+def _about_auto(config: VMoBAConfig, found: list[Calibrated]) -> list[str]:
+    """What ``dispatch="auto"`` will do with the config on a GPU."""
+    if config.dispatch != "auto":
+        return [f"dispatch is {config.dispatch!r}, whatever dispatch='auto' would take."]
+    lines = ["auto: what dispatch='auto' takes on a GPU at the recorded sizes, for one sample without gradients."]
+    for one in found:
+        if one.auto == "dense" and one.share >= 1:
+            lines.append(
+                f"{one.kind}: auto runs full attention, as 'packed' may take {one.share:.2f} of its time. "
+                "Want a lower recall or density, or take smaller blocks."
+            )
+        elif one.auto == "dense":
+            lines.append(
+                f"{one.kind}: auto runs full attention, which at this size is faster than launching 'packed'. Record a "
+                "larger video."
+            )
+    return lines
 
 
 def run_plot(arguments: argparse.Namespace) -> str:
@@ -80,17 +104,22 @@ def run_bench(arguments: argparse.Namespace) -> str:
         device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
         name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
         name += f", torch {torch.__version__}, {arguments.heads} heads x {arguments.head_dim}"
-        sizes = {"heads": arguments.heads, "head_dim": arguments.head_dim, "dispatch": arguments.dispatch}
-        tokens = arguments.tokens or [1024 << i for i in (range(2, 7) if on_gpu else range(3))]
+        sizes: dict[str, Any] = {
+            "heads": arguments.heads,
+            "head_dim": arguments.head_dim,
+            "dispatch": arguments.dispatch,
+        }
+        tokens = arguments.tokens or [1024 << i for i in (range(2, 7) if on_gpu else range(2))]
+        sizes["progress"] = lambda timing: sys.stderr.write(_in_words(timing) + "\n")
         timings = crossover(tokens, rule, **sizes, device=device, dtype=dtype)
-        lines = [name, _table(timings)]
+        lines = [name, *_rounded(tokens), _table([_shown(timing) for timing in timings])]
         for backward in (False, True):
             even = break_even([timing for timing in timings if timing.backward == backward])
             what = "forward + backward" if backward else "forward"
             result = f"sparse wins from about {even:,.0f} tokens" if even else "full attention wins"
             lines.append(f"{what}: {result}")
         if json_draft:
-            facts = {"device": name, "rule": repr(rule), "dispatch": arguments.dispatch}
+            facts = {"device": name, "rule": repr(rule), "dispatch": arguments.dispatch, "unit": "seconds"}
             json_draft.write_text(json.dumps(facts | {"timings": [dataclasses.asdict(t) for t in timings]}, indent=1))
         if png_draft:
             from vmoba_flex.insight.plot import plot_crossover
@@ -99,62 +128,13 @@ def run_bench(arguments: argparse.Namespace) -> str:
         return "\n".join(lines)
 
 
-def add_commands(commands: Any, token: Any) -> None:
-    """Adds the subcommands to a parser; ``token`` parses T,Y,X."""
-    reading = argparse.ArgumentParser(add_help=False)
-    reading.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what capture(model).save wrote")
-    reading.add_argument("--rows", type=int, default=256, help="sampled queries of a record (default: %(default)s)")
-    reading.add_argument("--seed", type=int, default=0, help="that draws them (default: %(default)s)")
-    choosing = argparse.ArgumentParser(add_help=False)
-    choosing.add_argument("--config", type=Path, metavar="JSON", help="blocks and rules of a VMoBAConfig")
-    plain = argparse.ArgumentParser(add_help=False)
-    plain.add_argument("--tau", type=float, default=0.25, help="a Threshold's share (default: %(default)s)")
-    plain.add_argument("--density", type=float, help="instead, a TopK's share of the blocks")
-    plain.add_argument("--pool", choices=POOLS, default="head", help="what competes (default: %(default)s)")
-    plain.add_argument("--normalize", choices=NORMALIZE, default="minmax", help="a Threshold's (default: %(default)s)")
-    plain.add_argument("--max-density", type=float, help="a Threshold's cap")
-    outputs = argparse.ArgumentParser(add_help=False)
-    outputs.add_argument("--json", type=Path, metavar="JSON", help="write the results here")
-    outputs.add_argument("--plot", type=Path, metavar="PNG", help="draw them here")
-
-    words = "density, recall and entropy of each head"
-    one = commands.add_parser("inspect", parents=[reading, choosing, plain, outputs], help=words, description=words)
-    one.set_defaults(run=run_inspect)
-
-    words = "find the rules that reach a wanted recall or density"
-    one = commands.add_parser("calibrate", parents=[reading, choosing], help=words, description=words)
-    wanted = one.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--recall", type=float, help="wanted share of attention")
-    wanted.add_argument("--density", type=float, help="wanted share of the pairs")
-    one.add_argument("--output", type=Path, metavar="JSON", default=Path("vmoba.json"), help="default: %(default)s")
-    one.set_defaults(run=run_calibrate)
-
-    words = "draw attention by block, a query's choice, or density over layers and steps"
-    one = commands.add_parser("plot", parents=[reading, choosing, plain], help=words, description=words)
-    one.add_argument("--what", choices=("mass", "choice", "density"), default="mass", help="default: %(default)s")
-    one.add_argument("--output", type=Path, metavar="PNG", default=Path("vmoba_plot.png"), help="default: %(default)s")
-    one.add_argument("--layer", type=int, help="of mass and choice (default: the first recorded)")
-    one.add_argument("--step", type=int, help="likewise")
-    one.add_argument("--head", type=int, help="of a choice (default: the first recorded)")
-    one.add_argument("--query", type=token, metavar="T,Y,X", help="of a choice (default: the middle)")
-    one.set_defaults(run=run_plot)
-
-    words = "time sparse against full attention on this machine"
-    one = commands.add_parser("bench", parents=[plain, outputs], help=words, description=words)
-    one.add_argument("--tokens", type=int, nargs="+", help="default: 4096 to 65536 on a GPU, 1024 to 4096 on a CPU")
-    one.add_argument("--heads", type=int, default=12, help="default: %(default)s")
-    one.add_argument("--head-dim", type=int, default=128, help="default: %(default)s")
-    one.add_argument("--dispatch", choices=("packed", "shared", "tiles"), default="packed", help="default: %(default)s")
-    one.set_defaults(run=run_bench)
-
-
 @contextlib.contextmanager
 def _mendable() -> Iterator[None]:
     """Turns what the library refuses into an error of one line."""
     try:
         yield
     except (TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(one_line(error)) from error
 
 
 def _draft(files: contextlib.ExitStack, path: Path | None, suffix: str) -> Path | None:
@@ -174,24 +154,15 @@ def _one(records: list[Record], arguments: argparse.Namespace) -> Record:
     for record in records:
         if arguments.layer in (None, record.layer) and arguments.step in (None, record.step):
             return record
-    there = sorted({(record.layer, record.step) for record in records})
+    recorded = sorted({(record.layer, record.step) for record in records})
     raise UserError(
         f"no record has layer {arguments.layer} and step {arguments.step}: name one of the recorded "
-        f"{', '.join(f'{layer} and {step}' for layer, step in there[:8])}"
+        f"{', '.join(f'{layer} and {step}' for layer, step in recorded[:8])}"
     )
 
 
-def _config(path: Path) -> VMoBAConfig:
-    try:
-        return VMoBAConfig.from_json(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: name a JSON file that VMoBAConfig.to_json wrote") from error
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} is no VMoBAConfig ({' '.join(str(error).split())}): mend it") from error
-
-
 def _rule(arguments: argparse.Namespace) -> Rule | VMoBAConfig:
-    return _config(arguments.config) if arguments.config else _plain_rule(arguments)
+    return VMoBAConfig.load(arguments.config) if arguments.config else _plain_rule(arguments)
 
 
 def _plain_rule(arguments: argparse.Namespace) -> Rule:
@@ -202,12 +173,45 @@ def _plain_rule(arguments: argparse.Namespace) -> Rule:
         return Threshold(arguments.tau, pool=arguments.pool, **options)
 
 
+def _in_words(timing: Timing) -> str:
+    what = "forward + backward" if timing.backward else "forward"
+    times = f"full attention {1e3 * timing.dense:.4g} ms, sparse {1e3 * timing.sparse:.4g} ms"
+    return f"{timing.tokens:,} tokens, {what}: {times}"
+
+
+def _rounded(tokens: Sequence[int]) -> list[str]:
+    """A line for each wanted number of tokens that no video of square frames has."""
+    grids = [(count, grid_of(count)) for count in tokens]
+    return [
+        f"{count:,} tokens: timed at {'x'.join(map(str, grid))} = {math.prod(grid):,}, the nearest with square frames."
+        for count, grid in grids
+        if math.prod(grid) != count
+    ]
+
+
+class _Shown(NamedTuple):
+    """A timing as the table shows it, by the names of the columns."""
+
+    tokens: str
+    direction: str
+    full_attention_ms: float
+    sparse_ms: float
+    speed_up: float
+    density: float
+
+
+def _shown(timing: Timing) -> _Shown:
+    direction = "forward + backward" if timing.backward else "forward"
+    times = 1e3 * timing.dense, 1e3 * timing.sparse
+    return _Shown(f"{timing.tokens:,}", direction, *times, timing.dense / timing.sparse, timing.density)
+
+
 def _rule_in_words(rule: Rule | VMoBAConfig) -> Any:
     return json.loads(rule.to_json()) if isinstance(rule, VMoBAConfig) else repr(rule)
 
 
 def _table(rows: Sequence[Any]) -> str:
-    """Dataclasses or named tuples as text, a line each."""
+    """Dataclasses or named tuples as text, one a line."""
     facts = [one._asdict() if hasattr(one, "_asdict") else dataclasses.asdict(one) for one in rows]
     cells = [[name.replace("_", " ") for name in facts[0]]]
     cells += [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in one.values()] for one in facts]

@@ -20,6 +20,7 @@ from vmoba_flex.rules import Rule
 
 _FRAMES = 8
 _REPEATS = 5
+_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Timing:
     Attributes:
         tokens: of the video.
         backward: whether gradients are computed as well.
-        dense: seconds of full attention, by the fastest kernel that torch brings.
-        sparse: seconds of sparse attention, the choice of blocks included.
-        density: of what sparse attention chose.
+        dense: seconds of full attention, by torch's fastest kernel.
+        sparse: seconds of sparse attention, which includes choosing the blocks.
+        density: share of the pairs that sparse attention chose.
     """
 
     tokens: int
@@ -50,19 +51,22 @@ def crossover(
     dispatch: Dispatch = "packed",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    progress: Callable[[Timing], None] = lambda _: None,
 ) -> list[Timing]:
     """Times full and sparse attention, forward and forward + backward, on random query, key and value.
 
-    A video of 8 frames and about so many tokens, in about 48 windows; medians of 5 calls from Python, after one.
+    Each video has 8 square frames, the nearest to the wanted number of tokens, in about 48 windows. A time is the
+    median of 5 calls from Python, or of those that fit in 5 seconds, after one that is not counted.
 
     Args:
-        tokens: about so many, of at least 512 each.
+        tokens: wanted tokens of each video, at least 512.
         rule: ``TopK`` or ``Threshold``.
         heads: of one sample.
-        head_dim: of each.
+        head_dim: of query, key and value.
         dispatch: of sparse attention.
         device: to run on.
         dtype: of query, key and value.
+        progress: called with each timing as it is known.
 
     Returns:
         Forward and forward + backward for each number of tokens.
@@ -76,8 +80,7 @@ def crossover(
     check_positive("head_dim", head_dim)
     timings = []
     for count, backward in itertools.product(tokens, (False, True)):
-        side = round(math.sqrt(count / _FRAMES))
-        partition = VMoBAConfig.paper("training").partition("spatial", (_FRAMES, side, side))
+        partition = VMoBAConfig.paper("training").partition("spatial", grid_of(count))
         shape, generator = (1, heads, partition.num_tokens, head_dim), torch.Generator().manual_seed(0)
         q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
         leaves = [x.requires_grad_(backward) for x in (q, k, v)]
@@ -87,13 +90,23 @@ def crossover(
             _seconds(functools.partial(attend, dispatch=each), leaves, backward) for each in ("dense", dispatch)
         )
         timings.append(Timing(partition.num_tokens, backward, dense, sparse, stats.density.mean().item()))
+        progress(timings[-1])
     return timings
 
 
-def break_even(timings: Sequence[Timing]) -> float | None:
-    """The tokens from which sparse attention wins, up to the largest number timed; None if it does not there.
+def grid_of(tokens: int) -> tuple[int, int, int]:
+    """The video of about so many tokens that ``crossover`` times."""
+    side = round(math.sqrt(tokens / _FRAMES))
+    return _FRAMES, side, side
 
-    Between two timings the ratio is taken to be a power of the tokens. Give timings of one direction alone.
+
+def break_even(timings: Sequence[Timing]) -> float | None:
+    """The number of tokens from which sparse attention wins, up to the largest timed; None if it loses there.
+
+    Between two timings the ratio is interpolated as a power of the number of tokens.
+
+    Args:
+        timings: of forward only, or of forward + backward only.
     """
     ordered = sorted(timings, key=lambda timing: timing.tokens)
     ratios = [math.log(timing.sparse / timing.dense) for timing in ordered]
@@ -111,7 +124,7 @@ def break_even(timings: Sequence[Timing]) -> float | None:
 def _seconds(call: Callable[[], Any], tensors: list[Tensor], backward: bool) -> float:
     upstream = torch.randn_like(tensors[0])
     times = []
-    for _ in range(1 + _REPEATS):
+    while len(times) < 2 or (len(times) <= _REPEATS and sum(times) < _SECONDS):
         _wait(tensors[0])
         start = time.perf_counter()
         output = call()

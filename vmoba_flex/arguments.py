@@ -1,0 +1,145 @@
+"""The words of the command line, and which exclude one another; free of torch, so that ``--help`` is quick."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vmoba_flex.user_error import UserError
+from vmoba_flex.version import __version__
+
+_RULE = ("tau", "density", "pool", "normalize", "max_density")
+
+# Where the option of the first column is given, with the value of the second unless that is None, those of the third
+# would have no effect: an error.
+_EXCLUDES = (
+    ("config", None, _RULE),
+    ("density", None, ("tau", "normalize", "max_density")),
+    ("what", "mass", ("config", *_RULE, "head", "query")),
+    ("what", "choice", ("rows", "seed")),
+    ("what", "density", ("layer", "step", "head", "query")),
+)
+
+# Parsing leaves an option of the third column None where it was not given; then it gets its value here. The demo's own
+# default is the rule that its model was trained with.
+_DEFAULTS = {"tau": 0.25, "pool": "head", "normalize": "minmax", "rows": 256, "seed": 0}
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command and its options.
+
+    Raises:
+        UserError: if an option would have no effect.
+        SystemExit: after ``--help`` and ``--version``, and if a word is malformed.
+    """
+    arguments = _parser().parse_args(argv)
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    for name, value, others in _EXCLUDES:
+        if name in given and value in (None, given[name]):
+            for other in others:
+                if other in given:
+                    words, cause = (_words(one, given[one]) for one in (other, name))
+                    raise UserError(f"{words} has no effect with {cause}: leave one of them out")
+    if arguments.command != "demo":
+        for name, default in _DEFAULTS.items():
+            if getattr(arguments, name, default) is None:
+                setattr(arguments, name, default)
+    return arguments
+
+
+def _words(name: str, value: Any) -> str:
+    shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+    return f"--{name.replace('_', '-')} {shown}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vmoba-flex", description="VMoBA sparse attention for video transformers.")
+    parser.add_argument("--version", action="version", version=f"vmoba-flex {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
+    _add_demo(commands)
+
+    reading = argparse.ArgumentParser(add_help=False)
+    reading.add_argument("files", nargs="+", type=Path, metavar="FILE", help="written by capture(model).save")
+    reading.add_argument("--rows", type=int, help="sampled queries of a record (default: 256)")
+    reading.add_argument("--seed", type=int, help="of the sample (default: 0)")
+    blocks = argparse.ArgumentParser(add_help=False)
+    blocks.add_argument("--config", type=Path, metavar="JSON", help="blocks and rules of a VMoBAConfig")
+    rule = argparse.ArgumentParser(add_help=False)
+    rule.add_argument("--tau", type=float, help="share that a Threshold reaches (default: 0.25)")
+    rule.add_argument("--density", type=float, help="share of the blocks that a TopK keeps, in place of a Threshold")
+    rule.add_argument("--pool", choices=("query", "block", "head", "global"), help="what competes (default: head)")
+    rule.add_argument("--normalize", choices=("minmax", "softmax"), help="of a Threshold (default: minmax)")
+    rule.add_argument("--max-density", type=float, help="cap of a Threshold (default: none)")
+    outputs = argparse.ArgumentParser(add_help=False)
+    outputs.add_argument("--json", type=Path, metavar="JSON", help="write the results to this file")
+    outputs.add_argument("--plot", type=Path, metavar="PNG", help="draw the results in this file")
+
+    _add(commands, "inspect", "density, recall and entropy of each head", reading, blocks, rule, outputs)
+    _add_calibrate(commands, reading, blocks)
+    _add_plot(commands, reading, blocks, rule)
+    _add_bench(commands, rule, outputs)
+    return parser
+
+
+def _add(commands: Any, name: str, words: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    return commands.add_parser(name, parents=parents, help=words, description=f"{words[0].upper()}{words[1:]}.")
+
+
+def _add_demo(commands: Any) -> None:
+    words = "denoise a clip by a trained model under full attention and VMoBA, and draw what its layers do"
+    demo = _add(commands, "demo", words)
+    demo.add_argument("--video", type=Path, metavar="FILE", help="a video file (default: a clip of Big Buck Bunny)")
+    demo.add_argument("--output", type=Path, metavar="PNG", default=Path("vmoba_demo.png"), help="default: %(default)s")
+    demo.add_argument(
+        "--grid",
+        type=_grid,
+        metavar="TxHxW",
+        default=(8, 18, 32),
+        help="tokens in time, height and width, each of 4 frames x 8 x 8 pixels (default: 8x18x32)",
+    )
+    demo.add_argument("--tau", type=float, help="similarity that a head covers (default: 0.25, as in training)")
+    demo.add_argument("--density", type=float, help="share of the blocks that each query attends, in place of --tau")
+    demo.add_argument("--query", type=_token, metavar="T,Y,X", help="the token whose choice is drawn")
+
+
+def _add_calibrate(commands: Any, *parents: argparse.ArgumentParser) -> None:
+    one = _add(commands, "calibrate", "find the rules that reach a wanted recall or density", *parents)
+    wanted = one.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--recall", type=float, help="wanted share of attention")
+    wanted.add_argument("--density", type=float, dest="wanted_density", help="wanted share of the pairs")
+    one.add_argument("--output", type=Path, metavar="JSON", default=Path("vmoba.json"), help="default: %(default)s")
+
+
+def _add_plot(commands: Any, *parents: argparse.ArgumentParser) -> None:
+    words = "draw attention by block, a query's choice, or density over layers and steps"
+    one = _add(commands, "plot", words, *parents)
+    one.add_argument("--what", choices=("mass", "choice", "density"), default="mass", help="default: %(default)s")
+    one.add_argument("--output", type=Path, metavar="PNG", default=Path("vmoba_plot.png"), help="default: %(default)s")
+    one.add_argument("--layer", type=int, help="of mass and choice (default: the first recorded)")
+    one.add_argument("--step", type=int, help="of mass and choice (default: the first recorded)")
+    one.add_argument("--head", type=int, help="of choice (default: the first recorded)")
+    one.add_argument("--query", type=_token, metavar="T,Y,X", help="of choice (default: the middle)")
+
+
+def _add_bench(commands: Any, *parents: argparse.ArgumentParser) -> None:
+    one = _add(commands, "bench", "time sparse against full attention on this machine", *parents)
+    one.add_argument("--tokens", type=int, nargs="+", help="default: 4096 to 65536 on a GPU, 1024 and 2048 on a CPU")
+    one.add_argument("--heads", type=int, default=12, help="default: %(default)s")
+    one.add_argument("--head-dim", type=int, default=128, help="default: %(default)s")
+    one.add_argument("--dispatch", choices=("packed", "shared", "tiles"), default="packed", help="default: %(default)s")
+
+
+def _grid(words: str) -> tuple[int, int, int]:
+    return _three(words, "x", "TxHxW, as in 8x18x32", least=1)
+
+
+def _token(words: str) -> tuple[int, int, int]:
+    return _three(words, ",", "T,Y,X, as in 3,9,12", least=0)
+
+
+def _three(words: str, separator: str, form: str, least: int) -> tuple[int, int, int]:
+    parts = words.split(separator)
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) >= least for part in parts):
+        raise argparse.ArgumentTypeError(f"must be three whole numbers {form}, got {words!r}")
+    one, two, three = map(int, parts)
+    return one, two, three
