@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -140,8 +140,9 @@ class ModelSizes:
     grids: tuple[Sizes3, ...]
     about: tuple[int, int, int] | None = None
 
-    def config(self, grid: Sizes3, training: bool, dispatch: Dispatch) -> VMoBAConfig:
-        """The configuration of a row of ours."""
+    def config(self, grid: Sizes3, training: bool, name: str) -> VMoBAConfig:
+        """The configuration of a row of ours; ``name``: its dispatch."""
+        dispatch = cast(Dispatch, name)
         rule = TRAINING_RULE if training else INFERENCE_RULE
         if self.about is None:
             return dataclasses.replace(VMoBAConfig.paper("training", grid), rule=rule, dispatch=dispatch)
