@@ -12,6 +12,7 @@ from vmoba_flex.dispatch.dense import dense_attention
 from vmoba_flex.groups import valid_keys
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
+from vmoba_flex.tail import Tail
 from vmoba_flex.warmup import rule_of_flat
 
 if TYPE_CHECKING:  # loaded where a model is context-parallel
@@ -28,6 +29,7 @@ def attend_at_step(
     density: Tensor,
     partition: BlockPartition,
     rule: Rule,
+    tail: Tail | None,
     dispatch: Dispatch,
     backend: Backend,
     dense_backend: str,
@@ -44,13 +46,15 @@ def attend_at_step(
         density: float32 scalar; what the call attended is written to it.
         partition: the blocks.
         rule: chooses them.
+        tail: as in ``vmoba_attention``, for a step that is not dense.
         dispatch: as in ``vmoba_attention``, for a step that is not dense.
         backend: as in ``vmoba_attention``, for the same.
         dense_backend: diffusers' name of the backend of a dense step; empty for the fastest of torch's.
         ranks: that share the tokens; None for one.
     """
     return _attend_at_step(
-        query, key, value, text_lengths, dense, density, partition.flat, *rule.flat, dispatch, backend, dense_backend,
+        query, key, value, text_lengths, dense, density, partition.flat, *rule.flat,
+        [] if tail is None else tail.flat, dispatch, backend, dense_backend,
         "" if ranks is None else ranks.group, 0 if ranks is None else ranks.rank, 1 if ranks is None else ranks.size,
     )  # fmt: skip
 
@@ -60,7 +64,7 @@ def attend_at_step(
 def _attend_at_step(
     query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None, dense: Tensor, density: Tensor,
     sizes: list[int], words: str, counts: list[int], shares: list[float], now: Tensor | None,
-    dispatch: str, backend: str, dense_backend: str, group: str, rank: int, size: int,
+    cell: list[int], dispatch: str, backend: str, dense_backend: str, group: str, rank: int, size: int,
 ) -> Tensor:  # fmt: skip
     partition, rule = BlockPartition.of_flat(sizes), rule_of_flat(words, counts, shares, now)
     layout = None
@@ -76,7 +80,7 @@ def _attend_at_step(
 
             return by_heads(everything, query, key, value, text_lengths, layout).contiguous()
         return everything(query, key, value, text_lengths).contiguous()
-    call = Call(partition, rule, text_lengths=text_lengths)
+    call = Call(partition, rule, text_lengths=text_lengths, tail=Tail.of_flat(cell))
     attended = attend(query, key, value, call, cast(Dispatch, dispatch), cast(Backend, backend), layout)
     density.copy_(attended.density())
     return attended.output.contiguous()
