@@ -12,13 +12,14 @@ from block_masks import Slots, to_slots
 from tests.strategies import Problem
 from vmoba_flex import reference, vmoba_attention, vmoba_inputs, vmoba_mask, vmoba_selection
 from vmoba_flex.call import Call
-from vmoba_flex.dispatch.shared import choose_tiles, shared_attention
+from vmoba_flex.dispatch.shared import shared_attention
 from vmoba_flex.groups import block_slots
+from vmoba_flex.selection.tiles import choose_tiles
 
 Path = Callable[[Problem], Tensor]
 
 
-def through_mask(token_order: str, tile_size: int = 16) -> Path:
+def through_mask(token_order: str, tile_size: int = 16, choice: str = "token") -> Path:
     """``flex_attention`` with ``vmoba_mask``, on tokens in ``token_order``."""
 
     def path(problem: Problem) -> Tensor:
@@ -26,7 +27,8 @@ def through_mask(token_order: str, tile_size: int = 16) -> Path:
         if token_order == "block":
             tensors = tuple(partition.to_block_order(x) for x in tensors)
         query, key, value = tensors
-        options: Any = {"token_order": token_order, "tile_size": tile_size, "text_lengths": problem.text_lengths}
+        options: Any = {"token_order": token_order, "tile_size": tile_size, "choice": choice}
+        options["text_lengths"] = problem.text_lengths
         score_mod = None
         if problem.tail is None:
             mask = vmoba_mask(query, key, partition, problem.rule, **options)
@@ -75,13 +77,14 @@ def through_shared(tile_size: int, backend: str = "eager") -> Path:
 SPARSE_PATHS: dict[str, Path] = {
     "mask, raster order": through_mask("raster"),
     "mask, block order": through_mask("block"),
+    "mask, tiles choose": through_mask("block", choice="tile"),
     "attention, tiles": through_attention("tiles"),
     "attention, packed": through_attention("packed"),
     "attention, shared": through_attention("shared"),
     "shared, tiles of 4": through_shared(4),
 }
 # Paths whose queries choose together, and how many of them.
-TILE_SIZES = {"attention, shared": 128, "shared, tiles of 4": 4}
+TILE_SIZES = {"mask, tiles choose": 128, "attention, shared": 128, "shared, tiles of 4": 4}
 
 
 def expected_mask(problem: Problem, tile_size: int | None = None) -> Tensor:

@@ -35,8 +35,9 @@ from tests.video_models import (
     run,
     sparse_output,
 )
-from vmoba_flex import BlockPartition, Threshold, TopK
+from vmoba_flex import BlockPartition, Tail, Threshold, TopK
 from vmoba_flex.approx_blocks import ApproxBlocks
+from vmoba_flex.call import Dispatch
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.models import VMoBAHandle, adapters, apply_vmoba, register_adapter
 from vmoba_flex.rules import Rule
@@ -110,6 +111,16 @@ class TestDense:
         stock = run(model, inputs)
         apply_vmoba(model, VMoBAConfig(*BLOCKS, rule, dispatch=dispatch))
         assert_errs_no_more(run(model, inputs), stock, exact)
+
+    @each_family
+    @torch.no_grad()
+    @pytest.mark.parametrize("dispatch", ["packed", "shared"])
+    def test_cells_of_one_token_equal_the_stock_model(self, family: Family, dispatch: Dispatch):
+        """Skipped blocks then take part token by token: grid, text and padding lie where they should."""
+        model, inputs = family.build(), family.inputs()
+        expected = run(model, inputs)
+        apply_vmoba(model, VMoBAConfig(*BLOCKS, TopK(1), dispatch=dispatch, tail=Tail((1, 1, 1))))
+        assert_close(run(model, inputs), expected)
 
     @each_family
     def test_gradients_equal_the_stock_models(self, family: Family):

@@ -22,7 +22,18 @@ from tests.paths import (
     shared_selection,
 )
 from tests.strategies import Problem, problems
-from vmoba_flex import BlockPartition, Tail, Threshold, TopK, reference, vmoba_inputs, vmoba_selection
+from vmoba_flex import (
+    BlockPartition,
+    Tail,
+    Threshold,
+    TopK,
+    VMoBAAttention,
+    VMoBAConfig,
+    reference,
+    vmoba_attention,
+    vmoba_inputs,
+    vmoba_selection,
+)
 from vmoba_flex.cells import cell_groups, cell_means
 from vmoba_flex.tail import Cells
 
@@ -331,3 +342,48 @@ def test_stats_are_those_of_the_choice():
         dataclasses.replace(problem, rule=Threshold(0.5), tail=None), dispatch="packed", return_stats=True
     )
     assert all(torch.equal(x, y) for x, y in zip(stats, plain, strict=True))
+
+
+def test_a_module_takes_its_configs_tail():
+    config = VMoBAConfig(2, (2, 2), (2, 2, 2), TopK(1), dispatch="packed", tail=Tail(2))
+    query, key, value = torch.randn(3, 1, 2, 64, 8, generator=torch.Generator().manual_seed(0))
+    for layer in range(3):
+        module = VMoBAAttention(config, layer, 3)
+        partition = config.partition(config.layer(layer, 3).kind, (4, 4, 4))
+        expected = vmoba_attention(query, key, value, partition, TopK(1), dispatch="packed", tail=Tail(2))
+        assert torch.equal(module(query, key, value, (4, 4, 4)), expected)
+        full = F.scaled_dot_product_attention(query, key, value)
+        torch.testing.assert_close(module(query, key, value, (4, 4, 4), dense=True), full)
+
+
+def test_a_config_keeps_its_tail():
+    for tail in (None, Tail(), Tail((1, 2, 3))):
+        config = VMoBAConfig(2, (2, 2), (2, 2, 3), TopK(1), tail=tail)
+        assert VMoBAConfig.from_json(config.to_json()) == config
+    with pytest.raises(TypeError, match="tail must be a Tail or None, got 64"):
+        VMoBAConfig(2, (2, 2), (2, 2, 2), TopK(1), tail=64)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="tail must be None for dispatch='dense'"):
+        VMoBAConfig(2, (2, 2), (2, 2, 2), TopK(1), dispatch="dense", tail=Tail())
+
+
+@pytest.mark.parametrize("dispatch", ["tiles", "packed", "shared", "dense"])
+def test_the_log_sum_exp(dispatch: str):
+    partition = BlockPartition.spatial((2, 3, 4), (2, 2), suffix=3)
+    query, key, value = torch.randn(3, 2, 2, partition.num_tokens, 8, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([3, 1])
+    problem = Problem(query, key, value, partition, TopK(2), 0.5, lengths, Tail(2) if dispatch != "dense" else None)
+    output, lse, stats = attend(problem, dispatch=dispatch, return_lse=True, return_stats=True)
+    assert stats.density.shape == (2, 2)
+    if dispatch == "dense":
+        full = torch.ones(2, 2, partition.num_video_tokens, partition.num_blocks, dtype=torch.bool)
+        mask = reference.attention_mask(full, partition, lengths)
+        expected = reference.attention(query, key, value, mask, 0.5)
+    else:
+        path = "attention, shared" if dispatch == "shared" else "attention"
+        keys, values, mask, bias = with_cells(problem, selection_of(problem, path))
+        expected = reference.attention(query, keys, values, mask, 0.5, bias)
+    valid = torch.ones(2, partition.num_tokens, dtype=torch.bool)
+    valid[1, -2:] = False
+    for actual, target in zip((output, lse[..., None]), (expected[0], expected[1][..., None]), strict=True):
+        pairs = (x.transpose(1, 2)[valid].double() for x in (actual, target))
+        torch.testing.assert_close(*pairs, rtol=1e-5, atol=1e-5)

@@ -13,10 +13,9 @@ from vmoba_flex.cells import coarse_keys
 from vmoba_flex.checks import check_choice, check_positive
 from vmoba_flex.groups import key_groups, valid_keys
 from vmoba_flex.inputs import check_query_key, check_tail, check_text_lengths, check_value
-from vmoba_flex.mask import TOKEN_ORDERS, TokenOrder
+from vmoba_flex.mask import CHOICES, CHOOSE, TOKEN_ORDERS, Choice, TokenOrder
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
-from vmoba_flex.selection.select import choose_blocks
 from vmoba_flex.tail import Tail
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -47,6 +46,7 @@ def vmoba_inputs(
     *,
     tail: Tail,
     token_order: TokenOrder = "raster",
+    choice: Choice = "token",
     tile_size: int = 128,
     text_lengths: Tensor | None = None,
 ) -> FlexInputs:
@@ -63,6 +63,7 @@ def vmoba_inputs(
         rule: ``TopK`` or ``Threshold``.
         tail: the cells.
         token_order: as in ``vmoba_mask``.
+        choice: as in ``vmoba_mask``.
         tile_size: as in ``vmoba_mask``.
         text_lengths: as in ``vmoba_attention``.
 
@@ -81,13 +82,14 @@ def vmoba_inputs(
         torch.Size([1, 2, 256, 16])
     """
     check_choice("token_order", token_order, TOKEN_ORDERS)
+    check_choice("choice", choice, CHOICES)
     check_positive("tile_size", tile_size)
     check_query_key(query, key, partition, rule)
     check_value(value, query, key)
     check_text_lengths(text_lengths, query, partition)
     check_tail(tail, partition)
     q, k, v = (x if token_order == "raster" else partition.to_raster_order(x) for x in (query, key, value))
-    selection, coarse = choose_blocks(q, k, partition, rule), coarse_keys(k, v, partition, tail)
+    selection, coarse = CHOOSE[choice](q, k, partition, rule), coarse_keys(k, v, partition, tail)
     selected, groups = key_groups(selection, partition)
     if token_order == "block":
         selected, groups = partition.to_block_order(selected), partition.to_block_order(groups, dim=0)

@@ -1,5 +1,6 @@
 """A VMoBA selection as a BlockMask."""
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -12,9 +13,16 @@ from vmoba_flex.inputs import check_query_key, check_text_lengths
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection.select import choose_blocks
+from vmoba_flex.selection.tiles import choose_by_tiles
 
 TokenOrder = Literal["raster", "block"]
 TOKEN_ORDERS: tuple[TokenOrder, ...] = get_args(TokenOrder)
+Choice = Literal["token", "tile"]
+CHOICES: tuple[Choice, ...] = get_args(Choice)
+CHOOSE: dict[Choice, Callable[[Tensor, Tensor, BlockPartition, Rule], Tensor]] = {
+    "token": choose_blocks,
+    "tile": choose_by_tiles,
+}
 
 
 def vmoba_mask(
@@ -24,6 +32,7 @@ def vmoba_mask(
     rule: Rule,
     *,
     token_order: TokenOrder = "raster",
+    choice: Choice = "token",
     tile_size: int = 128,
     text_lengths: Tensor | None = None,
 ) -> BlockMask:
@@ -38,6 +47,10 @@ def vmoba_mask(
         rule: ``TopK`` or ``Threshold``.
         token_order: the order of the tokens in query, key and value, and so in the mask: ``"raster"`` or ``"block"``
             (see ``BlockPartition.to_block_order``). Block order leaves fewer tiles to run.
+        choice: ``"token"``: each query chooses, as in the paper, and FlexAttention runs each tile that one of its
+            queries wants. ``"tile"``: up to 128 neighbouring queries of a block share one choice, an approximation (see
+            the dispatch ``"shared"``), and in block order FlexAttention runs the density, or a little more where a
+            block is no multiple of 128 tokens.
         tile_size: FlexAttention's ``BLOCK_SIZE``, for queries and keys. Compiled kernels on Hopper GPUs need a multiple
             of 128.
         text_lengths: as in ``vmoba_attention``.
@@ -59,12 +72,13 @@ def vmoba_mask(
         torch.Size([1, 2, 256, 16])
     """
     check_choice("token_order", token_order, TOKEN_ORDERS)
+    check_choice("choice", choice, CHOICES)
     check_positive("tile_size", tile_size)
     check_query_key(query, key, partition, rule)
     check_text_lengths(text_lengths, query, partition)
     if token_order == "block":
         query, key = partition.to_raster_order(query), partition.to_raster_order(key)
-    selection = choose_blocks(query, key, partition, rule)
+    selection = CHOOSE[choice](query, key, partition, rule)
     return selection_mask(selection, partition, token_order, tile_size, text_lengths)
 
 

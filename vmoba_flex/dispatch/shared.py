@@ -13,8 +13,6 @@ queries of a tile attend the blocks chosen for it, and prefix and suffix; prefix
 
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from block_masks import Slots, attend_slots, from_slots, merge_coarse_keys, realize, slot_mask, to_slots, valid_slots
@@ -25,10 +23,7 @@ from vmoba_flex.dispatch.chunked import chunked_attention
 from vmoba_flex.dispatch.compiled import compiled_flex_attention, has_flex_kernel
 from vmoba_flex.groups import block_slots, group_of_key, valid_group_lengths, valid_keys
 from vmoba_flex.part import Part
-from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule
-from vmoba_flex.selection.gate import block_means, products
-from vmoba_flex.selection.select import ranked, select
+from vmoba_flex.selection.tiles import choose_tiles
 
 
 class Shared(NamedTuple):
@@ -103,30 +98,3 @@ def shared_attention(
     if lse is not None and call.lse:
         lse = from_slots(lse[..., None], slots)[..., 0]
     return Shared(from_slots(output, slots), lse if call.lse else None, selected, slots)
-
-
-@torch.no_grad()
-def choose_tiles(
-    query_slots: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, slots: Slots, part: Part | None = None
-) -> Tensor:
-    """Chooses what the queries of each tile attend.
-
-    Args:
-        query_slots: ``(B, H, slots, D)``, zero in padding slots.
-        key: ``(B, key heads, S, D)`` in raster order.
-        partition: the blocks.
-        rule: chooses them.
-        slots: of this partition.
-        part: the heads of the call that lie here; None for all.
-
-    Returns:
-        bool ``(B, H, tiles, G)``; prefix and suffix, if any, are the last group and the last tiles.
-    """
-    means = block_means(key, partition)
-    sums = query_slots.unflatten(2, (-1, slots.tile_size)).sum(3, dtype=means.dtype)
-    text_tiles = -(-(partition.prefix + partition.suffix) // slots.tile_size)
-    video_tiles = len(slots.tile_group) - text_tiles
-    queries = (sums / slots.tile_keys[:, None])[:, :, :video_tiles]
-    own = slots.tile_group[:video_tiles, None] == torch.arange(partition.num_blocks, device=key.device)
-    chosen = select(ranked(products(queries, means), partition, rule, key.shape[-1]), own, rule, part)
-    return F.pad(chosen, (0, int(text_tiles > 0), 0, text_tiles), value=True)

@@ -1,0 +1,58 @@
+"""One choice of blocks for the queries of a tile, made from their mean; see ``dispatch.shared`` for the definition."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from block_masks import Slots, to_slots
+from vmoba_flex.groups import block_slots
+from vmoba_flex.part import Part
+from vmoba_flex.partition import BlockPartition
+from vmoba_flex.rules import Rule
+from vmoba_flex.selection.gate import block_means, products
+from vmoba_flex.selection.select import ranked, select
+
+
+@torch.no_grad()
+def choose_tiles(
+    query_slots: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, slots: Slots, part: Part | None = None
+) -> Tensor:
+    """Chooses what the queries of each tile attend.
+
+    Args:
+        query_slots: ``(B, H, slots, D)``, zero in padding slots.
+        key: ``(B, key heads, S, D)`` in raster order.
+        partition: the blocks.
+        rule: chooses them.
+        slots: of this partition.
+        part: the heads of the call that lie here; None for all.
+
+    Returns:
+        bool ``(B, H, tiles, G)``; prefix and suffix, if any, are the last group and the last tiles.
+    """
+    means = block_means(key, partition)
+    sums = query_slots.unflatten(2, (-1, slots.tile_size)).sum(3, dtype=means.dtype)
+    text_tiles = -(-(partition.prefix + partition.suffix) // slots.tile_size)
+    video_tiles = len(slots.tile_group) - text_tiles
+    queries = (sums / slots.tile_keys[:, None])[:, :, :video_tiles]
+    own = slots.tile_group[:video_tiles, None] == torch.arange(partition.num_blocks, device=key.device)
+    chosen = select(ranked(products(queries, means), partition, rule, key.shape[-1]), own, rule, part)
+    return F.pad(chosen, (0, int(text_tiles > 0), 0, text_tiles), value=True)
+
+
+def choose_by_tiles(query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule) -> Tensor:
+    """What each video query attends where the queries of a tile share one choice.
+
+    Args:
+        query: ``(B, H, S, D)`` in raster order.
+        key: ``(B, key heads, S, D)``.
+        partition: the blocks.
+        rule: chooses them.
+
+    Returns:
+        bool ``(B, H, video tokens, N)`` in raster order.
+    """
+    slots = block_slots(partition, query.device)
+    chosen = choose_tiles(to_slots(query.detach(), slots), key.detach(), partition, rule, slots)
+    video = slots.key_slot[partition.prefix : partition.prefix + partition.num_video_tokens]
+    return chosen.index_select(2, video // slots.tile_size)[..., : partition.num_blocks]
