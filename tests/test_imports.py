@@ -28,7 +28,7 @@ ORDER = {
         *("call", "part", "groups", "inputs", "collectives"),
         *("selection", "mask", "flex_inputs", "stats", "dispatch", "distributed", "attention"),
         *("paper", "dense_schedule", "config_fields", "config_json", "config", "module", "models", "vmoba_flex"),
-        *("insight", "demo", "cli"),
+        *("insight", "demo", "arguments", "cli"),
     ],
 }
 

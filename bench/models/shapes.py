@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from bench.common.sizes import Sizes3
 from vmoba_flex import Threshold, TopK
+from vmoba_flex.call import Dispatch
 from vmoba_flex.config import ApproxBlocks, VMoBAConfig
 
 TRAINING_RULE = Threshold(0.25, pool="head", max_density=0.25)
@@ -139,8 +140,9 @@ class ModelSizes:
     grids: tuple[Sizes3, ...]
     about: tuple[int, int, int] | None = None
 
-    def config(self, grid: Sizes3, training: bool, dispatch: str) -> VMoBAConfig:
-        """The configuration of a row of ours."""
+    def config(self, grid: Sizes3, training: bool, name: str) -> VMoBAConfig:
+        """The configuration of a row of ours; ``name``: its dispatch."""
+        dispatch = cast(Dispatch, name)
         rule = TRAINING_RULE if training else INFERENCE_RULE
         if self.about is None:
             return dataclasses.replace(VMoBAConfig.paper("training", grid), rule=rule, dispatch=dispatch)
