@@ -1,6 +1,6 @@
-"""Fills the numbers of the README and of the pages in from the files of results, so that they cannot drift.
+"""Fills the numbers of the README and the pages in from the files of results, so that they cannot drift.
 
-    python -m bench.pages            # rewrites what stands between the marks
+    python -m bench.pages     # rewrites what stands between the marks
 
 A mark names what goes there and the file in bench/results/ that it is taken from:
 
@@ -16,6 +16,7 @@ from bench.attention import tables as attention
 from bench.common.report import Row, table
 from bench.distributed import tables as distributed
 from bench.models import tables as models
+from bench.quality import denoise_report
 from bench.quality import tables as quality
 
 ROOT = Path(__file__).parent.parent
@@ -24,11 +25,11 @@ _MARK = re.compile(r"(<!-- results: (\w+) ([\w.-]+) -->).*?(<!-- end -->)", re.D
 
 
 def filled(page: str) -> str:
-    """The page with what its marks name between them.
+    """The page with the marks filled in.
 
     Raises:
-        KeyError: if a mark names what there is not.
-        FileNotFoundError: if a mark names a file that there is not.
+        KeyError: if a mark names no part of ``_PARTS``.
+        FileNotFoundError: if a mark names a file that is missing.
     """
     return _MARK.sub(_fill, page)
 
@@ -64,6 +65,9 @@ _PARTS: dict[str, Callable[[Row], str | list[str]]] = {
     "training_swapped": lambda data: table(*quality.swapped(data)),
     "training_tiles": lambda data: table(*quality.tiles(data)),
     "training_times": lambda data: table(*quality.times(data)),
+    "denoises": lambda data: table(*denoise_report.fidelity(data)),
+    "denoises_fewer_pairs": lambda data: table(*denoise_report.fewer_pairs(data)),
+    "denoises_tuned": lambda data: table(*denoise_report.tuned(data)),
     "conditioning": lambda data: table(*quality.conditioning(data)),
 }
 

@@ -181,3 +181,45 @@ def attention(
             lse[b, h, s] = score.max() + np.log(np.exp(score - score.max()).sum())
             output[b, h, s] = np.exp(score - lse[b, h, s]) @ value[b, h // group, allowed]
     return output, lse
+
+
+def tail_attention(
+    query: NDArray, key: NDArray, value: NDArray, selection: NDArray[np.bool_], grid: tuple[int, int, int],
+    block: tuple[int, int, int], cell: tuple[int, int, int], scale: float,
+) -> NDArray[np.float64]:  # fmt: skip
+    """Attention of video tokens with a tail, query by query, as defined: no prefix or suffix, as many key heads.
+
+    Args:
+        query: (B, H, L, D).
+        key: (B, H, L, D).
+        value: (B, H, L, Dv).
+        selection: (B, H, L, N) bool.
+        grid: frames, height, width.
+        block: tokens of a block along these.
+        cell: tokens of a cell along these.
+        scale: factor on the scores.
+
+    Returns:
+        (B, H, L, Dv).
+    """
+    counts = [-(-size // side) for size, side in zip(grid, block, strict=True)]
+    places = list(np.ndindex(*grid))
+    output = np.zeros((*query.shape[:3], value.shape[-1]))
+    for b, h, s in np.ndindex(*query.shape[:3]):
+        logits, values = [], []
+        for corner in np.ndindex(*counts):
+            inside = [i for i, p in enumerate(places) if all(np.array(p) // block == corner)]
+            if selection[b, h, s, np.ravel_multi_index(corner, counts)]:
+                logits += [scale * query[b, h, s] @ key[b, h, i] for i in inside]
+                values += [value[b, h, i] for i in inside]
+                continue
+            cells: dict[tuple[int, ...], list[int]] = {}
+            for i in inside:
+                at = tuple(np.array(places[i]) % block // cell)
+                cells.setdefault(at, []).append(i)
+            for members in cells.values():
+                logits.append(scale * query[b, h, s] @ key[b, h, members].mean(0) + np.log(len(members)))
+                values.append(value[b, h, members].mean(0))
+        weights = np.exp(np.array(logits) - max(logits))
+        output[b, h, s] = weights @ np.array(values) / weights.sum()
+    return output

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from block_masks import Slots, to_slots
 from tests.strategies import Problem
-from vmoba_flex import reference, vmoba_attention, vmoba_mask, vmoba_selection
+from vmoba_flex import reference, vmoba_attention, vmoba_inputs, vmoba_mask, vmoba_selection
 from vmoba_flex.call import Call
 from vmoba_flex.dispatch.shared import choose_tiles, shared_attention
 from vmoba_flex.groups import block_slots
@@ -26,9 +26,15 @@ def through_mask(token_order: str, tile_size: int = 16) -> Path:
         if token_order == "block":
             tensors = tuple(partition.to_block_order(x) for x in tensors)
         query, key, value = tensors
-        options = {"token_order": token_order, "tile_size": tile_size, "text_lengths": problem.text_lengths}
-        mask = vmoba_mask(query, key, partition, problem.rule, **options)
-        output = flex_attention(query, key, value, block_mask=mask, scale=problem.scale, enable_gqa=problem.gqa)
+        options: Any = {"token_order": token_order, "tile_size": tile_size, "text_lengths": problem.text_lengths}
+        score_mod = None
+        if problem.tail is None:
+            mask = vmoba_mask(query, key, partition, problem.rule, **options)
+        else:
+            inputs = vmoba_inputs(query, key, value, partition, problem.rule, tail=problem.tail, **options)
+            key, value, mask, score_mod = inputs
+        gqa = {"scale": problem.scale, "enable_gqa": problem.gqa}
+        output = flex_attention(query, key, value, block_mask=mask, score_mod=score_mod, **gqa)
         assert isinstance(output, Tensor)
         return partition.to_raster_order(output) if token_order == "block" else output
 
@@ -38,7 +44,9 @@ def through_mask(token_order: str, tile_size: int = 16) -> Path:
 def attend(problem: Problem, **options: Any) -> Any:
     """``vmoba_attention`` of a problem."""
     tensors = (problem.query, problem.key, problem.value)
-    fixed = {"scale": problem.scale, "enable_gqa": problem.gqa, "text_lengths": problem.text_lengths}
+    fixed: Any = {"scale": problem.scale, "enable_gqa": problem.gqa, "text_lengths": problem.text_lengths}
+    if problem.tail is not None:
+        fixed["tail"] = problem.tail
     return vmoba_attention(*tensors, problem.partition, problem.rule, **fixed, **options)
 
 
@@ -56,8 +64,10 @@ def through_shared(tile_size: int, backend: str = "eager") -> Path:
 
     def path(problem: Problem) -> Tensor:
         tensors = (problem.query, problem.key, problem.value)
-        call = Call(problem.partition, problem.rule, problem.scale, problem.gqa, problem.text_lengths)
-        return shared_attention(*tensors, call, backend, tile_size)[0]
+        call = Call(
+            problem.partition, problem.rule, problem.scale, problem.gqa, problem.text_lengths, tail=problem.tail
+        )
+        return shared_attention(*tensors, call, backend, tile_size).output
 
     return path
 

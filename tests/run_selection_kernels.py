@@ -11,7 +11,7 @@ import torch
 from vmoba_flex import BlockPartition
 from vmoba_flex.selection import gate_kernels, long_pool_kernels, short_pool_kernels
 from vmoba_flex.selection.gate import block_means, gate
-from vmoba_flex.selection.select import take_sorted
+from vmoba_flex.selection.select import SHORT, take_sorted
 from vmoba_flex.selection.weights import Targets
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,7 +78,27 @@ def check_selection() -> None:
         assert torch.equal(taken[0].T, expected), case
 
 
+def check_longest_pools_of_one_query() -> None:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    for kind, (length, (share, tau)) in zip(
+        itertools.cycle(KINDS), itertools.product([1025, 2048, 2049, SHORT], TARGETS), strict=False
+    ):
+        scores = pools(kind, 6, length, generator)
+        own = torch.rand(3, length, generator=generator) < 0.15
+        targets = Targets(None if share is None else int(share * length), tau, stretch="masses" not in kind)
+        # Two heads of three queries: a program has two pools or more, and the last one fewer.
+        by_entry = scores.view(2, 3, length).mT.contiguous().mT
+        taken = short_pool_kernels.take_short(by_entry, own, targets)
+        assert torch.equal(taken.mT.flatten(0, 1), take_sorted(scores, own, targets)), (kind, length, targets)
+    for bits, has_tau in itertools.product(range(1, SHORT.bit_length()), (False, True)):
+        count, warps = short_pool_kernels.shape_of_program(2**bits, has_tau)
+        assert count.bit_count() == warps.bit_count() == 1  # powers of two
+        assert warps <= 16
+        assert count * 2**bits <= warps * 32 * (16 if has_tau else 32)  # keys of a thread
+
+
 def check_gate() -> None:
+    gate_kernels._FLOAT32_PRODUCTS = True
     generator = torch.Generator(DEVICE).manual_seed(0)
     for batch, partition, dim, dtype in [
         (2, BlockPartition((3, 7, 8), (2, 5, 5), prefix=3, suffix=2), 24, torch.bfloat16),
@@ -98,7 +118,7 @@ def check_gate() -> None:
         video = query[:, :, partition.prefix :][:, :, : partition.num_video_tokens].double().abs()
         bound = (dim + largest) * epsilon * (video @ magnitude.repeat_interleave(2, 1).mT)
         scores, expected = (
-            gate_kernels.gate(query, key, partition, wide=True),
+            gate_kernels.gate(query, key, partition, partition.prefix, partition.num_video_tokens),
             gate(query.double(), key.double(), partition),
         )
         assert scores.stride() == expected.stride()
@@ -108,4 +128,5 @@ def check_gate() -> None:
 if __name__ == "__main__":
     torch.set_default_device(DEVICE)
     check_selection()
+    check_longest_pools_of_one_query()
     check_gate()

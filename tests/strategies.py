@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vmoba_flex import BlockPartition, Threshold, TopK
+from vmoba_flex import BlockPartition, Tail, Threshold, TopK
 from vmoba_flex.call import BACKENDS, DISPATCHES
 from vmoba_flex.config import KINDS, ApproxBlocks, VMoBAConfig
 from vmoba_flex.rules import NORMALIZE, POOLS, Rule
@@ -29,6 +29,7 @@ class Problem:
     rule: Rule
     scale: float | None = None
     text_lengths: Tensor | None = None
+    tail: Tail | None = None
 
     def with_leaves(self) -> "Problem":
         """The same problem on copies of query, key and value that require gradients."""

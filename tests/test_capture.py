@@ -107,7 +107,7 @@ def test_an_error_ends_a_capture():
     handle = apply_vmoba(model, CONFIG)
     with pytest.raises(RuntimeError, match="broken off"), capture(model):
         raise RuntimeError("broken off")
-    assert handle.runs()["model"].recorder is None
+    assert handle.states()["model"].recorder is None
     with capture(model), pytest.raises(ValueError, match="model must not be captured already"), capture(model):
         pass
 

@@ -21,7 +21,7 @@ from tests.ranks import RankPool
 from tests.strategies import Problem
 from vmoba_flex import BlockPartition, Threshold, TopK, collectives, vmoba_attention
 from vmoba_flex.collectives import Ranks
-from vmoba_flex.distributed import TokenShards
+from vmoba_flex.distributed import RankGroup, TokenShards
 from vmoba_flex.distributed.exchange import Layout
 from vmoba_flex.warmup import WarmedThreshold
 
@@ -96,7 +96,7 @@ def shared_out(problem: Problem, size: int, device: str, shards: TokenShards | N
     full = problem.to(torch.device(device))
     local = [here(x, shards, partition, group) for x in (full.query, full.key, full.value)]
     part = dataclasses.replace(full, **dict(zip(("query", "key", "value"), local, strict=True))).with_leaves()
-    output, stats = attend(part, return_stats=True, group=group, shards=shards, check_ranks=True, **options)
+    output, stats = attend(part, return_stats=True, group=RankGroup(group, shards=shards, check=True), **options)
     wanted = upstream(torch.empty(*problem.query.shape[:3], problem.value.shape[-1]))
     if shards is not None and shards.text == "replicated":  # as many losses as ranks see the text
         wanted[:, :, : partition.prefix] /= size
@@ -267,14 +267,15 @@ def eager_and_compiled(
     problem: Problem, size: int, device: str, backend: str, options: dict[str, Any]
 ) -> tuple[int, list[list[Tensor]]] | None:
     """How many graphs two calls took, and output and gradients of an eager call and of these, on a rank."""
-    group, shards = group_of(size), options.get("shards")
+    group, shards, options = group_of(size), options.get("shards"), {**options}
     if dist.get_rank() >= size:
         return None
+    options.pop("shards", None)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        fixed: dict[str, Any] = {"scale": problem.scale, "group": group, **options}
+        fixed: dict[str, Any] = {"scale": problem.scale, "group": RankGroup(group, shards=shards), **options}
         return vmoba_attention(query, key, value, problem.partition, problem.rule, **fixed)
 
     graph = torch.compile(call, backend=counter, fullgraph=True, dynamic=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.ranks import RankPool
 from tests.test_distributed import PARTITION, RULES, group_of, here, problem, whole
 from vmoba_flex import BlockPartition, Threshold, TopK, vmoba_attention
-from vmoba_flex.distributed import HeadBalance, Imbalance, TokenShards
+from vmoba_flex.distributed import HeadBalance, Imbalance, RankGroup, TokenShards
 from vmoba_flex.distributed.balance import share_out
 
 pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.usefixtures("one_thread")]
@@ -34,8 +34,8 @@ def balanced(case: Any, size: int, rounds: int) -> tuple[list[Any], list[Imbalan
     outputs, imbalances = [], []
     for _ in range(rounds):
         output = vmoba_attention(
-            *local, case.partition, case.rule, scale=case.scale, dispatch="packed", enable_gqa=True, group=group,
-            balance=balance,
+            *local, case.partition, case.rule, scale=case.scale, dispatch="packed", enable_gqa=True,
+            group=RankGroup(group, balance=balance),
         )  # fmt: skip
         upstream = torch.randn(case.query.shape, generator=torch.Generator().manual_seed(1))
         grads = torch.autograd.grad(output, local, here(upstream, None, case.partition, group))
@@ -200,12 +200,12 @@ def disagreement(what: str) -> str:
                 "rule": {"rule": TopK(3)},
                 "scale": {"scale": 0.5},
                 "dispatch": {"dispatch": "packed"},
-                "shards": {"shards": TokenShards(text="split")},
+                "shards": {"group": RankGroup(group, shards=TokenShards(text="split"), check=True)},
             }
             arguments |= other[what]
     began = time.monotonic()
     with pytest.raises(ValueError, match=r".") as refused:
-        vmoba_attention(query, key, value, **arguments, group=group, check_ranks=True)
+        vmoba_attention(query, key, value, **{"group": RankGroup(group, check=True)} | arguments)
     assert time.monotonic() - began < 30
     return str(refused.value)
 

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,13 @@ def needs(code: str) -> None:
 
 
 @pytest.mark.parametrize("code", marked("python"))
-def test_examples_run(code: str, monkeypatch: pytest.MonkeyPatch):
+def test_examples_run(code: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
     monkeypatch.setattr(adapters, "_ADAPTERS", dict(adapters._ADAPTERS))  # what an example registers stays in it
     needs(code)
-    exec(code, {"__name__": "example"})  # classes that are made there need the name of a module
+    # Classes and Dynamo look their module up by name, and Dynamo remembers it: one of its own for each example.
+    module = types.ModuleType(re.sub(r"\W", "_", request.node.name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(code, module.__dict__)
 
 
 def run_on_two_ranks(code: str, folder: Path) -> None:

@@ -38,7 +38,7 @@ from vmoba_flex.insight import Record, inspect
 from vmoba_flex.rules import POOLS, Pool, Rule
 from vmoba_flex.selection.gate import block_means, gate
 from vmoba_flex.selection.mass import block_mass
-from vmoba_flex.selection.select import select
+from vmoba_flex.selection.select import SHORT, select
 from vmoba_flex.warmup import warmed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flash_at_any_size")]
@@ -257,15 +257,32 @@ def test_selection_kernels_equal_their_eager_forms_at_odd_sizes(pool: Pool, bad:
         assert actual.stride() == expected.stride()
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 72, 100, 513, 1024, 1025])
+@pytest.mark.parametrize("blocks", [1, 2, 72, 100, 513, 1024, 1025, 2049, SHORT, SHORT + 1])
 @pytest.mark.parametrize(
     "rule", [TopK(1), Threshold(0.25, pool="query"), Threshold(0.5, pool="query", max_density=0.1)]
 )
 def test_selection_kernels_equal_their_eager_forms_for_any_number_of_blocks(rule: Rule, blocks: int):
     partition = BlockPartition((blocks, 1, 1), (1, 1, 1))
-    scores = torch.randn(1, 2, blocks, blocks, generator=torch.Generator()).mul(8).round()
-    own = own_blocks(partition)
+    own = own_blocks(partition)[:256]
+    scores = torch.randn(1, 2, *own.shape, generator=torch.Generator()).mul(8).round()
     assert torch.equal(select(scores.cuda(), own.cuda(), rule).cpu(), select(scores, own, rule))
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="torch prefers cuDNN on Hopper"
+)
+@pytest.mark.skipif((torch.backends.cudnn.version() or 0) <= 91500, reason="torch leaves out cuDNN up to 9.15.0")
+def test_full_attention_is_cudnns_on_hopper_by_torchs_own_choice():
+    partition = BlockPartition.temporal((8, 16, 16), 1)
+    leaves = [
+        torch.randn(1, 4, partition.num_tokens, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    ]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        vmoba_attention(*leaves, partition, TopK(2), dispatch="dense").sum().backward()
+        torch.cuda.synchronize()
+    kernels = [event.key for event in profile.key_averages()]
+    assert len([name for name in kernels if "cudnn" in name]) >= 2, kernels  # forward and backward
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -560,17 +577,16 @@ def test_reduce_overhead_gives_what_eager_gives(dispatch: str):
 
 @pytest.mark.parametrize("dispatch", CAPTURED)
 def test_a_warm_up_makes_no_graph_anew(dispatch: str):
-    partition, rule = CASES["spatial"][0], warmed(CAPTURED[dispatch])
+    partition, rule = CASES["spatial"][0], CAPTURED[dispatch]
     *inputs, upstream = fresh_inputs(partition, 0)
     leaves = [x.requires_grad_() for x in inputs]
     torch.compiler.reset()
     attend = functools.partial(vmoba_attention, *leaves, partition, dispatch=dispatch, backend="triton")
-    compiled = torch.compile(lambda: attend(rule), fullgraph=True, dynamic=False)
+    compiled = torch.compile(attend, fullgraph=True, dynamic=False)
     for i, share in enumerate((0.3, 0.6, 1.0)):
-        rule.warm(share)
         with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
-            actual = compiled()
-        expected = attend(dataclasses.replace(CAPTURED[dispatch], tau=1 - share * (1 - rule.tau)))
+            actual = compiled(rule=warmed(rule, share))
+        expected = attend(rule=dataclasses.replace(rule, tau=1 - share * (1 - rule.tau)))
         for x, y in zip(
             (actual, *torch.autograd.grad(actual, leaves, upstream)),
             (expected, *torch.autograd.grad(expected, leaves, upstream)),
@@ -580,7 +596,7 @@ def test_a_warm_up_makes_no_graph_anew(dispatch: str):
 
 
 def test_a_rule_that_is_warmed_up_is_refused_in_a_cuda_graph():
-    partition, rule = CASES["spatial"][0], warmed(Threshold(0.25, max_density=0.4))
+    partition, rule = CASES["spatial"][0], warmed(Threshold(0.25, max_density=0.4), 1.0)
     query, key, *_ = fresh_inputs(partition, 0)
     vmoba_selection(query, key, partition, rule)
     capturing = torch.cuda.graph(torch.cuda.CUDAGraph())

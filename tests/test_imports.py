@@ -1,30 +1,61 @@
-"""What may import what, and what importing the package must not load."""
+"""What may import what, how long a module may be, and what importing the package must not load."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from setuptools import find_packages
 
 import vmoba_flex
 from block_masks.launching.constant import constant_when_compiled
 
 ROOT = Path(__file__).parent.parent
-BLOCK_MASKS = sorted((ROOT / "block_masks").rglob("*.py"))
+PACKAGES = ("block_masks", "vmoba_flex")
+MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+MAX_LINES = 250
+
+# Modules and folders in the order in which data flows: each imports only what stands before it. A package's own name
+# stands for its __init__.py.
+ORDER = {
+    "block_masks": ["precision", "launching", "plans", "masks", "attention", "block_masks"],
+    "vmoba_flex": [
+        *("reference", "version", "user_error"),
+        *("checks", "partition", "approx_blocks", "tail", "cell_kernels", "cells", "rules", "warmup"),
+        *("call", "part", "groups", "inputs", "collectives"),
+        *("selection", "mask", "flex_inputs", "stats", "dispatch", "distributed", "attention"),
+        *("paper", "dense_schedule", "config_fields", "config_json", "config", "module", "models", "vmoba_flex"),
+        *("insight", "demo", "arguments", "cli"),
+    ],
+}
+
+
+def name_of(path: Path) -> str:
+    """The dotted name of a module's file."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+NAMES = {name_of(path): path for path in MODULES}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """What a file imports, by dotted name: also inside functions and for type checkers only."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path} imports relatively"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            # A module of ours that is imported from its folder, or something of the folder's __init__.py.
+            yield from (name if name in NAMES else node.module for name in names)
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level packages that a file names in imports, inside functions too."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} imports relatively"
-            names.add(node.module or "")
-    return {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
+    """Top-level packages that a file imports, but for Python's own."""
+    return {name.partition(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
 
 
 def kernels_of(path: Path) -> set[str]:
@@ -32,19 +63,75 @@ def kernels_of(path: Path) -> set[str]:
     return {"triton", "flash_attn"} if path.name.endswith("_kernels.py") else set()
 
 
-@pytest.mark.parametrize("path", BLOCK_MASKS, ids=lambda path: path.name)
-def test_block_masks_imports_torch_alone(path):
+def place(name: str) -> tuple[str, str]:
+    """The package that a module is in, and the entry of its order."""
+    package, _, rest = name.partition(".")
+    return package, rest.partition(".")[0] or package
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_go_against_the_way_of_the_data_only(path: Path):
+    package, entry = place(name_of(path))
+    for name in imports(path):
+        if place(name)[0] == package and place(name)[1] != entry:
+            assert ORDER[package].index(place(name)[1]) < ORDER[package].index(entry), f"{name_of(path)} imports {name}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_order_names_each_module_and_folder(package: str):
+    assert sorted(ORDER[package]) == sorted({place(name)[1] for name in NAMES if place(name)[0] == package})
+
+
+def test_no_folder_imports_in_a_circle():
+    within = {
+        name: {other for other in imports(path) if other in NAMES and place(other) == place(name)}
+        for name, path in NAMES.items()
+    }
+    while free := [name for name, needs in within.items() if not needs & within.keys()]:
+        for name in free:
+            del within[name]
+    assert not within
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if name_of(path).startswith("block_masks")], ids=name_of)
+def test_block_masks_imports_torch_only(path: Path):
     assert imported(path) <= {"torch", "block_masks"} | kernels_of(path)
 
 
-def test_core_modules_import_block_masks_and_torch_alone():
-    for path in (ROOT / "vmoba_flex").glob("*.py"):
-        assert imported(path) <= {"torch", "block_masks", "vmoba_flex"} | kernels_of(path), path
+# What needs more than torch: models of diffusers, and the extras.
+OTHERS = {
+    "models": {"diffusers"},
+    "insight": {"matplotlib", "numpy", "safetensors"},
+    "demo": {"av", "matplotlib", "numpy", "safetensors", "tqdm"},
+}
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if name_of(path).startswith("vmoba_flex")], ids=name_of)
+def test_vmoba_flex_imports_block_masks_and_torch_only(path: Path):
+    others = OTHERS.get(place(name_of(path))[1], set())
+    assert imported(path) <= {"torch", "block_masks", "vmoba_flex"} | kernels_of(path) | others
 
 
 def test_reference_imports_nothing_that_it_checks():
     assert imported(ROOT / "vmoba_flex" / "reference.py") == {"torch"}
     assert imported(ROOT / "tests" / "oracle_numpy.py") == {"numpy"}
+
+
+# Still longer. None may join them.
+TOO_LONG = {
+    *("block_masks.attention.attend_kernels", "block_masks.attention.coarse_kernels"),
+    "vmoba_flex.reference",
+}
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if name_of(path) not in TOO_LONG], ids=name_of)
+def test_modules_can_be_read_at_once(path: Path):
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+def test_the_wheel_holds_every_folder():
+    found = find_packages(str(ROOT), include=[f"{package}*" for package in PACKAGES])
+    assert sorted(found) == sorted({name_of(path.parent / "__init__.py") for path in MODULES})
 
 
 @pytest.mark.parametrize("module", ["vmoba_flex", "vmoba_flex.cli"])

@@ -6,7 +6,7 @@ import dataclasses
 import pickle
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -339,6 +339,60 @@ class TestAdapters:
             register_adapter(nn.Linear, adapters._ADAPTERS["WanTransformer3DModel"])
 
 
+def peft(model: nn.Module) -> nn.Module:
+    pytest.importorskip("peft")
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["to_q", "to_v"]))  # pyright: ignore[reportArgumentType]
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "torch.compile": lambda model: torch.compile(model, backend="eager"),  # pyright: ignore
+    "PEFT": peft,
+    "DataParallel": nn.DataParallel,
+    "a module of one's own": lambda model: Trainer(model),
+}
+
+
+class Trainer(nn.Module):
+    """Keeps the model as ``model``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+
+class Pipeline:
+    """Has a transformer."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.transformer = transformer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", WRAPPERS)
+def test_a_model_inside_a_wrapper(form: str):
+    family = FAMILIES["wan2.1"]
+    model, inputs = family.build(), family.inputs()
+    wrapped = WRAPPERS[form](model)
+    for target in (wrapped, Pipeline(wrapped)):
+        handle = apply_vmoba(target, SPARSE)
+        assert_close(run(wrapped, inputs), sparse_output(family, inputs))
+        with pytest.raises(ValueError, match="must not have VMoBA applied yet"):
+            apply_vmoba(model, SPARSE)
+        assert VMoBAHandle.of(wrapped).states()["model"] is next(iter(handle.states().values()))
+        VMoBAHandle.of(target).remove()
+        assert_close(run(wrapped, inputs), dense_output(family, inputs))
+    # Wrapped after applying.
+    apply_vmoba(model, SPARSE)
+    again = wrapped if form == "PEFT" else WRAPPERS[form](model)
+    assert_close(run(again, inputs), sparse_output(family, inputs))
+    VMoBAHandle.of(again).remove()
+
+
 class Foreign:
     """A processor that is not the model's stock one."""
 
@@ -474,6 +528,23 @@ class TestBadInput:
         inputs |= {"num_frames": 4, "video_coords": torch.zeros(2, 3, 72)}
         with pytest.raises(ValueError, match="72"):
             run(model, inputs)
+
+    @pytest.mark.parametrize("name", ["LTXConditionPipeline", "LTXI2VLongMultiPromptPipeline"])
+    def test_an_ltx_pipeline_without_a_grid(self, name: str):
+        import diffusers
+
+        model = FAMILIES["ltx"].build()
+        before = snapshot(model)
+        parts = dict.fromkeys(["vae", "text_encoder", "tokenizer"])
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        pipe = getattr(diffusers, name)(**parts, scheduler=scheduler, transformer=model)
+        with pytest.raises(ValueError, match=rf"must not be a {name}.*LTXPipeline.from_pipe\(pipe\)"):
+            apply_vmoba(pipe, SPARSE)
+        assert snapshot(model) == before
+        handle = apply_vmoba(diffusers.LTXPipeline.from_pipe(pipe), SPARSE)
+        assert repr(handle) == "VMoBAHandle(transformer: 3 layers)"
+        handle.remove()
+        assert repr(handle) == "VMoBAHandle(removed)"
 
     def test_a_block_causal_skyreels(self):
         family = FAMILIES["skyreels"]

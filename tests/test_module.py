@@ -103,7 +103,7 @@ def test_twelve_layers_make_three_graphs_a_grid(dynamic: bool | None):
     ("call", "error", "message"),
     [
         (lambda a, qkv: VMoBAAttention({}, 0, 3), TypeError, "config must be a VMoBAConfig, got dict"),
-        (lambda a, qkv: VMoBAAttention(CONFIG, 3, 3), ValueError, "i must lie in 0..num_layers - 1 = 0..2, got 3"),
+        (lambda a, qkv: VMoBAAttention(CONFIG, 3, 3), ValueError, "layer must lie in 0..num_layers - 1 = 0..2, got 3"),
         (lambda a, qkv: a(*qkv, (4, 6, 7)), ValueError, r"query must have grid .* = 4x6x7 .* = 168 tokens .* got 144"),
         (lambda a, qkv: a(*qkv, (4, 72, 1)), ValueError, r"spatial block must not be larger than grid \(4, 72, 1\)"),
         (lambda a, qkv: a(*qkv, GRID, suffix=1), ValueError, "= 145 tokens"),

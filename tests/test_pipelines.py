@@ -1,6 +1,9 @@
 """Applied to pipelines: both experts, and dense first steps by the scheduler's count or the callback's."""
 
 # pyright: reportPrivateImportUsage=false
+import copy
+import gc
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -219,6 +222,137 @@ def test_a_scheduler_that_pipelines_only_copy_is_not_asked():
             self.transformer, self.scheduler = WAN.build(), SCHEDULERS["UniPC"]()
 
     pipe = DiffusionForcingPipeline()
+    apply_vmoba(pipe, QUARTER)
+    with pytest.raises(ValueError, match="dense_steps needs the denoising step"), torch.no_grad():
+        run(pipe.transformer, WAN.inputs())
+
+
+def dense_steps_of(pipe: Any, **options: Any) -> list[bool]:
+    """Whether each model call of a run was dense; with guidance there are two a step."""
+    calls: list[bool] = []
+    hook = pipe.transformer.register_forward_hook(
+        lambda model, *_: calls.append(WAN.attentions(model)[0].processor.dense)
+    )
+    try:
+        sample(pipe, **options)
+    finally:
+        hook.remove()
+    assert calls[::2] == calls[1::2]
+    return calls[::2]
+
+
+FIRST_QUARTER = [True] * 2 + [False] * 6
+OTHERS: dict[str, Callable[[Any], Any]] = {
+    "the same parts": lambda pipe: diffusers.WanPipeline(**pipe.components),
+    "a scheduler of its own": lambda pipe: diffusers.WanPipeline(
+        **(pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)})
+    ),
+    "from_pipe": diffusers.WanPipeline.from_pipe,
+    "a view of the same pipeline": copy.copy,
+}
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("other", OTHERS)
+def test_steps_are_those_of_the_pipeline_that_runs(other: str, ran: bool):
+    pipe = wan_pipeline(SCHEDULERS["UniPC"]())
+    handle = apply_vmoba(pipe, QUARTER)
+    if ran:
+        assert dense_steps_of(pipe) == FIRST_QUARTER
+    second = OTHERS[other](pipe)
+    second.scheduler = copy.deepcopy(second.scheduler)
+    second.set_progress_bar_config(disable=True)
+    assert dense_steps_of(second) == FIRST_QUARTER
+    assert dense_steps_of(second, callback_on_step_end=handle.on_step_end) == FIRST_QUARTER
+    del pipe
+    gc.collect()
+    assert dense_steps_of(second) == FIRST_QUARTER
+
+
+def test_two_pipelines_in_two_threads_count_their_own_steps():
+    pipe = wan_pipeline(SCHEDULERS["UniPC"]())
+    apply_vmoba(pipe, QUARTER)
+    expected = {
+        steps: expected_sample(wan_pipeline(SCHEDULERS["UniPC"]()), WAN, dense, steps=steps)
+        for steps, dense in ((4, 1), (8, 2))
+    }
+    found: dict[int, Tensor] = {}
+
+    def serve(steps: int) -> None:
+        view = copy.copy(pipe)
+        view.scheduler = copy.deepcopy(pipe.scheduler)
+        found[steps] = sample(view, steps=steps)
+
+    threads = [threading.Thread(target=serve, args=(steps,)) for steps in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for steps, wanted in expected.items():
+        assert torch.allclose(found[steps], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_summary_tells_of_a_model_that_replaced_the_applied_one():
+    pipe = wan_pipeline(SCHEDULERS["Euler"]())
+    handle = apply_vmoba(pipe, QUARTER)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    assert "another model" not in handle.summary()
+    pipe.transformer = WAN.build(1)
+    assert "transformer: no forward yet; the pipeline has another model now" in handle.summary()
+
+
+class StrengthPipeline:
+    """A run of any scheduler from a later step on, as diffusers' pipelines of video to video make it."""
+
+    def __init__(self, scheduler: Any, callback_on_step_end: Any = None) -> None:
+        self.transformer, self.scheduler, self.callback = WAN.build(), scheduler, callback_on_step_end
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @torch.no_grad()
+    def __call__(self, steps: int, skipped: int, callback: Any = None) -> list[bool]:
+        self.scheduler.set_timesteps(steps)
+        timesteps = self.scheduler.timesteps[skipped * self.scheduler.order :]
+        self._num_timesteps = len(timesteps)
+        calls, inputs = [], WAN.inputs(batch=1)
+        for i, t in enumerate(timesteps):
+            output = run(self.transformer, inputs | {"timestep": t[None]})
+            calls.append(WAN.attentions(self.transformer)[0].processor.dense)
+            inputs["hidden_states"] = self.scheduler.step(output, t, inputs["hidden_states"]).prev_sample
+            if callback is not None:
+                callback(self, i, t, {})
+        return calls
+
+
+COUNTING: dict[str, Callable[[], Any]] = SCHEDULERS | {
+    "DPM": lambda: diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    ),
+    "Heun, two calls a step": diffusers.FlowMatchHeunDiscreteScheduler,
+}
+
+
+@pytest.mark.parametrize(
+    ("dense_steps", "skipped", "dense"), [(0.5, 0, 4), (0.5, 2, 2), (0.5, 1, 3), (3, 2, 1), (2, 5, 0)]
+)
+@pytest.mark.parametrize("scheduler", COUNTING)
+def test_a_run_that_starts_late_has_the_steps_of_the_whole_schedule(
+    scheduler: str, dense_steps: float, skipped: int, dense: int
+):
+    """So dense steps are those of the highest noise; of 8 steps, ``skipped`` are left out."""
+    pipe = StrengthPipeline(COUNTING[scheduler]())
+    handle = apply_vmoba(pipe, VMoBAConfig(*BLOCKS, TopK(2), dense_steps=dense_steps))
+    expected = [True] * dense + [False] * (8 - skipped - dense)
+    if pipe.scheduler.order == 2:  # the last step has one call
+        expected = [step for step in expected for _ in range(2)][:-1]
+    for callback in (None, handle.on_step_end, None):
+        assert pipe(8, skipped, callback) == expected
+
+
+def test_a_scheduler_that_was_not_started_says_no_step():
+    pipe = wan_pipeline(SCHEDULERS["UniPC"]())
     apply_vmoba(pipe, QUARTER)
     with pytest.raises(ValueError, match="dense_steps needs the denoising step"), torch.no_grad():
         run(pipe.transformer, WAN.inputs())

@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.strategies import Problem, gates, partitions, problems, rules, shares
 from tests.test_reference import is_softmax, numpy_selection
 from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_selection
-from vmoba_flex.rules import POOLS
-from vmoba_flex.selection.select import select
+from vmoba_flex.rules import POOLS, Pool
+from vmoba_flex.selection.select import SHORT, _log_sort, _search, select
 
 
 def own_blocks(partition: BlockPartition) -> torch.Tensor:
@@ -256,6 +257,23 @@ def test_random_scores_at_the_paper_threshold():
     query, key = torch.randn(2, 1, 2, partition.num_tokens, 64, generator=generator)
     density = vmoba_selection(query, key, partition, Threshold(0.25)).float().mean((2, 3))
     assert ((density > 0.17) & (density < 0.22)).all()
+
+
+def test_a_gpu_sorts_only_where_no_kernel_takes_the_pools_and_says_so_once(caplog: pytest.LogCaptureFixture):
+    def search(blocks: int, pool: Pool, dtype: torch.dtype = torch.float32, device: str = "cuda") -> str:
+        with FakeTensorMode():
+            return _search(torch.empty(1, 1, 3, blocks, dtype=dtype, device=device), pool)
+
+    _log_sort.cache_clear()
+    assert search(SHORT, "query") == "short"
+    assert [search(SHORT + 1, pool) for pool in POOLS if pool != "query"] == ["long"] * 3
+    assert search(SHORT + 1, "query", device="cpu") == "sort"
+    assert not caplog.records
+    for _ in range(2):
+        assert search(SHORT + 1, "query") == search(2, "head", torch.float64) == "sort"
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "the kernel for pool='query' takes at most 4096 blocks, got 4097" in caplog.text
+    assert "the kernels take float32 scores, got torch.float64" in caplog.text
 
 
 PARTITION = BlockPartition((2, 3, 4), (1, 3, 2), prefix=1)

@@ -53,9 +53,9 @@ def test_one_graph_serves_all_thresholds_and_one_full_attention(options):
 
 def test_density_falls_from_one_to_the_rules():
     partition = BlockPartition.spatial(GRID, (2, 3))
-    rule, densities = warmed(Threshold(0.25)), []
+    densities = []
     for share in (0.0, 0.01, 0.5, 1.0):
-        rule.warm(share)
+        rule = warmed(Threshold(0.25), share)
         _, stats = vmoba_attention(*tensors(), partition, rule, return_stats=True)
         densities.append(stats.density.mean().item())
     assert densities[0] == 1 and densities == sorted(densities, reverse=True) and densities[1] > 0.9
@@ -65,22 +65,24 @@ def test_density_falls_from_one_to_the_rules():
 
 def test_a_cap_holds_throughout_and_stats_count_what_it_cut():
     partition = BlockPartition.spatial(GRID, (2, 3))
-    rule = warmed(Threshold(0.25, max_density=0.5))
-    rule.warm(0.01)
+    rule = warmed(Threshold(0.25, max_density=0.5), 0.01)
     _, stats = vmoba_attention(*tensors(), partition, rule, return_stats=True)
     assert (stats.density == 0.5).all() and (stats.cut > 0.4 * partition.num_blocks * 72).all()
 
 
-def test_a_warmed_rule_says_what_is_in_force_and_copies_go_their_own_way():
-    rule = warmed(Threshold(0.25, pool="query", max_density=0.5, normalize="softmax"))
-    rule.warm(0.5)
+def test_a_warmed_rule_says_what_is_in_force_and_is_warmed_from_its_own_tau():
+    rule = warmed(Threshold(0.25, pool="query", max_density=0.5, normalize="softmax"), 0.5)
     expected = Threshold(0.625, pool="query", max_density=0.5, normalize="softmax")
     assert repr(rule) == repr(expected)
-    other = copy.deepcopy(rule)
-    other.warm(1.0)
-    assert rule.now == 0.625 and other.now == 0.25
-    assert warmed(rule) is rule
+    assert warmed(rule, 1.0).now == 0.25 and rule.now == 0.625
+    assert copy.deepcopy(rule).now == 0.625
     assert dataclasses.replace(rule, max_density=None).now is rule.now
+
+
+def test_the_tau_in_force_lies_on_the_cpu_in_float64_whatever_the_defaults():
+    with torch.device("meta"), torch.inference_mode():
+        rule = warmed(Threshold(0.25), 0.5)
+    assert (rule.now.device.type, rule.now.dtype, rule.now.is_inference()) == ("cpu", torch.float64, False)
 
 
 def layer(rule=None) -> VMoBAAttention:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vmoba_flex.approx_blocks import ApproxBlocks
     from vmoba_flex.attention import vmoba_attention
     from vmoba_flex.config import Layer, VMoBAConfig
+    from vmoba_flex.flex_inputs import FlexInputs, vmoba_inputs
     from vmoba_flex.mask import vmoba_mask
     from vmoba_flex.models import VMoBAHandle, apply_vmoba, register_adapter
     from vmoba_flex.module import VMoBAAttention
@@ -26,13 +27,16 @@ if TYPE_CHECKING:
     from vmoba_flex.rules import Threshold, TopK
     from vmoba_flex.selection.select import vmoba_selection
     from vmoba_flex.stats import AttentionStats
+    from vmoba_flex.tail import Tail
     from vmoba_flex.warmup import Warmup
 
 __all__ = [
     "ApproxBlocks",
     "AttentionStats",
     "BlockPartition",
+    "FlexInputs",
     "Layer",
+    "Tail",
     "Threshold",
     "TopK",
     "VMoBAAttention",
@@ -43,6 +47,7 @@ __all__ = [
     "apply_vmoba",
     "register_adapter",
     "vmoba_attention",
+    "vmoba_inputs",
     "vmoba_mask",
     "vmoba_selection",
 ]
@@ -51,7 +56,9 @@ _MODULES = {
     "ApproxBlocks": "approx_blocks",
     "AttentionStats": "stats",
     "BlockPartition": "partition",
+    "FlexInputs": "flex_inputs",
     "Layer": "config",
+    "Tail": "tail",
     "Threshold": "rules",
     "TopK": "rules",
     "VMoBAAttention": "module",
@@ -61,6 +68,7 @@ _MODULES = {
     "apply_vmoba": "models",
     "register_adapter": "models",
     "vmoba_attention": "attention",
+    "vmoba_inputs": "flex_inputs",
     "vmoba_mask": "mask",
     "vmoba_selection": "selection.select",
 }

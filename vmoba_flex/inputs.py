@@ -6,12 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmoba_flex.checks import check_choice as check_choice
-from vmoba_flex.checks import check_count as check_count
 from vmoba_flex.checks import check_number
-from vmoba_flex.checks import check_positive as check_positive
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK
+from vmoba_flex.tail import Tail
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -88,6 +86,13 @@ def check_text_lengths(text_lengths: Any, query: Tensor, partition: BlockPartiti
         raise ValueError(f"text_lengths must be on query's device {query.device}, got {text_lengths.device}")
     if not partition.prefix + partition.suffix:
         raise ValueError("text_lengths must be None for a partition without prefix and suffix, got a tensor")
+
+
+def check_tail(tail: Any, partition: BlockPartition) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless ``tail`` is a ``Tail`` whose cells fit the partition's blocks."""
+    if not isinstance(tail, Tail):
+        raise TypeError(f"tail must be a Tail or None, got {tail!r}")
+    tail.cell_of(partition)
 
 
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:

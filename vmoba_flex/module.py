@@ -1,21 +1,23 @@
-"""VMoBA as a module, for one's own model."""
+"""VMoBA as a module, for a model of your own."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from vmoba_flex.attention import vmoba_attention
+from vmoba_flex.checks import check_count, check_positive
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.warmup import check_warmup, warmed
 
 
 class VMoBAAttention(nn.Module):
-    """The attention of one layer over projected query, key and value, as a config has it; without parameters.
+    """The attention of one layer of a config, over projected query, key and value; it has no parameters.
 
     Args:
-        config: of the whole model. On its ``dense_steps`` this module does not act, for it knows no steps: pass
+        config: of the whole model. The module knows no denoising steps, so it ignores ``dense_steps``: pass
             ``dense=config.layer(layer, num_layers, step, num_steps).dense`` to ``forward`` instead.
-        layer: which layer this is, in 0..num_layers - 1.
+        layer: index of this layer, in 0..num_layers - 1.
         num_layers: layers of the model.
 
     Raises:
@@ -25,6 +27,7 @@ class VMoBAAttention(nn.Module):
     Example:
         >>> import torch
         >>> from vmoba_flex.config import VMoBAConfig
+    from vmoba_flex.checks import check_count, check_positive
         >>> attention = VMoBAAttention(VMoBAConfig.paper("training"), layer=1, num_layers=30)
         >>> q, k, v = torch.randn(3, 1, 2, 4 * 8 * 8 + 5, 16)
         >>> attention(q, k, v, (4, 8, 8), suffix=5).shape
@@ -35,6 +38,8 @@ class VMoBAAttention(nn.Module):
         super().__init__()
         if not isinstance(config, VMoBAConfig):
             raise TypeError(f"config must be a VMoBAConfig, got {type(config).__name__}")
+        check_positive("num_layers", num_layers)
+        check_count("layer", layer, num_layers, "num_layers")
         # Forward reads the plan and never the index: torch.compile makes a graph for each plan, not for each layer.
         self.config = config
         self.index = layer
@@ -45,9 +50,9 @@ class VMoBAAttention(nn.Module):
     def set_warmup(self, share: float) -> None:
         """Sets how far the layer's threshold is on its way from full attention; see ``Warmup``.
 
-        Call it before the first forward: until it was called once, tau is a constant of compiled graphs. After that no
-        graph is made anew, but one for full attention and one for sparse. Not between a forward and its recomputation
-        in backward, nor inside a CUDA graph.
+        Call it before the first forward, because until then tau is a constant of compiled graphs. Afterwards there are
+        two graphs, for full attention and for sparse, whatever the share. Do not call it between a forward and its
+        recomputation in backward, nor inside a CUDA graph.
 
         Args:
             share: 0 for full attention, up to 1 for the config's threshold.
@@ -57,10 +62,7 @@ class VMoBAAttention(nn.Module):
             ValueError: if it is not in [0, 1], or the rule is a ``TopK``.
         """
         check_warmup(share)
-        rule = warmed(self.plan.rule)
-        if rule is not self.plan.rule:
-            self.plan = dataclasses.replace(self.plan, rule=rule)
-        rule.warm(share)
+        self.plan = dataclasses.replace(self.plan, rule=warmed(self.plan.rule, share))
         self.full = not share
 
     def forward(
@@ -83,10 +85,10 @@ class VMoBAAttention(nn.Module):
             value: ``(B, H, S, value dim)``.
             grid: latent video size (frames, height, width) in tokens.
             prefix: text tokens before the video's.
-            suffix: text tokens behind the video's.
-            text_lengths: int64 ``(B,)``: so many of each sample's prefix and suffix tokens exist, and the others are
-                padding that nobody attends. All exist by default.
-            dense: attend everything at this call. Layers that the config has dense do so anyway.
+            suffix: text tokens after the video's.
+            text_lengths: int64 ``(B,)``: the first so many of each sample's prefix and suffix tokens are valid, the
+                others padding that no query attends. All are valid by default.
+            dense: attend everything in this call, as layers that are dense in the config always do.
 
         Returns:
             ``(B, H, S, value dim)``.
@@ -111,7 +113,10 @@ class VMoBAAttention(nn.Module):
             text_lengths=text_lengths,
         )
 
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module's returns Any
+
     def extra_repr(self) -> str:
-        """Which layer it is, and what it does."""
+        """The layer's index, kind and rule."""
         what = "dense" if self.plan.dense else f"rule={self.plan.rule}"
         return f"layer={self.index}, num_layers={self.num_layers}, kind={self.plan.kind!r}, {what}"

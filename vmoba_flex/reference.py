@@ -5,6 +5,7 @@ imports none of the code that it checks. A partition is read through ``grid``, `
 and a rule through its fields.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -152,7 +153,12 @@ def attention_mask(selection: Tensor, partition: Any, text_lengths: Tensor | Non
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention in float64 over the keys that ``mask`` allows, differentiable.
 
@@ -162,15 +168,50 @@ def attention(
         value: ``(B, key heads, keys, value dim)``.
         mask: bool ``(B, H, S, keys)``; None for all.
         scale: ``1 / sqrt(D)`` if None.
+        bias: float64 ``(keys,)``, added to each key's scaled scores.
 
     Returns:
         The output ``(B, H, S, value dim)`` and the natural log-sum-exp of the scores ``(B, H, S)``.
     """
     key, value = _match_heads(key.double(), query.shape[1]), _match_heads(value.double(), query.shape[1])
     scores = query.double() @ key.mT * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     return scores.softmax(-1) @ value, scores.logsumexp(-1)
+
+
+def with_cells(
+    key: Tensor, value: Tensor, selection: Tensor, mask: Tensor, partition: Any, cell: tuple[int, int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tail: keys, then the mean of each of ``C`` cells, which a query attends where it did not choose the block.
+
+    Args:
+        key: ``(B, key heads, S, D)`` in raster order.
+        value: ``(B, key heads, S, value dim)``.
+        selection: bool ``(B, H, video tokens, N)``.
+        mask: bool ``(B, H, S, S)``, which keys each query attends.
+        partition: the blocks.
+        cell: tokens of a cell ``(ct, ch, cw)``, counted from the corner of its block.
+
+    Returns:
+        Key and value with ``S + C`` keys, the mask ``(B, H, S, S + C)``, and the bias ``(S + C,)``, the log of a cell's
+        tokens; float64.
+    """
+    ids = block_ids(partition.grid, partition.block)
+    members: dict[tuple[int, ...], list[int]] = {}
+    for token, place in enumerate(itertools.product(*map(range, partition.grid))):
+        corner = [p % side // part for p, side, part in zip(place, partition.block, cell, strict=True)]
+        members.setdefault((int(ids[token]), *corner), []).append(partition.prefix + token)
+    means = [torch.stack([x.double()[:, :, at].mean(2) for at in members.values()], 2) for x in (key, value)]
+    blocks = torch.tensor([block for block, *_ in members], device=key.device)
+    others = torch.zeros((*mask.shape[:3], len(members)), dtype=torch.bool, device=mask.device)
+    others[:, :, partition.prefix : partition.prefix + len(ids)] = ~selection[..., blocks]
+    sizes = torch.tensor([len(at) for at in members.values()], dtype=torch.float64, device=key.device)
+    bias = torch.cat([torch.zeros(key.shape[2], dtype=torch.float64, device=key.device), sizes.log()])
+    key, value = (torch.cat([x.double(), mean], 2) for x, mean in zip((key, value), means, strict=True))
+    return key, value, torch.cat([mask, others], -1), bias
 
 
 def vmoba(
@@ -181,11 +222,12 @@ def vmoba(
     rule: Any,
     scale: float | None = None,
     tile_size: int | None = None,
+    cell: tuple[int, int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The whole of VMoBA: the output in float64 ``(B, H, S, value dim)`` and the selection it used.
 
     With ``tile_size``, the approximation that the dispatch ``"shared"`` makes: one selection for each query tile, made
-    from the mean of its queries, and given to all of them.
+    from the mean of its queries, and given to all of them. With ``cell``, skipped blocks take part by cells.
     """
     ids = block_ids(partition.grid, partition.block).to(query.device)
     video = slice(partition.prefix, partition.prefix + len(ids))
@@ -200,7 +242,10 @@ def vmoba(
             tile_block = torch.stack([ids[member][0] for member in members])
             scores = _ranked(gate(means, keys, ids), ids, rule, query.shape[-1])
             selection = select(scores, tile_block, rule)[:, :, tiles]
-    output, _ = attention(query, key, value, attention_mask(selection, partition), scale)
+    mask, bias = attention_mask(selection, partition), None
+    if cell is not None:
+        key, value, mask, bias = with_cells(key, value, selection, mask, partition, cell)
+    output, _ = attention(query, key, value, mask, scale, bias)
     return output, selection
 
 

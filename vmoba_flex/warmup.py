@@ -1,6 +1,7 @@
-"""A schedule for training: from full attention to a config's thresholds, without a graph made anew."""
+"""A schedule for training, from full attention to a config's thresholds, that compiles nothing again."""
 
 import dataclasses
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -14,14 +15,13 @@ class Warmup:
     """How far a training step is on the way from full attention to the thresholds of a config.
 
     ``VMoBAHandle.set_warmup`` and ``VMoBAAttention.set_warmup`` take what ``at`` returns. A share ``s`` above 0 stands
-    for thresholds ``1 - s (1 - tau)``; at 0 layers do not choose at all: they run full attention on its own kernels. A
-    ``max_density`` holds throughout, since it bounds memory: with it density falls at once to the cap, and on from
-    there. Without it density falls gradually from 1, and where "packed" is compiled or must not read the device, take
-    the dispatch "tiles" or "shared" meanwhile.
+    for thresholds ``1 - s (1 - tau)``; 0 stands for full attention on its own kernels. A ``max_density`` bounds memory,
+    so it holds throughout: density falls to the cap at once, and on from it. Without a ``max_density``, density falls
+    gradually from 1; where "packed" is compiled or must not read the device, take "tiles" or "shared" until then.
 
     Attributes:
-        steps: over which thresholds fall, linearly.
-        dense_steps: before these, full attention for so many.
+        steps: training steps over which thresholds fall, linearly.
+        dense_steps: training steps of full attention before these.
 
     Raises:
         TypeError: if one is no int.
@@ -41,29 +41,33 @@ class Warmup:
         check_count("dense_steps", self.dense_steps)
 
     def at(self, step: int) -> float:
-        """The share of the way behind at a training step, which counts from 0: 0 to 1."""
+        """The share of the way, 0 to 1, that is done at a training step, counted from 0."""
         check_count("step", step)
         return min(1.0, max(0.0, (step - self.dense_steps) / self.steps))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class WarmedThreshold(Threshold):
-    """A threshold whose tau is read as it is applied: to a compiled graph it is an input, and no constant.
+    """A threshold whose tau is an input of compiled graphs, and no constant of theirs.
 
     Attributes:
-        now: the tau in force, float64 ``(1,)`` on the CPU; of no dims, Dynamo would take it for a Python float.
+        now: the tau in force, float64 ``(1,)`` on the CPU. With no dims, Dynamo would take it for a Python float.
     """
 
-    now: Tensor = dataclasses.field(default_factory=lambda: torch.ones(1, dtype=torch.float64), kw_only=True)
+    now: Tensor = dataclasses.field(kw_only=True)
+
+    @classmethod
+    def of(cls, rule: Threshold, share: float) -> Self:
+        """``rule`` with the tau of a share of the way from 1 to its own."""
+        fields = {field.name: getattr(rule, field.name) for field in dataclasses.fields(Threshold)}
+        with torch.inference_mode(False):  # compiled graphs would tell an inference tensor from others
+            now = torch.tensor([1 - share * (1 - rule.tau)], dtype=torch.float64, device="cpu")
+        return cls(**fields, now=now)
 
     @property
     def flat(self) -> FlatRule:
         """The rule, as the schema of a custom op takes it."""
         return self._flat(self.now)
-
-    def warm(self, share: float) -> None:
-        """Sets the tau of a share of the way from 1 to ``tau``."""
-        self.now.fill_(1 - share * (1 - self.tau))
 
     def __repr__(self) -> str:
         return repr(Threshold(self.now.item(), pool=self.pool, max_density=self.max_density, normalize=self.normalize))
@@ -77,15 +81,15 @@ def rule_of_flat(words: str, counts: list[int], shares: list[float], now: Tensor
     return rule if now is None else WarmedThreshold(**vars(rule), now=now)
 
 
-def warmed(rule: Rule) -> WarmedThreshold:
-    """A ``Threshold`` as one that can be warmed.
+def warmed(rule: Rule, share: float) -> WarmedThreshold:
+    """A ``Threshold`` as far on its way as ``share`` says.
 
     Raises:
         ValueError: if ``rule`` is a ``TopK``.
     """
     if not isinstance(rule, Threshold):
         raise ValueError(f"rule must be a Threshold to be warmed up, got {rule!r}")
-    return rule if isinstance(rule, WarmedThreshold) else WarmedThreshold(**vars(rule))
+    return WarmedThreshold.of(rule, share)
 
 
 def check_warmup(share: float) -> None:

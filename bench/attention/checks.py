@@ -1,4 +1,4 @@
-"""The inputs of one shape, and what attention over them must come to.
+"""The inputs of one shape, and how outputs and gradients are checked.
 
 Outputs are checked in up to 3 heads, on 128 query rows each, against attention in float64 over the keys that
 ``vmoba_selection`` chose; for a peer over all keys, for "shared" over what each tile chose. The error is the Frobenius
@@ -15,9 +15,10 @@ from torch import Tensor
 from bench.attention.peers import flex
 from bench.attention.shapes import Case, Sizes
 from block_masks import to_slots
-from vmoba_flex import reference, vmoba_selection
+from vmoba_flex import BlockPartition, reference, vmoba_selection
 from vmoba_flex.dispatch.shared import choose_tiles
 from vmoba_flex.groups import block_slots
+from vmoba_flex.rules import Rule
 
 # Dense FlexAttention rounds its weights and its output to 16 bits; packed rows round their outputs once more before
 # the merge: sqrt(3 / 2) = 1.22. In float32 the order of the sums decides, and errors vary.
@@ -104,14 +105,29 @@ class Inputs:
 
 
 def expected_selection(dispatch: str, inputs: Inputs, case: Case) -> Tensor:
-    """What a dispatch must attend, bool ``(1, H, S, N)``. "shared" makes one choice per tile of queries."""
+    """What a dispatch must attend, bool ``(1, H, S, N)``."""
     if dispatch != "shared":
         return inputs.selection(case)
     assert case.partition is not None  # a sparse case has both
     assert case.rule is not None
     query, key, _ = (x.detach() for x in inputs.leaves)
-    slots = block_slots(case.partition, query.device)
-    chosen = choose_tiles(to_slots(query, slots), key, case.partition, case.rule, slots)
+    return chosen_blocks(query, key, case.partition, case.rule, dispatch)
+
+
+def chosen_blocks(query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, dispatch: str) -> Tensor:
+    """The blocks that a dispatch attends for each query, bool ``(B, H, S, N)``; "shared" chooses for a tile of queries.
+
+    Args:
+        query: ``(B, H, S, D)``, raster order.
+        key: like query.
+        partition: without prefix and suffix.
+        rule: chooses the blocks.
+        dispatch: of ours.
+    """
+    if dispatch != "shared":
+        return vmoba_selection(query, key, partition, rule)
+    slots = block_slots(partition, query.device)
+    chosen = choose_tiles(to_slots(query, slots), key, partition, rule, slots)
     return chosen.index_select(2, slots.key_slot // slots.tile_size)
 
 

@@ -43,7 +43,7 @@ def short(data: Row) -> list[str]:
     sparse = [row for row in _packed(data) if row["backend"] == "flash"]
     lines = [[f"full attention, {row['attention']}", *_times(row)] for row in _by_time(dense)]
     lines += [[f"`packed`, {_blocks(row)}", *_times(row)] for row in _by_time(sparse)]
-    return table(["", "forward", "forward + backward"], lines)
+    return table(["attention", "forward", "forward + backward"], lines)
 
 
 def dense(data: Row) -> list[str]:

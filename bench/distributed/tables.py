@@ -13,7 +13,7 @@ def calls(data: Row) -> list[str]:
         cells = [f"{row[f'{mode}_ms']:.1f} ({row[f'{mode}_speed_up']:.2f}x)" for mode in MODES]
         parts = [number(row.get(f"forward_backward_{name}_ms"), 1) for name in ("compute", "exchange", "predicted")]
         lines.append([f"`{row['attention']}`", f"{row['tokens']:,}", str(row["gpus"]), *cells, *parts])
-    names = ["", "tokens", "GPUs", "forward ms", "forward + backward ms", "computing", "exchanging", "predicted"]
+    names = ["dispatch", "tokens", "GPUs", "forward ms", "forward + backward ms", "compute", "exchange", "predicted"]
     return table(names, lines)
 
 
@@ -24,7 +24,7 @@ def steps(data: Row) -> list[str]:
         + [number(row.get(f"forward_backward_{name}"), 2) for name in ("speed_up", "over_dense")]
         for row in _over_gpus(data, steps=True)
     ]
-    return table(["", "tokens", "GPUs", "s", "speed-up", "against full attention"], lines)
+    return table(["dispatch", "tokens", "GPUs", "s", "speed-up", "against full attention"], lines)
 
 
 def _over_gpus(data: Row, steps: bool) -> list[Row]:

@@ -1,10 +1,10 @@
 """Triton forms of the steps with coarse keys, loaded on first use on a CUDA device.
 
-A program looks up, for each of its (query, coarse key), whether the query chose the key's group: choices lie group by
-group in memory, so neighbouring queries read neighbouring bytes. No atomics: the gradients of the few coarse keys are
-summed over parts of the queries first, and over the parts in a fixed order then.
+Which coarse keys a query attends is packed first, 64 to a word: bit c of ``words[h, w, row]`` is 1 where the row did
+not choose the group of coarse key ``64 w + c``. A tile of attention then loads one word for each of its queries. No
+atomics: gradients of coarse keys are summed over parts of the queries, then over the parts in a fixed order.
 
-Shapes: ``H`` heads of all samples, ``S`` queries, ``C`` coarse keys, ``G`` groups.
+Shapes: ``H`` heads of all samples, ``S`` queries, ``C`` coarse keys, ``G`` groups, ``W = ceil(C / 64)`` words.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -21,26 +21,42 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
+@QuickLaunch
 @triton.jit
-def _logits(
-    q, k, bias, group, selected, row, cell, inside, cells, together, row_step, group_step, factor,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
+def _words_kernel(group, selected, words, rows, cells, head_step, row_step, group_step, ROWS: tl.constexpr):
+    """Packs the coarse keys of one word, for some rows of one head: each group that they are parts of is read once."""
+    word, head = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    bit = tl.arange(0, 64)
+    cell = word * 64 + bit
+    which = tl.load(group + cell, mask=cell < cells, other=-1)
+    first = tl.min(tl.where(cell < cells, which, 2**31 - 1), 0)
+    last = tl.max(which, 0)
+    at = selected + head * head_step + row.to(tl.int64) * row_step
+    bits = tl.zeros((ROWS,), tl.int64)
+    for this in range(first, last + 1):
+        parts = tl.sum(tl.where(which == this, tl.full((64,), 1, tl.int64) << bit.to(tl.int64), 0), 0)
+        chosen = tl.load(at + this * group_step, mask=row < rows, other=1)
+        bits |= tl.where(chosen == 0, parts, 0)
+    tl.store(words + (head * tl.num_programs(1) + word) * rows + row, bits, mask=row < rows)
+
+
+@triton.jit
+def _logits(q, k, words, bias, row, start, cells, factor, inside, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
     """Logits in base 2, ``(rows, coarse keys)``; -inf where a row chose the group, and outside."""
-    which = tl.load(group + cell, mask=cell < cells, other=0)
-    more = tl.load(bias + cell, mask=cell < cells, other=-float("inf")) * _LOG2E
-    at = (row // together * row_step)[:, None] + (which * group_step)[None, :]
-    valid = inside[:, None] & (cell < cells)[None, :]
-    chosen = tl.load(selected + at, mask=valid, other=1)
+    cell = start + tl.arange(0, BLOCK_N)
+    more = tl.load(bias + cell, mask=cell < cells, other=0.0) * _LOG2E
+    word = tl.load(words + row, mask=inside, other=0)
+    bit = start % 64 + tl.arange(0, BLOCK_N)
+    attended = ((word[:, None] >> bit[None, :].to(tl.int64)) & 1) != 0
     score = tl.dot(q, k.T, input_precision=PRECISION) * factor + more[None, :]
-    return tl.where(chosen != 0, -float("inf"), score)
+    return tl.where(attended, score, -float("inf"))
 
 
 @QuickLaunch
 @triton.jit
 def _merge_kernel(
-    query, keys, values, bias, group, selected, output, lse, merged, merged_lse,
-    scale, queries, cells, repeats, together, head_step, row_step, group_step,
+    query, keys, values, bias, words, output, lse, merged, merged_lse, scale, queries, cells, repeats, together, rows,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +69,7 @@ def _merge_kernel(
     q = tl.load(query + place[:, None] * D + dim, mask=inside[:, None] & (dim < D), other=0.0)
     keys += head // repeats * cells * D
     values += head // repeats * cells * DV
-    selected += head * head_step
+    words += head * tl.cdiv(cells, 64) * rows
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -62,9 +78,8 @@ def _merge_kernel(
         cell = start + tl.arange(0, BLOCK_N)
         there = (cell < cells)[:, None]
         k = tl.load(keys + cell[:, None] * D + dim, mask=there & (dim < D), other=0.0)
-        score = _logits(
-            q, k, bias, group, selected, row, cell, inside, cells, together, row_step, group_step, factor, PRECISION
-        )
+        of_tile = words + start // 64 * rows
+        score = _logits(q, k, of_tile, bias, row // together, start, cells, factor, inside, BLOCK_N, PRECISION)
         new_top = tl.maximum(top, tl.max(score, 1))
         base = tl.where(new_top == -float("inf"), 0.0, new_top)
         p = tl.exp2(score - base[:, None])
@@ -93,8 +108,8 @@ def _merge_kernel(
 @QuickLaunch
 @triton.jit
 def _query_backward_kernel(
-    query, keys, values, bias, group, selected, grad, lse, delta, grad_query,
-    scale, queries, cells, repeats, together, head_step, row_step, group_step,
+    query, keys, values, bias, words, grad, lse, delta, grad_query,
+    scale, queries, cells, repeats, together, rows,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +126,7 @@ def _query_backward_kernel(
     mean = tl.load(delta + place, mask=inside, other=0.0)[:, None]
     keys += head // repeats * cells * D
     values += head // repeats * cells * DV
-    selected += head * head_step
+    words += head * tl.cdiv(cells, 64) * rows
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     factor = scale * _LOG2E
     for start in range(0, cells, BLOCK_N):
@@ -119,9 +134,8 @@ def _query_backward_kernel(
         there = (cell < cells)[:, None]
         k = tl.load(keys + cell[:, None] * D + dim, mask=there & (dim < D), other=0.0)
         v = tl.load(values + cell[:, None] * DV + value_dim, mask=there & (value_dim < DV), other=0.0)
-        score = _logits(
-            q, k, bias, group, selected, row, cell, inside, cells, together, row_step, group_step, factor, PRECISION
-        )
+        of_tile = words + start // 64 * rows
+        score = _logits(q, k, of_tile, bias, row // together, start, cells, factor, inside, BLOCK_N, PRECISION)
         p = tl.exp2(score - whole)
         ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - mean)
         ds = tl.where(score == -float("inf"), 0.0, ds)
@@ -134,8 +148,8 @@ def _query_backward_kernel(
 @QuickLaunch
 @triton.jit
 def _key_backward_kernel(
-    query, keys, values, bias, group, selected, grad, lse, delta, grad_keys, grad_values,
-    scale, queries, cells, repeats, together, head_step, row_step, group_step, heads, part_rows, parts,
+    query, keys, values, bias, words, grad, lse, delta, grad_keys, grad_values,
+    scale, queries, cells, repeats, together, rows, heads, part_rows, parts,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -147,27 +161,28 @@ def _key_backward_kernel(
     first = head // repeats * cells
     k = tl.load(keys + (first + cell)[:, None] * D + dim, mask=there & (dim < D), other=0.0)
     v = tl.load(values + (first + cell)[:, None] * DV + value_dim, mask=there & (value_dim < DV), other=0.0)
-    which = tl.load(group + cell, mask=cell < cells, other=0)
-    more = tl.load(bias + cell, mask=cell < cells, other=-float("inf"))[:, None] * _LOG2E
-    selected += head * head_step
+    more = tl.load(bias + cell, mask=cell < cells, other=0.0)[:, None] * _LOG2E
+    start = tl.program_id(0) // parts * BLOCK_N
+    words += (head * tl.cdiv(cells, 64) + start // 64) * rows
+    bit = (start % 64 + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     factor = scale * _LOG2E
-    for start in range(0, part_rows, BLOCK_M):
-        row = part * part_rows + start + tl.arange(0, BLOCK_M)
-        inside = (row < queries) & (start + tl.arange(0, BLOCK_M) < part_rows)
+    for first_row in range(0, part_rows, BLOCK_M):
+        row = part * part_rows + first_row + tl.arange(0, BLOCK_M)
+        inside = row < queries
         place = head * queries + row
         q = tl.load(query + place[:, None] * D + dim, mask=inside[:, None] & (dim < D), other=0.0)
         do = tl.load(grad + place[:, None] * DV + value_dim, mask=inside[:, None] & (value_dim < DV), other=0.0)
         whole = tl.load(lse + place, mask=inside, other=float("inf"))[None, :] * _LOG2E
         mean = tl.load(delta + place, mask=inside, other=0.0)[None, :]
-        at = (which * group_step)[:, None] + (row // together * row_step)[None, :]
-        chosen = tl.load(selected + at, mask=there & inside[None, :], other=1)
+        word = tl.load(words + row // together, mask=inside, other=0)[None, :]
+        attended = ((word >> bit) & 1) != 0
         score = tl.dot(k, q.T, input_precision=PRECISION) * factor + more
-        p = tl.where(chosen != 0, 0.0, tl.exp2(score - whole))
+        p = tl.where(attended, tl.exp2(score - whole), 0.0)
         grad_v = tl.dot(p.to(do.dtype), do, grad_v, input_precision=PRECISION)
         ds = p * (tl.dot(v, do.T, input_precision=PRECISION) - mean)
-        ds = tl.where(chosen != 0, 0.0, ds)
+        ds = tl.where(attended, ds, 0.0)
         grad_k = tl.dot(ds.to(q.dtype), q, grad_k, input_precision=PRECISION)
     place = (part * heads + head) * cells + cell
     tl.store(grad_keys + place[:, None] * D + dim, grad_k * scale, mask=there & (dim < D))
@@ -209,6 +224,7 @@ _SHAPES = {
     "wide": {"merge": (64, 32, 4, 2), "query": (64, 32, 4, 1), "key": (32, 32, 4, 1)},
     "float32": {"merge": (64, 32, 4, 1), "query": (32, 32, 8, 1), "key": (32, 32, 8, 1)},
 }
+_WORD_BITS = 64  # the kernels spell it out
 _PARTS = 4  # of the queries, to have as many programs as a GPU wants where coarse keys are few
 
 
@@ -224,12 +240,24 @@ def _options(kernel: str, query: Tensor, coarse: CoarseKeys) -> dict[str, object
     }  # fmt: skip
 
 
+def pack_words(coarse: CoarseKeys, selected: Tensor) -> Tensor:
+    """Which coarse keys each row of ``selected (H, rows, G)`` attends, int64 ``(H, W, rows)``."""
+    heads, rows, _ = selected.shape
+    cells = len(coarse.bias)
+    words = torch.empty(heads, triton.cdiv(cells, _WORD_BITS), rows, dtype=torch.int64, device=selected.device)
+    _words_kernel[triton.cdiv(rows, 512), words.shape[1], heads](
+        coarse.group, selected, words, rows, cells, *selected.stride(), ROWS=512
+    )
+    return words
+
+
 def _inputs(query: Tensor, coarse: CoarseKeys, selected: Tensor) -> tuple[Tensor, ...]:
-    return query, *(x.contiguous() for x in coarse), selected
+    key, value, bias = (x.contiguous() for x in coarse[:3])
+    return query, key, value, bias, pack_words(coarse, selected)
 
 
 def _sizes(query: Tensor, coarse: CoarseKeys, selected: Tensor, scale: float, together: int) -> tuple[float | int, ...]:
-    return scale, query.shape[1], len(coarse.bias), len(query) // len(coarse.key), together, *selected.stride()
+    return scale, query.shape[1], len(coarse.bias), len(query) // len(coarse.key), together, selected.shape[1]
 
 
 def merge_coarse(

@@ -1,12 +1,14 @@
-"""Draws the pictures of docs/concepts.md next to this file: python -m docs.pictures.draw.
+"""Draws the pictures next to this file: python -m docs.pictures.draw.
 
-Everything is told apart by lightness and pattern alone. The same versions draw the same bytes.
+Those of docs/concepts.md are told apart by lightness and pattern only, and the same versions draw the same bytes. The
+README's is a part of docs/demo.png that is readable in the width of a column.
 """
 
 import sys
 from pathlib import Path
 
 import matplotlib as mpl
+from PIL import Image
 
 from docs.pictures.choices import draw_pools, draw_threshold
 from docs.pictures.cuts import draw_blocks, draw_order
@@ -20,6 +22,8 @@ PICTURES = {
     "tiles": draw_tiles,
     "packed": draw_packed,
 }
+DEMO = Path(__file__).parent.parent / "demo.png"
+CHOICE = (398, 770, 1094, 1512)  # left, top, right, bottom of what one query chooses, in pixels of DEMO
 
 
 def main(folder: Path) -> None:
@@ -28,6 +32,7 @@ def main(folder: Path) -> None:
     mpl.rcParams.update({"font.size": 10, "svg.hashsalt": "vmoba_flex", "hatch.linewidth": 0.6})
     for name, draw in PICTURES.items():
         draw().savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
+    Image.open(DEMO).crop(CHOICE).save(folder / "demo_choice.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from block_masks.launching.constant import constant_when_compiled
 from block_masks.plans.rows import TILE
-from vmoba_flex.call import BACKENDS as BACKENDS
-from vmoba_flex.call import DISPATCHES as DISPATCHES
 from vmoba_flex.call import Backend, ChosenBackend, Dispatch
 from vmoba_flex.groups import group_sizes
 from vmoba_flex.partition import BlockPartition

@@ -27,7 +27,7 @@ from vmoba_flex.groups import block_slots, group_of_key, valid_group_lengths, va
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
-from vmoba_flex.selection.gate import block_means
+from vmoba_flex.selection.gate import block_means, products
 from vmoba_flex.selection.select import ranked, select
 
 
@@ -78,7 +78,10 @@ def shared_attention(
     if not has_flex_kernel(query, key, value, wants_lse):
         of_token = selected.index_select(2, slots.key_slot // tile_size)
         key_group, valid = group_of_key(partition, query.device), valid_keys(partition, text_lengths)
-        output, lse = chunked_attention(query, key, value, of_token, key_group, scale, valid, coarse, call.lse)
+        output, lse = chunked_attention(query, key, value, of_token, key_group, scale, valid, wants_lse)
+        if coarse is not None:
+            assert lse is not None
+            output, lse = merge_coarse_keys(query, output, lse, coarse, of_token, scale_of(scale, query))
         return Shared(output, lse, selected, slots)
     group_lengths, valid = None, None
     if backend == "flash" and text_lengths is not None:
@@ -124,9 +127,6 @@ def choose_tiles(
     text_tiles = -(-(partition.prefix + partition.suffix) // slots.tile_size)
     video_tiles = len(slots.tile_group) - text_tiles
     queries = (sums / slots.tile_keys[:, None])[:, :, :video_tiles]
-    # As in the gate: under autocast the product would be rounded to 16 bits, and close blocks would tie.
-    with torch.autocast(key.device.type, enabled=False):
-        scores = (means[:, :, None] @ queries.unflatten(1, (key.shape[1], -1)).mT).flatten(1, 2).mT
     own = slots.tile_group[:video_tiles, None] == torch.arange(partition.num_blocks, device=key.device)
-    chosen = select(ranked(scores, partition, rule, key.shape[-1]), own, rule, part)
+    chosen = select(ranked(products(queries, means), partition, rule, key.shape[-1]), own, rule, part)
     return F.pad(chosen, (0, int(text_tiles > 0), 0, text_tiles), value=True)

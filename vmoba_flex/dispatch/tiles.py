@@ -33,24 +33,27 @@ def tiles_attention(
     Returns:
         ``(B, H, queries, value dim)`` in raster order, and the log-sum-exp ``(B, H, queries)`` if the call wants it.
     """
-    partition, enable_gqa = call.partition, call.enable_gqa
-    valid, lse = valid_keys(partition, call.text_lengths), call.lse or call.tail is not None
+    partition = call.partition
+    valid, wants_lse = valid_keys(partition, call.text_lengths), call.lse or call.tail is not None
     coarse = None if call.tail is None else coarse_keys(key, value, partition, call.tail)
     selected, groups = key_groups(selection, partition, queries)
-    if not has_flex_kernel(query, key, value, lse):
-        return chunked_attention(query, key, value, selected, groups, call.scale, valid, coarse, call.lse)
-    key, value = partition.to_block_order(key), partition.to_block_order(value)
-    groups = partition.to_block_order(groups, dim=0)
-    if queries is None:  # else a stretch of raster order, in which a block's queries do not all stand together
-        query, selected = partition.to_block_order(query), partition.to_block_order(selected)
-    mask = group_mask(selected, groups, key_valid=valid)
-    output, lse = compiled_flex_attention(
-        query, key, value, block_mask=mask, scale=call.scale, enable_gqa=enable_gqa, lse=lse
-    )
+    in_blocks = False
+    if not has_flex_kernel(query, key, value, wants_lse):
+        output, lse = chunked_attention(query, key, value, selected, groups, call.scale, valid, wants_lse)
+    else:
+        key, value = partition.to_block_order(key), partition.to_block_order(value)
+        groups = partition.to_block_order(groups, dim=0)
+        in_blocks = queries is None  # else a stretch of raster order, in which a block's queries are not neighbours
+        if in_blocks:
+            query, selected = partition.to_block_order(query), partition.to_block_order(selected)
+        mask = group_mask(selected, groups, key_valid=valid)
+        output, lse = compiled_flex_attention(
+            query, key, value, block_mask=mask, scale=call.scale, enable_gqa=call.enable_gqa, lse=wants_lse
+        )
     if coarse is not None:
         assert lse is not None
         output, lse = merge_coarse_keys(query, output, lse, coarse, selected, scale_of(call.scale, query))
-    if queries is not None:
+    if not in_blocks:
         return output, lse
     return partition.to_raster_order(output), None if lse is None else partition.to_raster_order(lse, dim=-1)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vmoba_flex.collectives import Ranks, all_reduce
 from vmoba_flex.distributed.exchange import Layout
+from vmoba_flex.distributed.group import RankGroup
 from vmoba_flex.distributed.shards import TokenShards
 from vmoba_flex.partition import BlockPartition
 
@@ -15,22 +16,20 @@ _BYTES = 2048
 
 
 def agreed_layout(
-    query: Any, key: Any, value: Any, partition: Any, settings: dict[str, Any], group: Any, shards: Any, check: bool
+    query: Any, key: Any, value: Any, partition: Any, settings: dict[str, Any], group: RankGroup
 ) -> Layout:
-    """The layout of a call whose inputs are not checked yet; ``check``: raise unless all ranks mean the same call.
+    """The layout of a call whose inputs are not checked yet; with ``group.check``, once all ranks mean the same call.
 
     Raises:
-        TypeError: if an argument has a wrong type.
-        ValueError: if group or shards do not fit the call, or ranks disagree.
+        TypeError: if ``partition`` is no ``BlockPartition``.
+        ValueError: if shards do not fit the call, or ranks disagree.
     """
-    if shards is not None and not isinstance(shards, TokenShards):
-        raise TypeError(f"shards must be a TokenShards or None, got {type(shards).__name__}")
-    ranks = Ranks.of(group)
-    if check:
-        check_ranks_agree(query, key, value, settings, shards or TokenShards(), partition, ranks)
+    ranks = group.ranks
+    if group.check:
+        check_ranks_agree(query, key, value, settings, group.shards or TokenShards(), partition, ranks)
     if not isinstance(partition, BlockPartition):
         raise TypeError(f"partition must be a BlockPartition, got {type(partition).__name__}")
-    return Layout.of(ranks, shards, partition)
+    return Layout.of(ranks, group.shards, partition)
 
 
 def check_ranks_agree(
@@ -59,7 +58,7 @@ def check_ranks_agree(
     told = json.dumps([list(facts.values()), list(tokens.values())]).encode()
     if len(told) > _BYTES:
         raise ValueError(
-            f"check_ranks must be False for a call whose description exceeds {_BYTES} bytes, got {len(told)} bytes"
+            f"check must be False for a call whose description exceeds {_BYTES} bytes, got {len(told)} bytes"
         )
     device = query.device if isinstance(query, Tensor) else torch.device("cpu")
     said = torch.zeros(ranks.size, _BYTES, dtype=torch.uint8, device=device)

@@ -34,7 +34,7 @@ class Imbalance(NamedTuple):
 class HeadBalance:
     """The heads that each rank attends in one layer, and a running estimate of their densities.
 
-    Pass it to each call of the layer's ``vmoba_attention(..., group=group, balance=balance)``, and call ``assign`` now
+    Pass ``RankGroup(group, balance=balance)`` to each ``vmoba_attention`` of the layer, and call ``assign`` now
     and then. Outputs do not depend on the assignment. Ranks keep their number of heads, so no shape changes and nothing
     is compiled again; heads are permuted inside the exchange, which sends no more than before.
 

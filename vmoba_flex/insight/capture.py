@@ -57,7 +57,7 @@ class capture:  # noqa: N801 - read as a verb: with capture(model) as captured
         heads: int = 4,
         max_bytes: int = 2**30,
     ) -> None:
-        self._runs = VMoBAHandle.of(pipe_or_model).runs()
+        self._states = VMoBAHandle.of(pipe_or_model).states()
         for name, numbers in (("layers", layers), ("steps", steps)):
             for number in numbers or ():
                 check_count(name, number)
@@ -74,27 +74,28 @@ class capture:  # noqa: N801 - read as a verb: with capture(model) as captured
         save(self.records, path)
 
     def __enter__(self) -> Self:
-        for name, run in self._runs.items():
-            if run.recorder is not None:
+        for name, state in self._states.items():
+            if state.recorder is not None:
                 raise ValueError(f"{name} must not be captured already, got a capture that is on")
-        for name, run in self._runs.items():
-            run.recorder = _Recorder(self, name, run)
+        for name, state in self._states.items():
+            state.recorder = _Recorder(self, name, state)
         self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-        for run in self._runs.values():
-            run.recorder = None
+        for state in self._states.values():
+            state.recorder = None
 
     def _take(
-        self, name: str, run: ModelState, processor: VMoBAProcessor, query: Tensor, key: Tensor,
+        self, name: str, state: ModelState, processor: VMoBAProcessor, query: Tensor, key: Tensor,
         partition: BlockPartition, text_lengths: Tensor | None,
     ) -> None:  # fmt: skip
-        layer = next(i for i, one in enumerate(run.processors) if one is processor)
+        layer = next(i for i, one in enumerate(state.processors) if one is processor)
         forward = self._forwards.get((name, layer), 0)
         self._forwards[name, layer] = forward + 1
-        known = run.known_step()
+        under_way = state.now.forward
+        known = None if under_way is None else under_way.step
         step = forward if known is None else known[0]
         if any(wanted is not None and it not in wanted for it, wanted in ((layer, self._layers), (step, self._steps))):
             return
@@ -110,22 +111,22 @@ class capture:  # noqa: N801 - read as a verb: with capture(model) as captured
         length = None if text_lengths is None else int(text_lengths[0])
         key_heads = [head // group for head in heads]
         facts: dict[str, Any] = {"kind": processor.kind, "layer": layer, "step": step, "heads": tuple(heads)}
-        facts["num_layers"] = len(run.processors)
+        facts["num_layers"] = len(state.processors)
         of_query, of_key = (x.detach().cpu() for x in (query[0, heads], key[0, key_heads]))
         self.records.append(Record(of_query, of_key, partition, text_length=length, model=name, **facts))
 
 
 class _Recorder:
-    """What a run's layers call; copies and pickles of the model take none of it."""
+    """What a model's layers call; copies and pickles of the model take none of it."""
 
-    def __init__(self, captured: capture, name: str, run: ModelState) -> None:
-        self._captured, self._name, self._run = captured, name, run
+    def __init__(self, captured: capture, name: str, state: ModelState) -> None:
+        self._captured, self._name, self._state = captured, name, state
 
     def __call__(
         self, processor: VMoBAProcessor, query: Tensor, key: Tensor, partition: BlockPartition, lengths: Tensor | None
     ) -> None:
         """Records a layer's query and key, if they are wanted."""
-        self._captured._take(self._name, self._run, processor, query, key, partition, lengths)
+        self._captured._take(self._name, self._state, processor, query, key, partition, lengths)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing, ()

@@ -1,52 +1,82 @@
-"""VMoBA on one model: its processors, and what readies them before each forward."""
+"""VMoBA on one model: its processors, and the hooks around each forward."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 
 from vmoba_flex.models.adapters import Adapter, find_adapter, forward_arguments
 from vmoba_flex.models.processor import VMoBAProcessor
-from vmoba_flex.models.state import Checkpointing, ModelState
+from vmoba_flex.models.state import Checkpointing, Forward, ModelState
+
+# Where diffusers' models and torch's checkpoint_wrapper keep the function that checkpoints a layer.
+_CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
+_EXPORT = "torch.export would freeze the grid and the denoising step of a model with VMoBA applied"
 
 
 class Applied:
-    """VMoBA on one model: its processors, and the hook that readies them before each forward."""
+    """VMoBA on one model: its processors, and the hooks that begin and end each forward."""
 
-    def __init__(self, model: nn.Module, run: ModelState) -> None:
+    def __init__(self, model: nn.Module, state: ModelState) -> None:
         adapter = find_adapter(model)
-        self.run, run.owner = run, self
+        self.state, state.owner = state, self
         layers = adapter.layers(model)
         self.names = [name for name, _ in layers]
-        self.processors: list[VMoBAProcessor] = run.processors
-        # The step matters to no kind and no rule.
-        plans = [run.config.layer(i, len(layers), step=0, num_steps=1) for i in range(len(layers))]
-        for (_, layer), plan in zip(layers, plans, strict=True):
-            processor = adapter.processor(layer.processor, run, plan.kind, plan.rule)
-            self.processors.append(processor)
-            layer.processor = processor
+        self.processors: list[VMoBAProcessor] = state.processors
+        for i, (_, layer) in enumerate(layers):
+            # The step matters to no kind and no rule.
+            plan = state.config.layer(i, len(layers), step=0, num_steps=1)
+            layer.processor = adapter.processor(layer.processor, state, plan.kind, plan.rule)
+            self.processors.append(layer.processor)
         _register_for_layer_skipping(adapter.processor)
-        # A class instance and no closure: it can be pickled, and a copy of the model has a copy of it.
-        self.hook = model.register_forward_pre_hook(self, with_kwargs=True)
+        # Methods of an instance and no closures: they can be pickled, and a copy of the model has copies of them.
+        self.hooks = [
+            model.register_forward_pre_hook(self.begin, with_kwargs=True),
+            model.register_forward_hook(self.end, always_call=True),
+        ]
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Readies the processors for a forward."""
+    # Outside of compiled graphs, which would hold the step as a constant.
+    @torch.compiler.disable(reason=_EXPORT)
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Plans a forward and puts it under way on this thread."""
+        if torch.compiler.is_exporting() and self.state.config.dense_steps:
+            raise ValueError(f"config.dense_steps must be 0 for an export: {_EXPORT}")
         adapter = find_adapter(model)
-        self._keep_processors(model, adapter)
+        layers = adapter.layers(model)
+        self._keep_processors(layers, adapter)
         if reason := adapter.refuse(model):
             raise ValueError(reason)
         arguments = forward_arguments(model, args, kwargs)
+        forward = self.state.plan(adapter.grid(model, arguments), [_skips_scores(layer) for _, layer in layers])
         device = arguments["hidden_states"].device
-        self.run.learn(adapter.grid(model, arguments))
-        step, num_steps = self.run.current_step() if self.run.enabled else (0, 1)
-        for i, processor in enumerate(self.processors):
-            plan = self.run.config.layer(i, len(self.processors), step, num_steps)
-            processor.ready(plan.dense or not self.run.enabled or not self.run.warmup, device)
-            processor.warm(self.run.warmup)
-        self.run.keep()
-        checkpointing = getattr(model, "_gradient_checkpointing_func", None)
-        if checkpointing is not None and not isinstance(checkpointing, Checkpointing):
-            model._gradient_checkpointing_func = Checkpointing(checkpointing, self.run)  # type: ignore[assignment]
+        for processor, plan in zip(self.processors, forward.plans, strict=True):
+            processor.ready(plan, device)
+        if torch.is_grad_enabled():
+            self._bind_checkpoints(model)
+        self.state.enter(forward)
+        # Dynamo counts graphs by the code of a layer. Those of further grids and kinds are no recompilations.
+        self.state.blocks.update((plan.grid, plan.block) for plan in forward.plans)
+        limit = len(self.state.blocks) * dynamo_config.recompile_limit
+        settings = dynamo_config.patch(recompile_limit=limit)
+        settings.__enter__()
+        self.state.now.settings = settings
+
+    @torch.compiler.disable(reason=_EXPORT)
+    def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Ends the forward, which lives on in its graph."""
+        forward, settings = self.state.enter(None), self.state.now.settings
+        if forward is None or settings is None:
+            return
+        self.state.now.settings = None
+        settings.__exit__(None, None, None)
+        outputs = output.values() if isinstance(output, dict) else output
+        for x in outputs if isinstance(outputs, Iterable) and not isinstance(outputs, Tensor) else [outputs]:
+            if isinstance(x, Tensor) and x.grad_fn is not None:
+                x.grad_fn.metadata[Forward] = forward  # pyright: ignore[reportIndexIssue]: torch types it as a method
+                self.state.alive.add(forward)
 
     def remove(self, model: nn.Module) -> None:
         """Puts everything back."""
@@ -58,18 +88,27 @@ class Applied:
         for name, processor in kept.items():
             if isinstance(processor, VMoBAProcessor):
                 kept[name] = processor.stock
-        self.hook.remove()
-        checkpointing = getattr(model, "_gradient_checkpointing_func", None)
-        if isinstance(checkpointing, Checkpointing):
-            model._gradient_checkpointing_func = checkpointing.inner  # type: ignore[assignment]
+        for hook in self.hooks:
+            hook.remove()
+        for module in model.modules():
+            for name in _CHECKPOINT_FUNCTIONS:
+                if isinstance(function := vars(module).get(name), Checkpointing):
+                    setattr(module, name, function.inner)
 
-    def _keep_processors(self, model: nn.Module, adapter: Adapter) -> None:
+    def _bind_checkpoints(self, model: nn.Module) -> None:
+        for module in model.modules():
+            for name in _CHECKPOINT_FUNCTIONS:
+                function = vars(module).get(name)
+                if function is not None and not isinstance(function, Checkpointing):
+                    setattr(module, name, Checkpointing(function, self.state))
+
+    def _keep_processors(self, layers: list[tuple[str, Any]], adapter: Adapter) -> None:
         """Stands in for processors that the model itself has swapped since, as some do to fuse projections."""
-        for i, (name, layer) in enumerate(adapter.layers(model)):
+        for i, (name, layer) in enumerate(layers):
             now, processor = layer.processor, self.processors[i]
             if now is processor:
                 continue
-            if isinstance(now, VMoBAProcessor) and now.run is self.run:
+            if isinstance(now, VMoBAProcessor) and now.state is self.state:
                 self.processors[i] = now  # the one from before a swap
             elif type(now).__name__ in adapter.stock and type(now) is not type(processor.stock):
                 # Another object: the model may keep the one that stands in for its first processor.
@@ -80,6 +119,12 @@ class Applied:
                     f"every layer must keep the processor that apply_vmoba gave it, got {type(now).__name__} in "
                     f"{name}: call handle.remove() and apply again"
                 )
+
+
+def _skips_scores(layer: nn.Module) -> bool:
+    """Whether a hook of diffusers on the layer asks for its value as its output (perturbed-attention guidance)."""
+    hooks = getattr(getattr(layer, "_diffusers_hook", None), "hooks", {})
+    return any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values())
 
 
 def _register_for_layer_skipping(processor: type[VMoBAProcessor]) -> None:

@@ -6,23 +6,23 @@ from torch import nn
 
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.models.adapters import find_adapter
-from vmoba_flex.models.applied import Applied
 from vmoba_flex.models.handle import VMoBAHandle, models_of
 from vmoba_flex.models.parallel import ranks_of
 from vmoba_flex.models.processor import VMoBAProcessor
-from vmoba_flex.models.state import ModelState, StepSource
+from vmoba_flex.models.state import ModelState
+from vmoba_flex.models.steps import StepSource
 
 
 def apply_vmoba(pipe_or_model: Any, config: VMoBAConfig) -> VMoBAHandle:
     """Makes the self-attention of a video transformer sparse, by swapping its attention processors.
 
-    Text in joint attention is always attended, padding never. The grid is learned at each forward. Weights, their names
-    and cross-attention stay as they are.
+    Text in joint attention is always attended, padding never. Each forward brings its grid. Weights, their names and
+    cross-attention stay as they are.
 
     Args:
-        pipe_or_model: a diffusers pipeline (its ``transformer``, and ``transformer_2`` where there is one), or a model:
+        pipe_or_model: a diffusers pipeline (its ``transformer``, and ``transformer_2`` if it has one), or a model:
             Wan 2.1 and 2.2, HunyuanVideo, HunyuanVideo-1.5, CogVideoX, LTX, Mochi, SkyReels-V2, or one that
-            ``register_adapter`` knows.
+            ``register_adapter`` knows; also inside ``torch.compile``, PEFT, DDP or FSDP.
         config: what each layer does.
 
     Returns:
@@ -30,8 +30,8 @@ def apply_vmoba(pipe_or_model: Any, config: VMoBAConfig) -> VMoBAHandle:
 
     Raises:
         TypeError: if ``config`` is no ``VMoBAConfig`` or the model is of an unknown class.
-        ValueError: if VMoBA is applied already, a layer has a processor that is not the model's own, or the model is in
-            a mode that VMoBA cannot take. The model is left as it was.
+        ValueError: if VMoBA is applied already, a layer has a processor that is not the model's own, or the mode of
+            the model or the pipeline is one that VMoBA cannot run in. The model is left as it was.
 
     Example:
         >>> handle = apply_vmoba(pipe, VMoBAConfig.paper("inference"))  # doctest: +SKIP
@@ -42,16 +42,20 @@ def apply_vmoba(pipe_or_model: Any, config: VMoBAConfig) -> VMoBAHandle:
         raise TypeError(f"config must be a VMoBAConfig, got {type(config).__name__}")
     models = models_of(pipe_or_model)
     for name, model in models.items():  # all checks before any change
-        _check(name, model, config)
+        _check(name, model, config, type(pipe_or_model))
+    # Loads torch._dynamo, which importing vmoba_flex must not.
+    from vmoba_flex.models.applied import Applied
+
     source = None if isinstance(pipe_or_model, nn.Module) else StepSource(pipe_or_model)
-    return VMoBAHandle(
-        {name: (model, Applied(model, ModelState(config, source=source))) for name, model in models.items()}
-    )
+    return VMoBAHandle({name: (model, Applied(model, ModelState(config, source))) for name, model in models.items()})
 
 
-def _check(name: str, model: nn.Module, config: VMoBAConfig) -> None:
-    """Raises unless the model can take the config."""
+def _check(name: str, model: nn.Module, config: VMoBAConfig, pipeline: type) -> None:
+    """Raises unless the model can take the config and run in the pipeline."""
     adapter = find_adapter(model)
+    for cls in pipeline.__mro__:
+        if way_out := adapter.refused_pipelines.get(cls.__name__):
+            raise ValueError(f"pipe_or_model must not be a {cls.__name__}, got one: {way_out}")
     if reason := adapter.refuse(model):
         raise ValueError(f"{name}: {reason}")
     layers = adapter.layers(model)

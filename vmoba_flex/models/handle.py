@@ -1,17 +1,20 @@
 """The handle of what has VMoBA applied: looks at it, switches it and removes it."""
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from torch import nn
 
 from vmoba_flex.checks import check_count, check_positive
-from vmoba_flex.models.adapters import find_adapter
-from vmoba_flex.models.applied import Applied
+from vmoba_flex.models.adapters import find_adapter, unwrap
 from vmoba_flex.models.processor import VMoBAProcessor
 from vmoba_flex.models.state import ModelState
+from vmoba_flex.models.steps import Step, first_call, step_at
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.warmup import check_warmup, warmed
+
+if TYPE_CHECKING:  # loads torch._dynamo
+    from vmoba_flex.models.applied import Applied
 
 # Where pipelines keep their transformers; Wan 2.2 has two experts.
 _COMPONENTS = ("transformer", "transformer_2")
@@ -20,7 +23,7 @@ _COMPONENTS = ("transformer", "transformer_2")
 class VMoBAHandle:
     """VMoBA on a model, or on the models of a pipeline; a context manager that removes it at its end."""
 
-    def __init__(self, applied: dict[str, tuple[nn.Module, Applied]]) -> None:
+    def __init__(self, applied: "dict[str, tuple[nn.Module, Applied]]") -> None:
         self._applied = applied
 
     @classmethod
@@ -34,19 +37,21 @@ class VMoBAHandle:
         applied = {}
         for name, model in models_of(pipe_or_model).items():
             found = [layer.processor for _, layer in find_adapter(model).layers(model)]
-            runs = [processor.run for processor in found if isinstance(processor, VMoBAProcessor)]
-            if not runs:
+            states = [processor.state for processor in found if isinstance(processor, VMoBAProcessor)]
+            if not states:
                 raise ValueError(f"{name} must have VMoBA applied, got none")
-            applied[name] = model, runs[0].owner
+            applied[name] = model, states[0].owner
         return cls(applied)
 
-    def runs(self) -> dict[str, ModelState]:
-        """What the layers of each model share, by the model's name."""
-        return {name: applied.run for name, (_, applied) in self._applied.items()}
+    def states(self) -> dict[str, ModelState]:
+        """The state of each model, by the model's name."""
+        return {name: applied.state for name, (_, applied) in self._applied.items()}
 
     def summary(self) -> str:
         """A table: each layer with its kind, blocks, rule, whether it is dense, and what it attended last."""
-        return "\n".join(line for name, (_, applied) in self._applied.items() for line in _table(name, applied))
+        return "\n".join(
+            line for name, (model, applied) in self._applied.items() for line in _table(name, model, applied)
+        )
 
     def set_enabled(self, enabled: bool) -> None:
         """Makes all layers dense from the next forward on, or as the config has them again.
@@ -56,14 +61,14 @@ class VMoBAHandle:
         """
         if not isinstance(enabled, bool):
             raise TypeError(f"enabled must be a bool, got {enabled!r}")
-        for _, applied in self._applied.values():
-            applied.run.enabled = enabled
+        for state in self.states().values():
+            state.enabled = enabled
 
     def set_warmup(self, share: float) -> None:
         """Sets how far thresholds are on their way from full attention, from the next forward on; see ``Warmup``.
 
-        Call it before the first forward: until it was called once, taus are constants of compiled graphs. After that no
-        graph is made anew, but one for full attention and one for sparse. Not inside a CUDA graph.
+        Call it before the first forward, because until then taus are constants of compiled graphs. Afterwards there are
+        two graphs, for full attention and for sparse, whatever the share. Do not call it inside a CUDA graph.
 
         Args:
             share: 0 for full attention, up to 1 for the config's thresholds.
@@ -73,17 +78,17 @@ class VMoBAHandle:
             ValueError: if it is not in [0, 1], or a layer has a ``TopK``.
         """
         check_warmup(share)
-        runs = self.runs().values()
-        rules = [[warmed(processor.rule) for processor in run.processors] for run in runs]  # checked before any change
-        for run, of_run in zip(runs, rules, strict=True):
-            run.warmup = share
-            for processor, rule in zip(run.processors, of_run, strict=True):
-                processor.rule = rule
+        processors = [processor for state in self.states().values() for processor in state.processors]
+        rules = [warmed(processor.rule, share) for processor in processors]  # checked before any change
+        for processor, rule in zip(processors, rules, strict=True):
+            processor.rule = rule
+        for state in self.states().values():
+            state.warmup = share
 
     def set_step(self, step: int | None, num_steps: int = 1) -> None:
-        """Says which denoising step comes next, from 0, and how many there are, until it is called again.
+        """Sets the denoising step, from 0, and the number of steps for this thread's forwards until the next call.
 
-        With ``None`` a pipeline's scheduler says so again.
+        ``None`` leaves the step to the pipeline's scheduler again.
 
         Raises:
             TypeError: if one is no int.
@@ -98,11 +103,11 @@ class VMoBAHandle:
 
     @property
     def on_step_end(self) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
-        """A pipeline's ``callback_on_step_end``, for schedulers without a ``step_index``; starts at step 0.
+        """A pipeline's ``callback_on_step_end``, for schedulers without a ``step_index``.
 
-        Where a run was broken off, call ``set_step(0, ...)`` before the next one.
+        Fetch it anew for each run, on the thread of the run, which then starts at its first step.
         """
-        self.set_step(0, 1)  # dense for any number of dense steps, and for any share of them
+        self._set_step("first")
         return self._end_step
 
     def remove(self) -> None:
@@ -111,6 +116,10 @@ class VMoBAHandle:
             applied.remove(model)
         self._applied = {}
 
+    def __repr__(self) -> str:
+        models = (f"{name}: {len(applied.names)} layers" for name, (_, applied) in self._applied.items())
+        return f"VMoBAHandle({', '.join(models) or 'removed'})"
+
     def __enter__(self) -> Self:
         return self
 
@@ -118,14 +127,13 @@ class VMoBAHandle:
         self.remove()
 
     def _end_step(self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
-        num_steps = pipe.num_timesteps
-        # Behind the last step: the next run may count its steps by itself.
-        self._set_step((step + 1, num_steps) if step + 1 < num_steps else None)
+        # None after the last step: the scheduler of the next run may count.
+        self._set_step(step_at(pipe, first_call(pipe) + step + 1))
         return callback_kwargs
 
-    def _set_step(self, step: tuple[int, int] | None) -> None:
-        for _, applied in self._applied.values():
-            applied.run.step = step
+    def _set_step(self, step: Step | Literal["first"] | None) -> None:
+        for state in self.states().values():
+            state.now.step = step
 
 
 def models_of(pipe_or_model: Any) -> dict[str, nn.Module]:
@@ -135,9 +143,9 @@ def models_of(pipe_or_model: Any) -> dict[str, nn.Module]:
         TypeError: if there is none.
     """
     if isinstance(pipe_or_model, nn.Module):
-        return {"model": pipe_or_model}
+        return {"model": unwrap(pipe_or_model)}
     found = {name: getattr(pipe_or_model, name, None) for name in _COMPONENTS}
-    models = {name: model for name, model in found.items() if model is not None}
+    models = {name: unwrap(model) for name, model in found.items() if model is not None}
     if not models:
         raise TypeError(
             f"pipe_or_model must be a model, or have one as {' or '.join(_COMPONENTS)}, got "
@@ -146,19 +154,26 @@ def models_of(pipe_or_model: Any) -> dict[str, nn.Module]:
     return models
 
 
-def _table(name: str, applied: Applied) -> list[str]:
-    run = applied.run
+def _table(name: str, model: nn.Module, applied: "Applied") -> list[str]:
     rows = [("layer", "kind", "blocks", "rule", "attention", "last density")]
+    plan = None
     for layer, processor in zip(applied.names, applied.processors, strict=True):
-        block = run.blocks.get(processor.kind)
-        blocks = "not known yet"
-        if run.grid is not None and block is not None:
-            blocks = f"{BlockPartition(run.grid, block).num_blocks} of {'x'.join(map(str, block))}"
+        plan, blocks = processor.last, "not known yet"
+        if plan is not None:
+            blocks = f"{BlockPartition(plan.grid, plan.block).num_blocks} of {_by(plan.block)}"
         density = processor.density.item()
-        last = f"{density:.3f}" if density else "-"
+        rule = repr(processor.rule if plan is None else plan.rule)
         attention = "dense" if processor.dense else "sparse"
-        rows.append((layer, processor.kind, blocks, repr(processor.rule), attention, last))
+        rows.append((layer, processor.kind, blocks, rule, attention, f"{density:.3f}" if density else "-"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    grid = "no forward yet" if run.grid is None else f"grid {'x'.join(map(str, run.grid))}"
-    return [f"{name}: {grid}", *lines]
+    title = f"{name}: no forward yet" if plan is None else f"{name}: grid {_by(plan.grid)}"
+    source = applied.state.source
+    now = None if source is None else getattr(source.pipe, name, None)
+    if now is not None and unwrap(now) is not model:
+        title += "; the pipeline has another model now, without this: call apply_vmoba again"
+    return [title, *lines]
+
+
+def _by(sizes: tuple[int, int, int]) -> str:
+    return "x".join(map(str, sizes))

@@ -1,4 +1,7 @@
-"""A layer's attention in a diffusers model: sparse, or the stock processor's where it is dense."""
+"""A layer's attention in a diffusers model: sparse, or dense by the stock processor.
+
+B batch, H heads, S tokens, D head dim.
+"""
 
 from typing import Any, ClassVar
 
@@ -8,40 +11,39 @@ from torch import Tensor
 from vmoba_flex.attention import attend
 from vmoba_flex.call import Call
 from vmoba_flex.models.parallel import ranks_of
-from vmoba_flex.models.state import ModelState
+from vmoba_flex.models.state import LayerNow, LayerPlan, ModelState
 from vmoba_flex.models.step_op import attend_at_step, attend_everything, layout_of, record_density
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
-from vmoba_flex.warmup import WarmedThreshold
 
 
 class VMoBAProcessor:
     """An attention processor of diffusers for one self-attention layer.
 
-    A subclass for each model family says how the layer makes query, key and value: ``sparse``. It holds the layer's
-    kind and never its index, so that ``torch.compile`` makes a graph for each kind, and not for each layer.
+    The subclass of a model family says in ``sparse`` how the layer makes query, key and value. A processor holds the
+    layer's kind and never its index, so that ``torch.compile`` makes a graph for each kind, not for each layer.
 
     Attributes:
-        stock: the processor that it stands in for, which dense layers and steps call, but while they are recorded.
-        run: what all layers of the model share.
+        stock: the processor that it replaces, which runs dense layers and steps unless they are recorded.
+        state: what belongs to the whole model.
         kind: of the layer's blocks.
         rule: which chooses them.
-        dense: whether the layer attends everything in the forward under way.
-        dense_flag: the same as a bool tensor on the CPU: a compiled graph without gradients reads it as it runs, so
-            that no graph is made anew between dense and sparse steps.
-        ranks: that share the video's tokens, under diffusers' context parallelism; None for one.
+        now: the plan of the forward that is under way on this thread.
+        last: the plan of the last forward, to look at.
         density: what the last forward attended, a float32 scalar on the model's device.
+        ranks: that share the video's tokens, under diffusers' context parallelism; None for one.
         joint: whether the layer also takes text and returns it.
-        has_dense: whether dense layers and steps run here as well, and not in the stock processor.
+        has_dense: whether dense layers and steps also run here, and not in the stock processor.
     """
 
     joint: ClassVar[bool] = False
     has_dense: ClassVar[bool] = False
 
-    def __init__(self, stock: Any, run: ModelState, kind: str, rule: Rule) -> None:
-        self.stock, self.run, self.kind, self.rule = stock, run, kind, rule
-        self.set_dense(False)
-        self.density = torch.zeros(())
+    def __init__(self, stock: Any, state: ModelState, kind: str, rule: Rule) -> None:
+        self.stock, self.state, self.kind, self.rule = stock, state, kind, rule
+        self.now = LayerNow()
+        self.last: LayerPlan | None = None
+        self.density = _zero(torch.device("cpu"))
         self.ranks = ranks_of(self._parallel_config, self.joint, type(stock).__name__)
 
     @property
@@ -63,21 +65,16 @@ class VMoBAProcessor:
         self.ranks = ranks_of(config, self.joint, type(self.stock).__name__)
         self.stock._parallel_config = config
 
-    def ready(self, dense: bool, device: torch.device) -> None:
-        """Readies the layer for a forward on ``device``."""
-        self.set_dense(dense)
+    @property
+    def dense(self) -> bool:
+        """Whether the layer attended everything in the last forward."""
+        return self.last is not None and self.last.dense
+
+    def ready(self, plan: LayerPlan, device: torch.device) -> None:
+        """Readies what is looked at after a forward on ``device``."""
+        self.last = plan
         if self.density.device != device:
-            with torch.inference_mode(False):  # it will be written to outside of one, too
-                self.density = torch.zeros((), device=device)
-
-    def set_dense(self, dense: bool) -> None:
-        """Sets ``dense``, both ways."""
-        self.dense, self.dense_flag = dense, self.run.flags[dense]
-
-    def warm(self, share: float) -> None:
-        """Sets how far a rule that is warmed up is on its way."""
-        if isinstance(self.rule, WarmedThreshold):
-            self.rule.warm(share)
+            self.density = _zero(device)
 
     # The names are those by which diffusers' layers pass their arguments.
     def __call__(
@@ -90,10 +87,10 @@ class VMoBAProcessor:
     ) -> Any:
         """The layer's output, and its text's where it is joint."""
         arguments = (attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        if not _decides_as_it_runs() and self.dense:  # in this order: one graph serves both
+        if not _decides_as_it_runs() and self.plan().dense:  # in this order, so that one graph serves both
             with torch.no_grad():
                 self.density.fill_(1)
-            if not self.has_dense and self.run.recorder is None:
+            if not self.has_dense and self.state.recorder is None:
                 return self.stock(*arguments)
         return self.sparse(*arguments)
 
@@ -125,10 +122,10 @@ class VMoBAProcessor:
 
         Args:
             query: ``(B, H, S, D)``, video tokens in raster order.
-            key: likewise.
-            value: likewise.
+            key: ``(B, H, S, D)``.
+            value: ``(B, H, S, D)``.
             prefix: text tokens before the video's.
-            suffix: text tokens behind the video's.
+            suffix: text tokens after the video's.
             text_lengths: as in ``vmoba_attention``.
 
         Returns:
@@ -136,32 +133,43 @@ class VMoBAProcessor:
 
         Raises:
             ValueError: if the grid does not match the tokens.
-            RuntimeError: if the layer runs without its model.
+            RuntimeError: if the layer runs outside of its model's forward.
         """
-        run = self.run
-        if run.grid is None:
-            raise RuntimeError("the grid is not known: call the whole model, not a layer of it alone")
-        partition = BlockPartition(run.grid, run.blocks[self.kind], prefix=prefix, suffix=suffix)
-        if run.recorder is not None:
-            run.recorder(self, query, key, partition, text_lengths)
-        dispatch, backend = run.config.dispatch, run.config.backend
+        plan, state = self.plan(), self.state
+        if plan.skips_scores:
+            return value.transpose(1, 2).flatten(2)
+        partition = BlockPartition(plan.grid, plan.block, prefix=prefix, suffix=suffix)
+        if state.recorder is not None:
+            state.recorder(self, query, key, partition, text_lengths)
+        dispatch, backend = state.config.dispatch, state.config.backend
         dense_backend = getattr(self.stock, "_attention_backend", None)
         dense_backend = "" if dense_backend is None else dense_backend.value
         if _decides_as_it_runs():
             output = attend_at_step(
-                query, key, value, text_lengths, self.dense_flag, self.density, partition, self.rule, dispatch, backend,
+                query, key, value, text_lengths, plan.flag, self.density, partition, plan.rule, dispatch, backend,
                 dense_backend, self.ranks,
             )  # fmt: skip
-        elif self.dense:
+        elif plan.dense:
             output = attend_everything(query, key, value, text_lengths, partition, dense_backend)
         else:
-            call = Call(partition, self.rule, text_lengths=text_lengths)
+            call = Call(partition, plan.rule, text_lengths=text_lengths)
             attended = attend(query, key, value, call, dispatch, backend, layout_of(self.ranks, partition))
             output = attended.output
             record_density(self.density, attended.density())
         return output.transpose(1, 2).flatten(2).to(query.dtype)
 
+    def plan(self) -> LayerPlan:
+        """The plan of the forward that the layer runs in, or is computed again for."""
+        plan = self.now.plan
+        return self.state.recomputed_plan(self) if plan is None else plan
+
+
+def _zero(device: torch.device) -> Tensor:
+    """A float32 scalar, whatever the defaults, that can also be written to outside of inference mode."""
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=torch.float32, device=device)
+
 
 def _decides_as_it_runs() -> bool:
-    """Whether one graph must serve dense and sparse steps."""
+    """Whether one graph serves dense and sparse steps."""
     return torch.compiler.is_compiling() and not torch.is_grad_enabled()

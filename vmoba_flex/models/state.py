@@ -1,149 +1,230 @@
-"""What the layers of one model share: the grid that arrived, and the denoising step."""
+"""What belongs to a model, and what belongs to one forward of it.
+
+To the model (``ModelState``): the config, whether it is enabled, and how far thresholds are warmed up. To a forward
+(``Forward``): grid, step, and for each layer a ``LayerPlan``. The hook before the model's forward makes the plans and
+puts each into its processor's ``now``, a thread-local; the hook after it takes them out. So:
+
+- Threads do not see each other's forwards, and a layer that runs without a forward of its model finds nothing.
+- The hooks stay outside of compiled graphs. Graphs read ``now``: what differs in kind (grid, block, rule, and with
+  gradients dense or sparse) is guarded, and what changes from step to step is a tensor (``flag``, a warmed tau).
+- Layers that are computed again in backward run in the plans of their own forward, which ``Checkpointing`` binds to
+  what a checkpoint recomputes. A checkpoint that it does not know may recompute while all forwards whose graphs are
+  alive have the same plans; otherwise it is an error.
+"""
 
 import dataclasses
+import threading
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.models.steps import Step, StepSource, counted_step, first_call, running_pipeline, step_at
+from vmoba_flex.rules import Rule
+from vmoba_flex.warmup import WarmedThreshold
+
+Grid = tuple[int, int, int]
 
 
-class StepSource:
-    """A pipeline, whose scheduler counts the steps; copies and pickles of a model take no copy of it."""
+# Not frozen: Dynamo guards on all fields of a frozen dataclass, but only on those that it reads of another one.
+@dataclasses.dataclass(eq=False)
+class LayerPlan:
+    """What one forward asks of one layer.
 
-    def __init__(self, pipe: Any) -> None:
-        self._pipe = weakref.ref(pipe)
+    Attributes:
+        grid: latent video size after patching.
+        block: of the layer's kind on that grid, in tokens.
+        rule: which chooses the blocks.
+        dense: whether the layer attends everything.
+        flag: ``dense`` as a bool scalar on the CPU, which a compiled graph without gradients reads as it runs.
+        skips_scores: whether the layer's output is its value, as diffusers' layer skipping can ask for.
+    """
+
+    grid: Grid
+    block: Grid
+    rule: Rule
+    dense: bool
+    flag: Tensor
+    skips_scores: bool
+
+    def facts(self) -> tuple[Any, ...]:
+        """All that decides what the layer computes."""
+        tau = self.rule.now.item() if isinstance(self.rule, WarmedThreshold) else self.rule
+        return self.grid, self.block, tau, self.dense, self.skips_scores
+
+
+class _ThreadLocal(threading.local):
+    """Copies and pickles of a model take none of it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _no_source, ()
-
-    def read(self) -> tuple[int, int] | None:
-        """The step that comes next, and the number of steps; None where the scheduler does not count, or is done."""
-        pipe = self._pipe()
-        scheduler: Any = getattr(pipe, "scheduler", None)
-        # Diffusion forcing steps copies of its scheduler, which itself stays where it is.
-        if not hasattr(scheduler, "step_index") or "DiffusionForcing" in type(pipe).__name__:
-            return None
-        index = scheduler.step_index
-        if index is None:  # until the first step of a run is done
-            index = getattr(scheduler, "begin_index", None) or 0
-        num_steps = len(scheduler.timesteps)
-        return (int(index), num_steps) if index < num_steps else None
+        return type(self), ()
 
 
-def _no_source() -> None:
-    return None
+class LayerNow(_ThreadLocal):
+    """The plan of the forward that is under way on this thread."""
+
+    plan: LayerPlan | None = None
 
 
-@dataclasses.dataclass
+class ModelNow(_ThreadLocal):
+    """This thread's part of a model's state.
+
+    Attributes:
+        forward: that is under way.
+        step: that was set by hand; ``"first"`` stands for the first step of the pipeline that runs, where its
+            scheduler does not count.
+        settings: of the compiler, which hold until the forward's end.
+    """
+
+    forward: "Forward | None" = None
+    step: Step | Literal["first"] | None = None
+    settings: AbstractContextManager[Any] | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Forward:
+    """One forward of a model: a plan for each layer, and the step where it is known."""
+
+    plans: tuple[LayerPlan, ...]
+    step: Step | None
+
+
+@dataclasses.dataclass(eq=False)
 class ModelState:
-    """The state that a model's root sets before each forward and its layers read.
+    """What belongs to a model with VMoBA applied.
 
     Attributes:
         config: what was applied.
-        grid: latent video size after patching, of the forward under way; None before the first.
-        blocks: the block shape of each kind on that grid.
+        source: the pipeline that it was applied to, if it was one.
         enabled: whether layers may be sparse at all.
         warmup: share of the way from full attention to the config's thresholds.
-        step: the denoising step that comes next and the number of steps, where they were set by hand.
-        source: where else they come from.
-        flags: False and True as tensors on the CPU.
         processors: of the layers, in order.
         owner: what readies them before each forward.
         recorder: called with each layer's query and key, while these are captured.
-        state: what the forward under way has set.
+        now: the forward under way.
+        alive: forwards whose graphs may still need a recomputation.
+        blocks: each grid with each block shape so far, as many as each layer has graphs.
     """
 
     config: VMoBAConfig
-    grid: tuple[int, int, int] | None = None
-    blocks: dict[str, tuple[int, int, int]] = dataclasses.field(default_factory=dict)
+    source: StepSource | None = None
     enabled: bool = True
     warmup: float = 1.0
-    step: tuple[int, int] | None = None
-    source: StepSource | None = None
-    flags: tuple[Tensor, Tensor] = dataclasses.field(default_factory=lambda: (torch.tensor(False), torch.tensor(True)))
     processors: list[Any] = dataclasses.field(default_factory=list)
     owner: Any = None
     recorder: Callable[..., None] | None = None
-    state: tuple[Any, ...] = (None, {}, [], 1.0)
+    now: ModelNow = dataclasses.field(default_factory=ModelNow)
+    alive: "weakref.WeakSet[Forward]" = dataclasses.field(default_factory=weakref.WeakSet)
+    blocks: set[tuple[Grid, Grid]] = dataclasses.field(default_factory=set)
 
-    def learn(self, grid: tuple[int, int, int]) -> None:
-        """Sets the grid, and the blocks on it.
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "alive"}
 
-        Raises:
-            ValueError: if a block exceeds the grid.
-        """
-        blocks = {}
-        for kind in dict.fromkeys(self.config.cycle):
-            try:
-                blocks[kind] = self.config.partition(kind, grid).block
-            except ValueError:
-                if self.enabled:
-                    raise
-                blocks[kind] = grid  # nobody will be asked for it
-        self.grid, self.blocks = grid, blocks
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, alive=weakref.WeakSet())
 
-    def known_step(self) -> tuple[int, int] | None:
-        """The step that comes next and the number of steps; None where nobody says."""
-        return self.step or (self.source.read() if self.source else None)
+    def plan(self, grid: Grid, skips_scores: Iterable[bool]) -> Forward:
+        """Plans a forward.
 
-    def current_step(self) -> tuple[int | None, int | None]:
-        """The step that comes next and the number of steps.
+        Args:
+            grid: latent video size after patching.
+            skips_scores: of each layer; see ``LayerPlan``.
 
         Raises:
-            ValueError: if the config needs them and nobody says.
+            ValueError: if a block exceeds the grid, or the config needs the step and nobody says it.
         """
-        if not self.config.dense_steps:
-            return None, None
         step = self.known_step()
-        if step is None:
+        if self.config.dense_steps and self.enabled and step is None:
             raise ValueError(
-                "config.dense_steps needs the denoising step: apply to a pipeline whose scheduler has a step_index, "
-                f"pass callback_on_step_end=handle.on_step_end, or call handle.set_step; got {self.config.dense_steps}"
+                "config.dense_steps needs the denoising step: run a pipeline whose scheduler has a step_index, pass "
+                "callback_on_step_end=handle.on_step_end, or call handle.set_step on the thread of the forward; got "
+                f"{self.config.dense_steps}"
             )
-        return step
+        all_dense = not self.enabled or not self.warmup
+        blocks = {kind: self._block(kind, grid) for kind in dict.fromkeys(self.config.cycle)}
+        plans, count = [], len(self.processors)
+        # Made here and not when applied, so that no default device and no mode of that time is left in them.
+        with torch.inference_mode(False):
+            flags = {dense: torch.tensor(dense, device="cpu") for dense in (False, True)}
+            for i, (processor, skips) in enumerate(zip(self.processors, skips_scores, strict=True)):
+                dense = all_dense or self.config.layer(i, count, *(step or (None, None))).dense
+                rule = processor.rule
+                if isinstance(rule, WarmedThreshold):
+                    rule = WarmedThreshold.of(rule, self.warmup)
+                plans.append(LayerPlan(grid, blocks[processor.kind], rule, dense, flags[dense], skips))
+        return Forward(tuple(plans), step)
 
-    def keep(self) -> None:
-        """Takes down what this forward has set, for layers that are computed again later."""
-        self.state = self.grid, self.blocks, [processor.dense for processor in self.processors], self.warmup
+    def enter(self, forward: Forward | None) -> Forward | None:
+        """Puts a forward under way on this thread, or none; returns the one before."""
+        before, self.now.forward = self.now.forward, forward
+        for i, processor in enumerate(self.processors):
+            processor.now.plan = None if forward is None else forward.plans[i]
+        return before
 
-    def restore(self, state: tuple[Any, ...]) -> None:
-        """Sets what another forward had set."""
-        self.state = self.grid, self.blocks, dense, warmup = state
-        for processor, one in zip(self.processors, dense, strict=True):
-            processor.set_dense(one)
-            processor.warm(warmup)
+    def recomputed_plan(self, processor: Any) -> LayerPlan:
+        """The plan of a layer that runs while no forward of its model is under way.
+
+        Raises:
+            RuntimeError: if there is none, or more than one that it may be.
+        """
+        i = next(i for i, one in enumerate(self.processors) if one is processor)
+        plans = [forward.plans[i] for forward in self.alive]
+        if not plans:
+            raise RuntimeError("a layer with VMoBA applied must run inside a forward of its model, got one by itself")
+        if len({plan.facts() for plan in plans}) > 1:
+            raise RuntimeError(
+                "a layer is computed again, and forwards of different grids, steps or thresholds wait for backward: "
+                "checkpoint with model.enable_gradient_checkpointing() or torch's checkpoint_wrapper, which VMoBA "
+                "knows, or run backward after each forward"
+            )
+        return plans[0]
+
+    def known_step(self) -> Step | None:
+        """The step that comes next and the number of steps; None where nobody says."""
+        if isinstance(self.now.step, tuple):
+            return self.now.step
+        pipe = running_pipeline()
+        if pipe is None and self.source is not None:
+            pipe = self.source.pipe
+        step = counted_step(pipe)
+        return step_at(pipe, first_call(pipe)) if step is None and self.now.step == "first" else step
+
+    def _block(self, kind: str, grid: Grid) -> Grid:
+        try:
+            return self.config.partition(kind, grid).block
+        except ValueError:
+            if self.enabled:
+                raise
+            return grid  # all layers are dense
 
 
 class Checkpointing:
-    """A model's function for gradient checkpointing, with the state of forward set again where layers are recomputed.
+    """A function for gradient checkpointing whose layers are computed again in the plans of their forward."""
 
-    Without it a second forward before backward would change what the first one's layers recompute.
-    """
+    def __init__(self, inner: Callable[..., Any], state: ModelState) -> None:
+        self.inner, self.state = inner, state
 
-    def __init__(self, inner: Callable[..., Any], run: ModelState) -> None:
-        self.inner, self.run = inner, run
-
-    def __call__(self, layer: Callable[..., Any], *args: Any) -> Any:
+    def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The layer's output."""
-        return self.inner(_Restoring(layer, self.run, self.run.state), *args)
+        # A compiled graph recomputes by itself, without running Python again.
+        if not torch.compiler.is_compiling() and self.state.now.forward is not None:
+            layer = _Bound(layer, self.state, self.state.now.forward)
+        return self.inner(layer, *args, **kwargs)
 
 
-class _Restoring:
-    """A layer that runs in the state of the forward that made this."""
+class _Bound:
+    """A layer that runs in the plans of a forward."""
 
-    def __init__(self, layer: Callable[..., Any], run: ModelState, state: tuple[Any, ...]) -> None:
-        self.layer, self.run, self.state = layer, run, state
+    def __init__(self, layer: Callable[..., Any], state: ModelState, forward: Forward) -> None:
+        self.layer, self.state, self.forward = layer, state, forward
 
-    def __call__(self, *args: Any) -> Any:
-        now = self.run.state
-        if now is self.state:
-            return self.layer(*args)
-        self.run.restore(self.state)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.state.enter(self.forward)
         try:
-            return self.layer(*args)
+            return self.layer(*args, **kwargs)
         finally:
-            self.run.restore(now)
+            self.state.enter(before)

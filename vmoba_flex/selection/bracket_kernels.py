@@ -1,4 +1,4 @@
-"""Triton kernels that bracket the cut of a long pool and list the pairs in question, for ``long_pool_kernels``.
+"""Triton kernels that bracket the cutoff of a long pool and list the pairs in question, for ``long_pool_kernels``.
 
 They share an int64 record per pool, ``state``, in which each leaves what the next ones need.
 """
@@ -16,8 +16,8 @@ KEY_MAX, KEY_LACK, TOTAL, OWN_WEIGHT, OWN_COUNT, ABOVE_WEIGHT, ABOVE_COUNT, LIST
     tl.constexpr(i) for i in range(10)
 )
 PAIRS, REST, OUTCOME, DIGITS = (tl.constexpr(i) for i in range(10, 14))
-# One record per digit from DIGITS on: the lowest rank that the cut can have, the bits of rank still open, and what is
-# left of the two targets.
+# One record per digit from DIGITS on: the lowest rank that the cutoff can have, the bits of rank still open, and what
+# is left of the two targets.
 RECORD = tl.constexpr(4)
 # Bins of masses: by exponent and two bits of mantissa, as many as there are bins up to that of 1.
 _BIN_SHIFT = tl.constexpr(21)
@@ -106,7 +106,7 @@ def bracket_kernel(
     state, counts, fields, max_pairs, tau_bits, one_bits,
     HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr, STRETCH: tl.constexpr, BIN_BITS: tl.constexpr,
 ):  # fmt: skip
-    """The targets of a pool's non-own pairs, what is known of the cut, and the keys among which it lies."""
+    """The targets of a pool's non-own pairs, what is known of the cutoff, and the keys among which it lies."""
     here = state + tl.program_id(0).to(tl.int64) * fields
     low, unit, finite = pool_scale(here, one_bits, STRETCH)
     slot = tl.arange(0, 1 << BIN_BITS)
@@ -166,7 +166,7 @@ def list_kernel(
     scores, own, state, listed, fields, length, own_pools, chunk, parts, one_bits,
     HAS_TAU: tl.constexpr, STRETCH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Lists the places of the pairs among which the cut lies, and adds up the pairs above these."""
+    """Lists the places of the pairs among which the cutoff lies, and adds up the pairs above these."""
     pool, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     first = part.to(tl.int64) * chunk
     here = state + pool.to(tl.int64) * fields

@@ -1,4 +1,4 @@
-"""The Triton kernel that finds the cut of a long pool among listed pairs, for ``long_pool_kernels``."""
+"""The Triton kernel that finds the cutoff of a long pool among listed pairs, for ``long_pool_kernels``."""
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
 import triton
@@ -27,7 +27,7 @@ from vmoba_flex.selection.pair_kernels import key_of, weight_of
 
 @triton.jit
 def _before_first_digit(here, place_bits, HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr):
-    """The record before any digit is known: the cut is among the listed pairs, or known."""
+    """The record before any digit is known: the cutoff is among the listed pairs, or known."""
     outcome = tl.load(here + OUTCOME)
     lowest = tl.load(here + FROM)
     keys = tl.load(here + TO) - 1 - lowest
@@ -72,7 +72,7 @@ def _after_digit(
             rest -= tl.sum(tl.where(digit == last, above_weight - weight, 0), 0)
         # Never reached, which the first digit alone can show: everything is taken.
         lowest = tl.where(last < 0, 0, lowest + (last.to(tl.int64) << shift))
-        # A digit of one pair: the cut is that pair, and its lower digits do not matter.
+        # A digit of one pair: the cutoff is that pair, and its lower digits do not matter.
         alone = tl.sum(tl.where(digit == last, count, 0), 0) <= 1
         bits = tl.where(alone | (last < 0), 0, shift)
     return lowest, bits, pairs, rest
@@ -85,7 +85,7 @@ def digit_kernel(
     HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr, STRETCH: tl.constexpr,
     FIRST: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Finds a digit of the cut's rank from its sums, and adds up the listed pairs that share it by their next digit.
+    """Finds a digit of the cutoff's rank from its sums, and adds up the listed pairs that share it by their next digit.
 
     Every program of a pool finds the digit anew, which takes less time than a launch. Three sets of sums take turns:
     one is read, one added to, one zeroed for the next step.

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from block_masks.launching.device import on_device
+from block_masks.precision import accumulator
 from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
 
@@ -34,7 +35,7 @@ def _block_means(key: Tensor, sizes: list[int]) -> Tensor:
 
 @_block_means.register_fake
 def _(key: Tensor, sizes: list[int]) -> Tensor:
-    return key.new_empty((*key.shape[:2], _num_blocks(sizes), key.shape[3]), dtype=_accumulator(key))
+    return key.new_empty((*key.shape[:2], _num_blocks(sizes), key.shape[3]), dtype=accumulator(key))
 
 
 def _means(key: Tensor, partition: BlockPartition) -> Tensor:
@@ -48,8 +49,26 @@ def _means(key: Tensor, partition: BlockPartition) -> Tensor:
     cells = F.pad(video.unflatten(-2, partition.grid), (0, 0, 0, -width % bw, 0, -height % bh, 0, -frames % bt))
     nt, ny, nx = partition.cells
     cells = cells.unflatten(-2, (nx, bw)).unflatten(-4, (ny, bh)).unflatten(-6, (nt, bt))
-    sums = cells.sum((-6, -4, -2), dtype=_accumulator(key)).flatten(-4, -2)
+    sums = cells.sum((-6, -4, -2), dtype=accumulator(key)).flatten(-4, -2)
     return sums / partition.block_sizes(key.device)[:, None]
+
+
+def products(queries: Tensor, means: Tensor) -> Tensor:
+    """Products of queries with block means.
+
+    Args:
+        queries: ``(B, H, queries, D)``.
+        means: float32 or float64 ``(B, key heads, N, D)``; query head h uses key head ``h // (H // key heads)``.
+
+    Returns:
+        ``(B, H, queries, N)`` in the dtype of ``means``; block by block in memory, as most pools read it.
+    """
+    grouped = queries.unflatten(1, (means.shape[1], -1)).to(means.dtype)
+    # Under autocast the product would be rounded to 16 bits, and close blocks would tie.
+    with torch.autocast(queries.device.type, enabled=False):
+        scores = means[:, :, None] @ grouped.mT
+    # Flat in between, so that dims of size 1 have the strides that the fake promises.
+    return scores.flatten().view(*queries.shape[:2], means.shape[2], queries.shape[2]).mT
 
 
 @torch.no_grad()
@@ -80,22 +99,14 @@ def _gate(query: Tensor, key: Tensor, sizes: list[int], before: int, count: int)
     if _has_kernels(query) and count:
         from vmoba_flex.selection import gate_kernels
 
-        return gate_kernels.gate(query, key, partition, rows=(before, count))
-    means = _means(key, partition)
-    video = query[:, :, before : before + count]
-    grouped = video.unflatten(1, (key.shape[1], -1)).to(means.dtype)
-    # Under autocast the product would be rounded to 16 bits, and close blocks would tie.
-    with torch.autocast(query.device.type, enabled=False):
-        products = means[:, :, None] @ grouped.mT
-    # Flat in between, so that dims of size 1 have the strides that the fake promises.
-    shape = (*query.shape[:2], partition.num_blocks, count)
-    return products.flatten().view(shape).mT
+        return gate_kernels.gate(query, key, partition, before, count)
+    return products(query[:, :, before : before + count], _means(key, partition))
 
 
 @_gate.register_fake
 def _(query: Tensor, key: Tensor, sizes: list[int], before: int, count: int) -> Tensor:
     shape = (*query.shape[:2], _num_blocks(sizes), count)
-    return query.new_empty(shape, dtype=_accumulator(query)).mT
+    return query.new_empty(shape, dtype=accumulator(query)).mT
 
 
 def _num_blocks(sizes: list[int]) -> int:
@@ -105,7 +116,3 @@ def _num_blocks(sizes: list[int]) -> int:
 
 def _has_kernels(x: Tensor) -> bool:
     return x.is_cuda and x.element_size() == 2 and x.shape[-1] <= _KERNEL_MAX_DIM
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -14,6 +14,7 @@ from block_masks.launching.launch import QuickLaunch
 from vmoba_flex.partition import BlockPartition
 
 _CHUNK = 256  # tokens of a block that one program adds up
+_FLOAT32_PRODUCTS = False  # for Triton's interpreter, which cannot multiply bfloat16
 
 
 @QuickLaunch
@@ -152,35 +153,32 @@ def block_means(key: Tensor, partition: BlockPartition) -> Tensor:
     return means
 
 
-def gate(
-    query: Tensor, key: Tensor, partition: BlockPartition, wide: bool = False, rows: tuple[int, int] | None = None
-) -> Tensor:
+def gate(query: Tensor, key: Tensor, partition: BlockPartition, before: int, count: int) -> Tensor:
     """``gate.gate`` of float16 or bfloat16 inputs of at most 256 dims.
 
     Args:
         query: ``(B, H, S, D)``, any strides.
         key: ``(B, key heads, S, D)``, any strides.
         partition: the blocks.
-        wide: multiply in float32: Triton's interpreter cannot multiply bfloat16.
-        rows: the first of the video queries in ``query``, and how many they are; all of the partition by default.
+        before: text queries before the video's.
+        count: video queries.
 
     Returns:
         float32 ``(B, H, video queries, N)``, the transpose of a contiguous tensor.
     """
     batch, heads, _, dim = query.shape
-    first, tokens = rows or (partition.prefix, partition.num_video_tokens)
     blocks = partition.num_blocks
     parts = _mean_parts(key, partition, None)
-    scores = torch.empty(batch, heads, blocks, tokens, dtype=torch.float32, device=query.device)
+    scores = torch.empty(batch, heads, blocks, count, dtype=torch.float32, device=query.device)
     padded = max(16, triton.next_power_of_2(dim))
     tile, most = (128, 64) if padded <= 128 else (64, 32)
     block_tile = min(most, max(16, triton.next_power_of_2(blocks)))
     if blocks > most and -blocks % (most // 2) < -blocks % most:
         block_tile //= 2  # 72 blocks as 96, not 128
-    token_tiles = triton.cdiv(tokens, tile)
+    token_tiles = triton.cdiv(count, tile)
     _score_kernel[batch * heads * token_tiles,](
-        query, parts, scores, *query.stride(), heads, heads // key.shape[1], first, tokens, blocks,
+        query, parts, scores, *query.stride(), heads, heads // key.shape[1], before, count, blocks,
         token_tiles, parts[0].numel(), D=dim, BLOCK_D=padded, TILE=tile, BLOCKS=block_tile,
-        HALF=query.dtype == torch.float16, WIDE=wide, num_warps=4, num_stages=1,
+        HALF=query.dtype == torch.float16, WIDE=_FLOAT32_PRODUCTS, num_warps=4, num_stages=1,
     )  # fmt: skip
     return scores.mT

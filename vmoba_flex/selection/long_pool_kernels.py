@@ -1,10 +1,10 @@
-"""Finds the cut of long pools exactly and without a sort; loaded on first use on a CUDA device.
+"""Finds the cutoff of long pools exactly and without a sort; loaded on first use on a CUDA device.
 
 A pool's pairs are binned by the top bits of their weights: of the fixed-point form where scores are stretched to 0..1,
 of the float32 form where they are masses, most of which are small. Counts per bin, and the bins' bounds, bracket the
-bins in which the cut must lie, mostly one of 128. The pairs of these are listed, and the cut is found among them digit
-by digit in a pair's *rank*: its key, above its place counted from the end, so that ranks are distinct. A pool of which
-all pairs fall into one bin is listed whole, which costs more time and changes no result.
+bins in which the cutoff must lie, mostly one of 128. The pairs of these are listed, and the cutoff is found among them
+digit by digit in a pair's *rank*: its key, above its place counted from the end, so that ranks are distinct. A pool of
+which all pairs fall into one bin is listed whole, which costs more time and changes no result.
 
 All sums are of integers, so atomics do not make them depend on an order. Nothing is read by the host.
 """
@@ -29,20 +29,20 @@ _BINS = 128
 @QuickLaunch
 @triton.jit(do_not_specialize=["step"])
 def take_kernel(scores, own, state, taken, fields, step, length, own_pools, place_bits, blocks, BLOCK: tl.constexpr):
-    """Takes own pairs, and all from the cut on."""
+    """Takes own pairs, and all from the cutoff on."""
     pool = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-    cut = tl.load(state + pool * fields + DIGITS + step * RECORD)
-    cut_key = ((cut >> place_bits) - 2**31).to(tl.int32)
+    cutoff = tl.load(state + pool * fields + DIGITS + step * RECORD)
+    cutoff_key = ((cutoff >> place_bits) - 2**31).to(tl.int32)
     last_place = (tl.full((), 1, tl.int64) << place_bits) - 1
-    # The place of the cut, counted from this block's first.
-    cut_place = last_place - (cut & last_place) - first
-    cut_place = tl.minimum(tl.maximum(cut_place, -1), BLOCK).to(tl.int32)
+    # The place of the cutoff, counted from this block's first.
+    cutoff_place = last_place - (cutoff & last_place) - first
+    cutoff_place = tl.minimum(tl.maximum(cutoff_place, -1), BLOCK).to(tl.int32)
     here = tl.arange(0, BLOCK)
     inside = here < tl.minimum(length - first, BLOCK).to(tl.int32)
     key = key_of(tl.load(scores + (pool * length + first) + here, mask=inside, other=0.0))
     mine = tl.load(own + ((pool % own_pools) * length + first) + here, mask=inside, other=0) != 0
-    chosen = mine | (key > cut_key) | ((key == cut_key) & (here <= cut_place))
+    chosen = mine | (key > cutoff_key) | ((key == cutoff_key) & (here <= cutoff_place))
     tl.store(taken + (pool * length + first) + here, chosen, mask=inside)
 
 

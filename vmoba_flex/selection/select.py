@@ -1,5 +1,7 @@
 """Which blocks each query attends: one algorithm over pools, for both rules."""
 
+import functools
+import logging
 import math
 from typing import Literal
 
@@ -16,8 +18,10 @@ from vmoba_flex.selection.mass import block_mass
 from vmoba_flex.selection.weights import Targets, rest_to_reach, scaled_weights
 from vmoba_flex.warmup import WarmedThreshold, rule_of_flat
 
-# The most blocks that pools of one query may have for a kernel; beyond, a GPU sorts.
-SHORT = 1024
+_LOG = logging.getLogger(__name__)
+
+# The most blocks that the kernel for pools of one query takes.
+SHORT = 4096
 
 # For each pool, the dims of a (B, H, S, N) gate that stay apart and those that compete. The competing dims stand in
 # the order that breaks ties: block id, then query index, then head.
@@ -152,15 +156,28 @@ def _search(scores: Tensor, pool: Pool) -> Literal["short", "long", "sort"]:
     """How the best pairs of each pool are found.
 
     Returns:
-        ``"short"``: one kernel that holds whole pools in registers, for the blocks of one query. ``"long"``: kernels
-        that pass over each pool a few times, for pools of many queries; with the millions of pools of single queries
-        their tables would not fit. ``"sort"``: torch's sort, which runs everywhere, for all else.
+        ``"short"`` for the blocks of one query: a kernel that holds whole pools in registers. ``"long"`` for pools of
+        many queries: kernels that pass over each pool a few times, with tables that are too large for a pool of each
+        query. ``"sort"`` otherwise, which runs everywhere.
     """
-    if not scores.is_cuda or scores.dtype != torch.float32:
+    if not scores.is_cuda:
         return "sort"
-    if pool != "query":
+    blocks = scores.shape[-1]
+    if scores.dtype != torch.float32:
+        _log_sort(f"the kernels take float32 scores, got {scores.dtype}")
+    elif pool != "query":
         return "long"
-    return "short" if scores.shape[-1] <= SHORT else "sort"
+    elif blocks <= SHORT:
+        return "short"
+    else:
+        _log_sort(f"the kernel for pool='query' takes at most {SHORT} blocks, got {blocks}")
+    return "sort"
+
+
+@functools.cache
+def _log_sort(reason: str) -> None:
+    """Logs each reason once."""
+    _LOG.warning("choosing blocks by a sort, which is slower than our kernels: %s", reason)
 
 
 def _pools(scores: Tensor, own: Tensor, apart: list[int], competing: list[int]) -> tuple[Tensor, Tensor]:

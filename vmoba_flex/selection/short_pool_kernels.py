@@ -1,7 +1,7 @@
 """The Triton kernel of selection for short pools, the blocks of one query; loaded on first use on a CUDA device.
 
-Nothing is sorted. The best pairs of a pool are those whose key lies above that of the pool's *cut*, and of the pairs
-that tie with the cut those that come first.
+Nothing is sorted. The best pairs of a pool are those whose key lies above that of the pool's *cutoff*, and of the pairs
+that tie with the cutoff those that come first.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -25,7 +25,7 @@ def _short_kernel(
     max_pairs, tau_bits, one_bits,
     HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr, STRETCH: tl.constexpr, LENGTH: tl.constexpr, POOLS: tl.constexpr,
 ):  # fmt: skip
-    """One pool a column: finds the bits of each cut's key from the top, by adding up what lies above."""
+    """One pool a column: finds the bits of each cutoff's key from the top, by adding up what lies above."""
     blocks = tl.cdiv(inner, POOLS)
     outer = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * POOLS + tl.arange(0, POOLS)
@@ -54,13 +54,13 @@ def _short_kernel(
         rest = rest_of(tl.sum(weight, 0), tl.sum(tl.where(mine, weight, 0), 0), tau_bits, one_bits, finite)
     key = tl.where(inside & (mine == 0), key, _NO_KEY)
 
-    # The cut is the largest key at which a target is reached, in bits that order as unsigned. Where none is reached it
-    # is no key, below all of them.
-    cut = tl.zeros((POOLS,), tl.int32)
+    # The cutoff is the largest key at which a target is reached, in bits that order as unsigned. Where none is reached,
+    # it is _NO_KEY, below all of them.
+    cutoff = tl.zeros((POOLS,), tl.int32)
     found = column >= inner
     bit = 31
     while bit >= 0:
-        tried = cut | (tl.full((), 1, tl.int32) << bit)
+        tried = cutoff | (tl.full((), 1, tl.int32) << bit)
         above = key >= (tried ^ _NO_KEY)[None, :]
         reached = column < 0
         exact = column < 0
@@ -72,15 +72,15 @@ def _short_kernel(
             held = tl.sum(tl.where(above, weight, 0), 0)
             reached = reached | (held >= rest)
             exact = exact & (held < rest)
-        cut = tl.where(reached & (found == 0), tried, cut)
+        cutoff = tl.where(reached & (found == 0), tried, cutoff)
         # Exactly the pairs wanted lie from here on: the lower bits do not matter.
         found = found | exact
         bit -= 1
         if HAS_CAP:
             bit = tl.where(tl.min(found.to(tl.int32), 0) != 0, -1, bit)
-    cut = cut ^ _NO_KEY
-    above = key > cut[None, :]
-    tied = (key != _NO_KEY) & (key == cut[None, :])
+    cutoff = cutoff ^ _NO_KEY
+    above = key > cutoff[None, :]
+    tied = (key != _NO_KEY) & (key == cutoff[None, :])
     before = tl.cumsum(tied.to(tl.int32), 0) - tied.to(tl.int32)
     if HAS_CAP:
         tied = tied & (before < (pairs - tl.sum(above.to(tl.int32), 0))[None, :])
@@ -90,6 +90,15 @@ def _short_kernel(
     taken += outer * length * inner
     chosen = (key == _NO_KEY) | above | tied  # inside the pools, only own pairs do not compete
     tl.store(tl.max_contiguous(taken + (place * inner + column[None, :]), [1, 1]), chosen, mask=inside)
+
+
+def shape_of_program(length: int, has_tau: bool) -> tuple[int, int]:
+    """Pools and warps of a program, for pools padded to ``length`` entries, a power of two."""
+    # A thread keeps 32 keys, or half as many with their weights; more would spill. A short pool stays in one warp, and
+    # the longest ones take all 16 warps, few at a time.
+    keys_per_warp = 512 if has_tau else 1024
+    pools = min(32, max(8, keys_per_warp // length), 16 * keys_per_warp // length)
+    return pools, max(1, min(16, length * pools // keys_per_warp))
 
 
 def take_short(scores: Tensor, own: Tensor, targets: Targets) -> Tensor:
@@ -106,10 +115,7 @@ def take_short(scores: Tensor, own: Tensor, targets: Targets) -> Tensor:
     outer, inner, length = scores.shape
     max_pairs, tau, stretch = targets
     padded = max(triton.next_power_of_2(length), 2)
-    # A thread keeps 32 keys, or half as many with their weights; more would spill. A short pool stays in one warp.
-    budget = 1024 if tau is None else 512
-    pools = min(32, max(8, budget // padded))
-    warps = max(1, min(16, padded * pools // budget))
+    pools, warps = shape_of_program(padded, tau is not None)
     taken = torch.empty(outer, length, inner, dtype=torch.bool, device=scores.device)
     _short_kernel[outer * triton.cdiv(inner, pools),](
         scores, own, taken, inner, length, *scores.stride(), *own.stride(), max_pairs or 0, bits_of(tau),

@@ -1,6 +1,6 @@
 """A threshold's scores in int64 fixed point.
 
-Integer sums are the same in any order, so that a cut does not depend on how a device, or several of them, add up a
+Integer sums are the same in any order, so that a cutoff does not depend on how a device, or several of them, add up a
 pool.
 """
 
