@@ -171,3 +171,8 @@ def test_a_folder_is_no_file(tmp_path: Path):
     with pytest.raises(ValueError, match=r"cannot write .*a\.json, which is a folder"):
         SMALL.save(tmp_path / "a.json")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_share_in_place_of_a_count_is_pointed_to_density():
+    with pytest.raises(TypeError, match=r"k must be an int, got 0.25: a share of the blocks is TopK\(density=0.25\)"):
+        TopK(0.25)

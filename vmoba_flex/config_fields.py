@@ -33,7 +33,7 @@ class RulePerKind(Mapping[str, Rule]):
 
 
 def checked_sizes(name: str, value: Any, length: int) -> Any:
-    """Raises ``TypeError`` or ``ValueError`` unless ``value`` is ``ApproxBlocks`` or so many sizes, as a tuple then."""
+    """Raises ``TypeError`` or ``ValueError`` unless ``value`` is ``ApproxBlocks`` or sizes; these as a tuple."""
     if isinstance(value, ApproxBlocks):
         return value
     if not isinstance(value, tuple | list):
@@ -46,7 +46,7 @@ def checked_sizes(name: str, value: Any, length: int) -> Any:
 
 
 def checked_cycle(value: Any) -> tuple[str, ...]:
-    """Raises ``TypeError`` or ``ValueError`` unless ``value`` is one kind or more, as a tuple then."""
+    """Raises ``TypeError`` or ``ValueError`` unless ``value`` is kinds, at least one; as a tuple."""
     if not isinstance(value, tuple | list):
         raise TypeError(f"cycle must be a tuple of kinds, got {value!r}")
     if not value or any(kind not in KINDS for kind in value):

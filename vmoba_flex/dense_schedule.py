@@ -99,6 +99,6 @@ def is_dense_step(dense_steps: DenseSteps, step: int | None, num_steps: int | No
 
 
 def _is_within(steps_before: int, part: int | float, num_steps: int) -> bool:
-    """Whether a step with so many before it is one of the first ``part``."""
+    """Whether a step with ``steps_before`` steps before it is one of the first ``part``."""
     # Not steps_before < share * num_steps: that product may round up past a whole number, for one dense step too many.
     return steps_before < part if isinstance(part, int) else steps_before / num_steps < part

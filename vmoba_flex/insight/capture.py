@@ -19,24 +19,24 @@ from vmoba_flex.partition import BlockPartition
 class capture:  # noqa: N801 - read as a verb: with capture(model) as captured
     """Records query and key of chosen layers and steps while it is on; a context manager.
 
-    Of each layer and step the first forward's first sample is recorded, on the CPU, in the dtype that it comes in: all
-    tokens of a few heads, evenly spread, since a pool needs all queries of a head. A record that would exceed
-    ``max_bytes`` is left out and counted, so the earliest are kept; take fewer heads, layers or steps then. Layers and
-    steps that are dense are recorded too: meanwhile they make query and key as sparse ones do, and attend everything.
-    Compiled models run eagerly meanwhile.
+    A record is on the CPU, in the model's dtype, and holds all tokens of some evenly spread heads, because a pool needs
+    all queries of a head. Each layer and step is recorded once: the first sample of the first forward. A record that
+    would exceed ``max_bytes`` is left out and counted, so the earliest are kept: take fewer heads, layers or steps.
 
-    The step is the scheduler's, or what ``handle.set_step`` said, and else the number of forwards since it is on.
+    Dense layers and steps are recorded too, and still attend everything. Compiled models run eagerly while it is on.
+
+    The step is the scheduler's or that of ``handle.set_step``. Without either, it is the number of forwards so far.
 
     Args:
         pipe_or_model: what ``apply_vmoba`` was called with.
         layers: which to record; all by default.
         steps: which to record; all by default.
-        heads: of each layer, at most so many.
-        max_bytes: that all records together may take.
+        heads: the largest number of heads to record of a layer.
+        max_bytes: the most that all records together may take.
 
     Attributes:
-        records: so far.
-        left_out: records that did not fit.
+        records: what has been recorded so far.
+        left_out: the number of records that did not fit.
 
     Raises:
         TypeError: if an argument has a wrong type.

@@ -95,7 +95,7 @@ def crossover(
 
 
 def grid_of(tokens: int) -> tuple[int, int, int]:
-    """The video of about so many tokens that ``crossover`` times."""
+    """The grid that ``crossover`` times for a wanted number of tokens."""
     side = round(math.sqrt(tokens / _FRAMES))
     return _FRAMES, side, side
 

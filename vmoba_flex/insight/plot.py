@@ -1,4 +1,4 @@
-"""Pictures of attention and of what was chosen; shades and shapes stay apart in greyscale."""
+"""Pictures of attention and of what was chosen; shades and shapes differ in greyscale."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,8 +92,8 @@ def plot_choice(
     i, place = record.heads.index(head), (token[0] * height + token[1]) * width + token[2]
     query, key = record.query[i, partition.prefix + place].float(), record.key[i].float()
     logits = key @ query * len(query) ** -0.5
-    live = record.key_valid()
-    attention = (logits if live is None else logits.masked_fill(~live, -torch.inf)).softmax(0)
+    valid = record.key_valid()
+    attention = (logits if valid is None else logits.masked_fill(~valid, -torch.inf)).softmax(0)
     attention = attention[partition.prefix : partition.prefix + partition.num_video_tokens].cpu()
     chosen = choose(record, partition, plain)[i, place].cpu()
     ids = partition.block_ids()
