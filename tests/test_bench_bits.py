@@ -21,7 +21,7 @@ def found() -> dict[str, str]:
 def test_the_same_calls_have_the_same_hashes(found: dict[str, str]):
     assert len(found) == 2 * 3 * 2 * (2 + len(bits.DISPATCHES))  # rules, dtypes, key heads, calls
     assert bits.differences(found, bits.bits("cpu", **FEW)) == []
-    # Rules choose differently, but what dense attention comes to does not depend on them.
+    # Other rules and other key heads give other results.
     assert found["packed, text, topk, float32, 2 key heads"] != found["packed, text, threshold, float32, 2 key heads"]
     assert found["selection, text, topk, float64, 2 key heads"] != found["selection, text, topk, float64, 1 key heads"]
 

@@ -83,7 +83,7 @@ def test_costs_by_hand():
 
 
 def test_rows_that_are_missing():
-    with pytest.raises(ValueError, match="rows must hold some on one GPU, got none"):
+    with pytest.raises(ValueError, match="rows must have one on one GPU, got none"):
         cost.fit([row_of("packed", 55296, 2, 5.0, 15.0, 1.0)])
     # One row gives a rate, and no time for tokens.
     found = cost.fit([row_of("packed", 55296, 1, 5.0, 15.0)])

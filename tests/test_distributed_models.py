@@ -16,6 +16,9 @@ pytest.importorskip("diffusers")
 from diffusers.models._modeling_parallel import ContextParallelConfig
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.ranks import RankPool
 from tests.video_models import BLOCKS, FAMILIES, SPARSE, assert_close, assert_gradients_close, gradients, run
@@ -232,3 +235,41 @@ def test_models_without_a_plan_are_refused(rank_pool: RankPool, name: str):
 def test_skyreels_has_no_plan_either(rank_pool: RankPool):
     for said in rank_pool.run(refusals, "skyreels", {"ulysses_degree": 2}):
         assert "cp_plan" in said[0]
+
+
+def wrapped(form: str, apply_first: bool) -> tuple[Tensor, list[Tensor]]:
+    """Output and gradients of a model inside a wrapper of torch's, on a rank."""
+    model: Any = FAMILIES["wan2.1"].build()
+    names = [name for name, _ in model.named_parameters()]
+    if apply_first:
+        apply_vmoba(model, SPARSE)
+    if form == "DDP":
+        wrapper: Any = DistributedDataParallel(model, find_unused_parameters=True)
+    else:
+        policy = ModuleWrapPolicy({type(block) for block in FAMILIES["wan2.1"].layers(model)})
+        wrapper = FullyShardedDataParallel(
+            model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True
+        )
+    if not apply_first:
+        apply_vmoba(wrapper, SPARSE)
+    output = run(wrapper, FAMILIES["wan2.1"].inputs())
+    output.square().mean().backward()
+    whole = FullyShardedDataParallel.summon_full_params(wrapper, with_grads=True) if form == "FSDP" else None
+    with whole or contextlib.nullcontext():
+        found = {name.replace("_fsdp_wrapped_module.", ""): x.grad for name, x in model.named_parameters()}
+        gradients_of = [found[name] for name in names]
+        return output.detach(), [torch.zeros(()) if x is None else x.detach().clone() for x in gradients_of]
+
+
+@pytest.mark.parametrize("apply_first", [True, False])
+@pytest.mark.parametrize("form", ["DDP", "FSDP"])
+def test_inside_torchs_wrappers(rank_pool: RankPool, form: str, apply_first: bool):
+    model = FAMILIES["wan2.1"].build()
+    apply_vmoba(model, SPARSE)
+    expected = run(model, FAMILIES["wan2.1"].inputs())
+    expected.square().mean().backward()
+    for output, found in rank_pool.run(wrapped, form, apply_first):
+        assert_close(output, expected)
+        for actual, parameter in zip(found, model.parameters(), strict=True):
+            if parameter.grad is not None:
+                torch.testing.assert_close(actual, parameter.grad, rtol=1e-4, atol=2e-5)

@@ -1,5 +1,6 @@
 """The documentation: numbers and pictures are current, and the site builds without a warning or a network."""
 
+import bisect
 import html.parser
 import importlib
 import importlib.metadata
@@ -11,12 +12,17 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import pages
 from bench.models import tables
 from tests.test_bench import ROOT
+from vmoba_flex import BlockPartition, Threshold
+from vmoba_flex.dispatch.choose import choose_backend, choose_dispatch
 
 PICTURES = ROOT / "docs" / "pictures"
 # Whatever asks the network anyway finds nobody there.
@@ -34,6 +40,12 @@ def test_a_number_that_was_changed_by_hand_is_seen():
     assert number
     changed = text[: number.start(1)] + "99" + text[number.end(1) :]
     assert pages.filled(changed) == text
+
+
+def test_no_mark_breaks_a_paragraph():
+    """A line that starts with a comment is HTML of its own to Markdown."""
+    broken = [str(page) for page in pages.PAGES if re.search(r"[^\n]\n<!-- results: ", page.read_text())]
+    assert not broken
 
 
 @pytest.mark.parametrize("mark", ["no_such_part h200_2026-11-24_attention", "dense no_such_file"])
@@ -55,6 +67,32 @@ def test_models_stand_beside_the_full_attention_of_their_case():
         "| training step | 2,000 | 8.00 |  |  | 4.00 (2.00x) | 8.0 /  / 4.0 |",
         "| training step | 100 | 5.00 | 4.00 | 2.00 (2.50x, 2.00x) |  | 5.0 / 2.0 /  |",
     ]
+
+
+def test_the_page_says_where_auto_changes_over():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    rows = re.findall(r"^\| (\d+) \([^|]*\) \|" + r" ([\d,]+) \|" * 4, page, re.MULTILINE)
+    assert [int(heads) for heads, *_ in rows] == [12, 24, 40]
+    for heads, *cells in rows:
+        stated = [int(cell.replace(",", "")) for cell in cells]
+        found = [
+            _changes_over(int(heads), gradients, what) for what in ("packed", "flash") for gradients in (False, True)
+        ]
+        assert [round(tokens, -2) for tokens in found] == stated, heads
+
+
+def _changes_over(heads: int, gradients: bool, to: str) -> int:
+    """The fewest tokens, within ten, from which "auto" takes a dispatch or a backend."""
+
+    def taken(tokens: int) -> str:
+        partition = BlockPartition((tokens, 1, 1), (-(-tokens // 8), 1, 1))
+        with FakeTensorMode(), mock.patch("vmoba_flex.dispatch.choose._flash_cannot_run", return_value=None):
+            x = torch.empty(1, heads, tokens, 128, device="cuda", dtype=torch.bfloat16, requires_grad=gradients)
+            if to == "packed":
+                return choose_dispatch(x, x, x, partition, Threshold(0.25, max_density=0.25))
+            return choose_backend("auto", "packed", x, x, x, partition)
+
+    return 10 * bisect.bisect_left(range(10_000), True, key=lambda tens: tens > 0 and taken(10 * tens) == to)
 
 
 def test_pictures_are_what_the_script_draws(tmp_path: Path):

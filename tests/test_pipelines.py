@@ -186,9 +186,6 @@ def test_the_callback_may_also_be_used_with_a_scheduler_that_counts():
 
 
 def test_an_interrupted_run_does_not_leave_its_step_behind():
-    class StopError(Exception):
-        pass
-
     def stop(pipe: Any, step: int, *_: Any) -> Any:
         if step == 5:
             raise StopError
@@ -200,6 +197,34 @@ def test_an_interrupted_run_does_not_leave_its_step_behind():
     with pytest.raises(StopError):
         sample(pipe, callback_on_step_end=stop)
     assert torch.allclose(sample(pipe), expected, rtol=1e-4, atol=1e-4)
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_callback_of_a_run_that_was_broken_off_says_nothing_of_the_next(counts: bool):
+    pipe = wan_pipeline(SCHEDULERS["Euler"]()) if counts else cogvideox_pipeline()
+    family = WAN if counts else COGVIDEOX
+    expected = expected_sample(wan_pipeline(SCHEDULERS["Euler"]()) if counts else cogvideox_pipeline(), family, 2)
+    handle = apply_vmoba(pipe, QUARTER)
+    count = handle.on_step_end
+
+    def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if step == 5:
+            raise StopError
+        return count(pipe, step, timestep, tensors)
+
+    with pytest.raises(StopError):
+        sample(pipe, callback_on_step_end=stop)
+    if counts:
+        assert torch.allclose(sample(pipe), expected, rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(ValueError, match="on_step_end"):
+            sample(pipe)
+    output = sample(pipe, callback_on_step_end=handle.on_step_end)
+    assert torch.allclose(output, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_called_behind_a_run_has_no_step():

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import vmoba_flex
 from bench.attention.checks import chosen_blocks
-from bench.quality import clips, denoise_report, denoises, fidelity, variants
-from bench.quality.variants import CYCLES, DENSITIES, FULL, SMALL, VARIANTS, WITHOUT_TAIL, config, full
+from bench.quality import clips, denoise_report, denoises, fidelity, study, variants
+from bench.quality.train import loss_of
+from bench.quality.variants import CYCLES, DENSITIES, MAIN_SETTING, SMALL_SETTING, VARIANTS, WITHOUT_TAIL, config, full
 from bench.quality.windows import Windows
-from vmoba_flex import TopK, vmoba_attention
+from vmoba_flex import Tail, TopK, vmoba_attention
 from vmoba_flex.demo.denoise import frames_of, psnr
 from vmoba_flex.demo.model import VideoTransformer
 from vmoba_flex.demo.run import recall
 
-GRID = SMALL.size.grid
+GRID = SMALL_SETTING.size.grid
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def frames() -> dict[str, Tensor]:
 def lively() -> VideoTransformer:
     """A small model whose gates are open."""
     torch.manual_seed(0)
-    model = VideoTransformer(SMALL.size.shape, full(SMALL))
+    model = VideoTransformer(SMALL_SETTING.size.shape, full(SMALL_SETTING))
     for weight in model.parameters():
         weight.data.add_(0.05 * torch.randn_like(weight))
     return model.requires_grad_(False)
@@ -45,18 +45,18 @@ def lively() -> VideoTransformer:
 
 @pytest.fixture(scope="module")
 def reference(frames: dict[str, Tensor], lively: VideoTransformer) -> fidelity.Reference:
-    return fidelity.Reference(lively, full(SMALL), Windows(frames, *SMALL.size.pixels), GRID)
+    return fidelity.Reference(lively, full(SMALL_SETTING), Windows(frames, *SMALL_SETTING.size.pixels), GRID)
 
 
 def test_the_study_is_what_is_claimed():
     assert (fidelity.LEVEL, fidelity.STEPS, fidelity.DENSE_STEPS, len(fidelity.NOISE_SEEDS)) == (0.9, 20, 5, 2)
     assert DENSITIES == (0.25, 0.125, 0.083, 0.0625, 0.03)
-    assert FULL.cell == (2, 3, 6)
+    assert MAIN_SETTING.cell == (2, 3, 6)
     counts = []
     for kind in CYCLES["cycle"]:
-        partition = config("plain", "cycle", 0.25, FULL, "cuda").partition(kind, FULL.size.grid)
+        partition = config("plain", "cycle", 0.25, MAIN_SETTING, "cuda").partition(kind, MAIN_SETTING.size.grid)
         counts.append(partition.num_blocks)
-        for setting in (FULL, SMALL):
+        for setting in (MAIN_SETTING, SMALL_SETTING):
             block = config("plain", "cycle", 0.25, setting, "cpu").partition(kind, setting.size.grid).block
             assert all(cell <= side for cell, side in zip(setting.cell, block, strict=True))
     assert counts == [8, 48, 72]
@@ -67,15 +67,15 @@ def test_the_study_is_what_is_claimed():
 
 
 def test_a_variant_with_a_tail_says_so_or_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delattr(vmoba_flex, "Tail", raising=False)
-    with pytest.raises(NotImplementedError, match="no Tail"):
-        config("tail", "cycle", 0.25, FULL, "cpu")
+    monkeypatch.setattr(variants, "takes_tail", lambda: False)
+    with pytest.raises(NotImplementedError, match="takes no tail"):
+        config("tail", "cycle", 0.25, MAIN_SETTING, "cpu")
     given: dict[str, Any] = {}
-    monkeypatch.setattr(vmoba_flex, "Tail", lambda cell: f"a tail of {cell}", raising=False)
+    monkeypatch.setattr(variants, "takes_tail", lambda: True)
     monkeypatch.setattr(variants, "VMoBAConfig", lambda *args, **arguments: given.update(arguments))
-    config("shared, tail", "cubes", 0.125, FULL, "cuda")
-    expected = {"dispatch": "shared", "tail": "a tail of (2, 3, 6)", "cycle": ("spatiotemporal",), "backend": "triton"}
-    assert given == expected
+    config("shared, tail", "cubes", 0.125, MAIN_SETTING, "cuda")
+    tail = Tail(cell=(2, 3, 6))
+    assert given == {"dispatch": "shared", "tail": tail, "cycle": ("spatiotemporal",), "backend": "triton"}
 
 
 def test_a_model_that_knows_the_video_arrives_at_it():
@@ -98,24 +98,26 @@ def test_a_model_that_knows_the_video_arrives_at_it():
 def test_full_attention_is_its_own_video(reference: fidelity.Reference):
     assert len(reference.samples) == len(reference.videos) == 8
     assert len({(clip, number) for clip, number, _ in reference.samples}) == 4
-    assert reference.fidelities(full(SMALL)) == [100.0] * 8  # psnr's most
-    everything = config("plain", "cycle", 1.0, SMALL, "cpu")
+    assert reference.fidelities(full(SMALL_SETTING)) == [100.0] * 8  # psnr's most
+    everything = config("plain", "cycle", 1.0, SMALL_SETTING, "cpu")
     assert min(reference.fidelities(everything)) > 70
-    few, more = (reference.fidelities(config("plain", "cubes", density, SMALL, "cpu")) for density in (0.0625, 0.5))
+    few, more = (
+        reference.fidelities(config("plain", "cubes", density, SMALL_SETTING, "cpu")) for density in (0.0625, 0.5)
+    )
     assert max(few) < 60
     assert sum(few) < sum(more)
 
 
 def test_a_fidelity_is_that_of_the_sample_by_itself(reference: fidelity.Reference, lively: VideoTransformer):
     # Full attention down to the fifth step, the other one after it, from the sample's own noise.
-    attention = config("plain", "cubes", 0.125, SMALL, "cpu")
+    attention = config("plain", "cubes", 0.125, SMALL_SETTING, "cpu")
     batched = reference.fidelities(attention)
     clip, number, seed = reference.samples[5]
     assert (clip, number, seed) == ("bikes", 2, 1)
     video = reference.windows.held_out()[number][1]
     noisy = video + 0.9 * (fidelity._noise(video[0], fidelity._FIRST_SEED + 100 * number + seed) - video)
     levels = [0.9 * (1 - step / 20) for step in range(21)]
-    lively.set_attention(full(SMALL))
+    lively.set_attention(full(SMALL_SETTING))
     middle = fidelity.follow(lively, noisy, levels[:6])
     own = fidelity.follow(lively, middle, levels[5:])
     lively.set_attention(attention)
@@ -124,10 +126,8 @@ def test_a_fidelity_is_that_of_the_sample_by_itself(reference: fidelity.Referenc
 
 
 def test_held_out_losses_are_those_of_training(frames: dict[str, Tensor], lively: VideoTransformer):
-    from bench.quality.train import loss_of
-
-    windows = Windows(frames, *SMALL.size.pixels)
-    lively.set_attention(full(SMALL))
+    windows = Windows(frames, *SMALL_SETTING.size.pixels)
+    lively.set_attention(full(SMALL_SETTING))
     losses = [loss_of(lively(sample.noisy, sample.level), sample).item() for _, _, sample in windows.held_out_samples()]
     expected = torch.tensor(losses).view(4, -1).mean(1).tolist()
     assert fidelity.held_out_losses(lively, windows) == pytest.approx(expected, rel=1e-4)
@@ -137,7 +137,7 @@ def test_held_out_losses_are_those_of_training(frames: dict[str, Tensor], lively
 @pytest.mark.parametrize("kind", CYCLES["cycle"])
 def test_density_and_recall_of_what_is_chosen(dispatch: str, kind: str):
     query, key, value = torch.randn(3, 1, 2, 4 * 6 * 8, 16, generator=torch.Generator().manual_seed(0))
-    attention = config("plain", "cycle", 0.25, SMALL, "cpu")
+    attention = config("plain", "cycle", 0.25, SMALL_SETTING, "cpu")
     partition, rule = attention.partition(kind, GRID), TopK(density=0.25)
     chosen = chosen_blocks(query, key, partition, rule, dispatch)
     _, stats = vmoba_attention(query, key, value, partition, rule, dispatch=dispatch, return_stats=True)
@@ -189,18 +189,22 @@ def test_tables_by_hand():
     }  # fmt: skip
     # The first sample reaches 36 dB at 0.125, the second 30 dB halfway between 0.125 and 0.25.
     _, (cells,) = denoise_report.fewer_pairs(data)
-    assert cells == ["tail", "cubes", "1.7", "1.4", "2.0", "2 of 2"]
+    assert cells == ["tail", "cubes", "1.4", "1.4", "2.0"]
+    data["rows"].append(row("shared", 0.25, [30.0, 29.0]))
+    assert denoise_report.fewer_pairs(data)[1][1] == ["shared", "cubes", "< 1", "< 1", "< 1"]
+    data["rows"].append(row("shared, tail", 0.25, [37.0, 31.0], seed=1))  # a model that plain was not measured on
+    assert len(denoise_report.fewer_pairs(data)[1]) == 2
 
 
 @pytest.fixture
 def command(tmp_path: Path, frames: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch):
     """The command on clips of noise, with few attentions; called with further options, it gives the exit status."""
     monkeypatch.setattr(clips, "load", lambda path, device: frames)
-    monkeypatch.setattr(denoises, "DENSITIES", (0.5, 0.125))
-    monkeypatch.setattr(denoises, "CYCLES", {"cubes": CYCLES["cubes"]})
-    monkeypatch.setattr(denoises, "TUNED_DENSITIES", (0.125,))
-    monkeypatch.setattr(denoises, "VARIANTS", {name: VARIANTS[name] for name in ("plain", "tail")})
-    monkeypatch.delattr(vmoba_flex, "Tail", raising=False)
+    monkeypatch.setattr(study, "DENSITIES", (0.5, 0.125))
+    monkeypatch.setattr(study, "CYCLES", {"cubes": CYCLES["cubes"]})
+    monkeypatch.setattr(study, "TUNED_DENSITIES", (0.125,))
+    monkeypatch.setattr(study, "VARIANTS", {name: VARIANTS[name] for name in ("plain", "tail")})
+    monkeypatch.setattr(variants, "takes_tail", lambda: False)
     fixed = ["--output", str(tmp_path / "out.json"), "--work", str(tmp_path / "work"), "--device", "cpu", "--small"]
 
     def call(*options: str) -> int:
@@ -211,7 +215,7 @@ def command(tmp_path: Path, frames: dict[str, Tensor], monkeypatch: pytest.Monke
 
 
 def test_a_small_run_and_one_that_goes_on(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr(denoises, "TUNED_RATE", 0.0)  # so that tuned weights are full attention's
+    monkeypatch.setattr(study, "TUNED_RATE", 0.0)  # so that tuned weights are full attention's
     plot = tmp_path / "plots" / "x.png"
     assert command("--steps", "3", "--plot", str(plot)) == 0
     data = json.loads((tmp_path / "out.json").read_text())
@@ -236,7 +240,7 @@ def test_a_small_run_and_one_that_goes_on(command, tmp_path: Path, monkeypatch: 
     assert rows["model 0 | tuned | plain | cycle | density 0.125"]["losses"] != full_row["losses"]
     text = (tmp_path / "out.md").read_text()
     assert all(f"## {title}" in text for title in ("Models", "Fidelity", "Tuned", "Not measured"))
-    assert f"vmoba_flex {vmoba_flex.__version__} has no Tail" in text
+    assert "takes no tail" in text
     assert str(tmp_path) not in text + json.dumps(data)
     assert plot.read_bytes().startswith(b"\x89PNG")
 
@@ -248,6 +252,13 @@ def test_a_small_run_and_one_that_goes_on(command, tmp_path: Path, monkeypatch: 
     assert printed.count("unsupported") == len(printed.splitlines()) == 3
     again = {row["id"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
     assert all(again[name] == row for name, row in rows.items() if row["status"] == "ok")
+
+    # The picture may be drawn by itself, and changes no results.
+    plot.unlink()
+    before = (tmp_path / "out.json").read_bytes()
+    assert command("--plot-only", "--plot", str(plot)) == 0
+    assert plot.exists()
+    assert (tmp_path / "out.json").read_bytes() == before
 
     # The checkpoint may be named, and another model's results are not mixed in.
     (saved,) = (tmp_path / "work").iterdir()
@@ -261,6 +272,13 @@ def test_a_small_run_and_one_that_goes_on(command, tmp_path: Path, monkeypatch: 
 def test_without_budget_rows_are_noted_as_not_run(command, tmp_path: Path):
     assert command("--steps", "3", "--budget-s", "-1") == 0
     assert {row["status"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]} == {"not run"}
+
+
+@pytest.mark.parametrize("options", [("--plot-only",), ("--plot-only", "--plot", "x.png")])
+def test_a_picture_by_itself_needs_results(command, options: tuple[str, ...], capsys):
+    with pytest.raises(SystemExit):
+        command(*options)
+    assert "--plot-only needs --plot and results at --output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [("--checkpoint", "no/such/file"), ("--checkpoint", __file__, "--seeds", "0", "1")])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tests import oracle_numpy
 from tests.paths import (
@@ -318,7 +319,7 @@ def test_checkpointing(dispatch: str):
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attend(dataclasses.replace(problem, query=query, key=key, value=value), dispatch=dispatch)
 
-    kept = torch.utils.checkpoint.checkpoint(run, *leaves, use_reentrant=False)
+    kept = checkpoint(run, *leaves, use_reentrant=False)
     for x, y in zip(*(torch.autograd.grad(out.square().sum(), leaves) for out in (kept, run(*leaves))), strict=True):
         assert torch.equal(x, y)
 

@@ -13,6 +13,7 @@ from vmoba_flex.config_fields import KINDS, checked_cycle, checked_rules, checke
 from vmoba_flex.paper import Setting, paper_arguments
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
+from vmoba_flex.tail import Tail
 from vmoba_flex.user_error import UserError, new_file, one_line
 
 # The axes of the grid (frames, height, width) that a kind cuts; its blocks are as long as the grid along the others.
@@ -51,6 +52,7 @@ class VMoBAConfig:
             (float), or a pair of these for first and last steps: ``(0.2, 1)`` is the first fifth and the last step.
         dispatch: as in ``vmoba_attention``, for the layers and steps that are not dense.
         backend: as in ``vmoba_attention``, for the same layers and steps.
+        tail: how blocks that are skipped there take part; None if they do not.
 
     Raises:
         TypeError: if a value has a wrong type.
@@ -74,6 +76,7 @@ class VMoBAConfig:
     dense_steps: int | float | tuple[int | float, int | float] = dataclasses.field(default=0, kw_only=True)
     dispatch: Dispatch = dataclasses.field(default="auto", kw_only=True)
     backend: Backend = dataclasses.field(default="auto", kw_only=True)
+    tail: Tail | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.temporal, ApproxBlocks):
@@ -87,6 +90,11 @@ class VMoBAConfig:
         object.__setattr__(self, "dense_steps", dense_schedule.checked_steps(self.dense_steps))
         check_choice("dispatch", self.dispatch, DISPATCHES)
         check_choice("backend", self.backend, BACKENDS)
+        if self.tail is not None:
+            if not isinstance(self.tail, Tail):
+                raise TypeError(f"tail must be a Tail or None, got {self.tail!r}")
+            if self.dispatch == "dense":
+                raise ValueError(f"tail must be None for dispatch='dense', which skips no block, got {self.tail}")
 
     @classmethod
     def paper(cls, setting: Setting, grid: tuple[int, int, int] | None = None) -> Self:

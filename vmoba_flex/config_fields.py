@@ -67,5 +67,5 @@ def checked_rules(value: Any, cycle: tuple[str, ...]) -> Rule | Mapping[str, Rul
             raise TypeError(f"rule must hold TopKs and Thresholds, got {rule!r} for {kind!r}")
     missing = [kind for kind in cycle if kind not in value]
     if missing:
-        raise ValueError(f"rule must have every kind of cycle {cycle}, got none for {missing[0]!r}")
+        raise ValueError(f"rule must have every kind of cycle {cycle}, got none for {missing[0]!r} in {value!r}")
     return RulePerKind(value)

@@ -7,6 +7,7 @@ from typing import Any
 
 from vmoba_flex.approx_blocks import ApproxBlocks
 from vmoba_flex.rules import Pool, Rule, Threshold, TopK
+from vmoba_flex.tail import Tail
 
 VERSION = 1
 FIELDS = (
@@ -19,6 +20,7 @@ FIELDS = (
     "dense_steps",
     "dispatch",
     "backend",
+    "tail",
 )
 """Arguments of ``VMoBAConfig``; the first four are needed."""
 
@@ -56,6 +58,8 @@ def load(text: str) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, ApproxBlocks):
         return {"approx_blocks": value.count}
+    if isinstance(value, Tail):
+        return value.cell
     if isinstance(value, TopK | Threshold):
         return {key: item for key, item in dataclasses.asdict(value).items() if item is not None}
     if isinstance(value, Mapping):
@@ -76,6 +80,8 @@ def _own(data: dict[str, Any]) -> dict[str, Any]:
     for key in FIELDS[:3]:
         if isinstance(arguments[key], dict):
             arguments[key] = _approx_blocks(key, arguments[key])
+    if arguments.get("tail") is not None:
+        arguments["tail"] = Tail(arguments["tail"])
     rule = arguments["rule"]
     if isinstance(rule, dict) and any(isinstance(value, dict) for value in rule.values()):
         arguments["rule"] = {kind: _rule(f"rule of {kind!r}", value) for kind, value in rule.items()}

@@ -111,6 +111,7 @@ class VMoBAAttention(nn.Module):
             dispatch="dense" if dense else self.config.dispatch,
             backend="auto" if dense else self.config.backend,
             text_lengths=text_lengths,
+            tail=None if dense else self.config.tail,
         )
 
     if TYPE_CHECKING:

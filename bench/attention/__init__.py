@@ -4,7 +4,7 @@ run.py      the command
 shapes.py   sizes, and the problem of a row
 rows.py     all rows, the most urgent first
 peers.py    dense attention by others
-checks.py   inputs, and what attention over them must come to
+checks.py   inputs, and checks of outputs and gradients
 worker.py   measures the rows
 stages.py   the time of each stage of a call
 report.py   rows -> JSON and table; tables.py: -> the pages; plot.py: -> the picture

@@ -4,8 +4,7 @@
     python -m bench.attention.bits --compare before.json     # after the change: names the calls that differ
 
 Each hash covers one call: a selection, the lists of a mask, or an output with its gradients and statistics. Hashes can
-be compared only on the same machine and versions. All calls take a minute on one core; ``--device cuda`` adds the
-Triton kernels.
+be compared only on the same machine and versions. All calls take a minute on one core; on a GPU they run in Triton.
 """
 
 import argparse
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 
 from vmoba_flex import BlockPartition, Threshold, TopK, vmoba_attention, vmoba_mask, vmoba_selection
-from vmoba_flex.call import Backend, Dispatch
 from vmoba_flex.rules import Rule
 
 RULES = {
@@ -39,9 +37,7 @@ PARTITIONS = {
     "cubes": BlockPartition.spatiotemporal((8, 8, 8), (4, 8, 8)),
     "text": BlockPartition.spatiotemporal((7, 8, 10), (3, 4, 4), prefix=5, suffix=9),
 }
-
-
-DISPATCHES: tuple[Dispatch, ...] = ("packed", "shared", "tiles", "dense")
+DISPATCHES = ("packed", "shared", "tiles", "dense")
 DTYPES = {"cpu": (torch.float32, torch.bfloat16, torch.float64), "cuda": (torch.float32, torch.bfloat16)}
 
 
@@ -95,11 +91,11 @@ def _calls(partition: BlockPartition, rule: Rule, tensors: tuple[Tensor, ...]) -
     for dispatch in DISPATCHES:
         if query.is_cuda and query.dtype == torch.float32 and dispatch != "packed":
             continue  # each shape would be compiled: in bfloat16 only
-        backend: Backend = "triton" if query.is_cuda and dispatch != "dense" else "auto"
-        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        backend = "triton" if query.is_cuda and dispatch != "dense" else "auto"
+        leaves = q, k, v = [x.clone().requires_grad_() for x in (query, key, value)]
         output, stats = vmoba_attention(
-            leaves[0], leaves[1], leaves[2], partition, rule, dispatch=dispatch, backend=backend, enable_gqa=True,
-            text_lengths=lengths, return_stats=True,
+            q, k, v, partition, rule, dispatch=dispatch, backend=backend, enable_gqa=True, text_lengths=lengths,
+            return_stats=True,
         )  # fmt: skip
         yield dispatch, digest(output, *torch.autograd.grad(output, leaves, grad), *stats)
 

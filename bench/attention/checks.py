@@ -1,4 +1,4 @@
-"""The inputs of one shape, and what attention over them must come to.
+"""The inputs of one shape, and how outputs and gradients are checked.
 
 Outputs are checked in up to 3 heads, on 128 query rows each, against attention in float64 over the keys that
 ``vmoba_selection`` chose; for a peer over all keys, for "shared" over what each tile chose. The error is the Frobenius

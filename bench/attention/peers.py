@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
+from bench.common.machine import error_text
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -81,3 +83,13 @@ CPU_PEERS = {
     "FlexAttention": PEERS["FlexAttention"],
     "xformers": PEERS["xformers"],
 }
+
+
+def why_missing(peer: Peer) -> str | None:
+    """The error of loading a peer; None if it loads."""
+    # Importing others' packages fails in many ways, such as by another package's version.
+    try:
+        peer.load()
+    except Exception as error:
+        return error_text(error)
+    return None

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 
 from bench.attention.shapes import Case, Sizes
+from bench.common.report import Row
 from bench.common.sizes import Sizes3
 from vmoba_flex import Threshold, TopK
 
@@ -84,6 +85,30 @@ def specs(sizes: Sizes, sections: list[str], contenders: Contenders) -> list[Spe
     rows = [spec for section in sections for spec in makers[section](sizes, contenders)]
     # Of equally urgent rows those on the main shape first: each change of shape costs new inputs and new kernels.
     return sorted(rows, key=lambda s: (s.urgency, (s.case.grid, s.case.heads) != (sizes.grid, sizes.heads[0])))
+
+
+def described(spec: Spec, sizes: Sizes, run: int) -> Row:
+    """A row before it is measured, in the run with this index."""
+    case = spec.case
+    return {
+        "id": spec.id,
+        "sections": [spec.section],
+        "status": "running",
+        "attention": spec.attention,
+        "backend": spec.backend,
+        "compiled": spec.compiled,
+        "tokens": case.tokens,
+        "heads": case.heads,
+        "head_dim": sizes.head_dim,
+        "dtype": str(sizes.dtype).removeprefix("torch."),
+        "grid": case.grid,
+        "kind": case.kind,
+        "block": case.block,
+        "blocks": case.partition.num_blocks if case.partition else 0,
+        "rule": repr(case.rule) if case.rule else "",
+        "inputs": case.inputs,
+        "run": run,
+    }
 
 
 def _dense(section: str, urgency: int, case: Case, peers: tuple[str, ...]) -> Iterator[Spec]:

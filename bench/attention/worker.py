@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from bench.attention.checks import ERROR_FACTOR, Inputs, attended_pairs, expected_selection
-from bench.attention.peers import CPU_PEERS, PEERS, Peer
+from bench.attention.peers import CPU_PEERS, PEERS, Peer, why_missing
 from bench.attention.report import HEADER, AttentionReport, line
-from bench.attention.rows import Contenders, Spec, specs
+from bench.attention.rows import Contenders, Spec, described, specs
 from bench.attention.shapes import FULL, SMALL, Case, Sizes
 from bench.attention.stages import kernel_milliseconds, stage_milliseconds
 from bench.common.machine import error_text, free_memory, print_trace, run_facts
@@ -51,7 +51,7 @@ def work(args: Namespace) -> int:
                 row = report.rows[spec.id]
                 row["sections"] = list(dict.fromkeys([*row["sections"], spec.section]))
             else:
-                yield _describe(spec, sizes, run), functools.partial(bench.measure, spec)
+                yield described(spec, sizes, run), functools.partial(bench.measure, spec)
 
     print(HEADER, flush=True)
     return report.fill(rows(), started + args.budget_s, line)
@@ -64,7 +64,7 @@ class Bench:
         self.sizes, self.device, self.report = sizes, args.device, report
         self.error_factor = args.error_factor or ERROR_FACTOR[sizes.dtype]
         self.peers = {name: peer for name, peer in _peers(self.device).items() if name in args.peers}
-        self.missing = {name: why for name, peer in self.peers.items() if (why := _why_missing(peer))}
+        self.missing = {name: why for name, peer in self.peers.items() if (why := why_missing(peer))}
         installed = [name for name in self.peers if name not in self.missing]
         fast = tuple(name for name in installed if self.peers[name].fast) or tuple(installed)
         self.contenders = Contenders(
@@ -228,35 +228,3 @@ class Bench:
 
 def _peers(device: str) -> dict[str, Peer]:
     return PEERS if device == "cuda" else CPU_PEERS
-
-
-def _why_missing(peer: Peer) -> str | None:
-    # Importing others' packages fails in many ways, such as by another package's version.
-    try:
-        peer.load()
-    except Exception as error:
-        return error_text(error)
-    return None
-
-
-def _describe(spec: Spec, sizes: Sizes, run: int) -> Row:
-    case = spec.case
-    return {
-        "id": spec.id,
-        "sections": [spec.section],
-        "status": "running",
-        "attention": spec.attention,
-        "backend": spec.backend,
-        "compiled": spec.compiled,
-        "tokens": case.tokens,
-        "heads": case.heads,
-        "head_dim": sizes.head_dim,
-        "dtype": str(sizes.dtype).removeprefix("torch."),
-        "grid": case.grid,
-        "kind": case.kind,
-        "block": case.block,
-        "blocks": case.partition.num_blocks if case.partition else 0,
-        "rule": repr(case.rule) if case.rule else "",
-        "inputs": case.inputs,
-        "run": run,
-    }

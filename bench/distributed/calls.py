@@ -1,10 +1,10 @@
-"""Attention over the ranks of a group: what they exchange, what they compute, and the whole."""
+"""Attention over the ranks of a group: what they exchange, what they compute, and the whole call."""
 
 import functools
 import math
 from collections.abc import Callable
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,14 +22,14 @@ from vmoba_flex.distributed.exchange import Heads, Layout, to_heads, to_tokens
 
 
 def agreed(value: float, device: str) -> float:
-    """The largest over all ranks."""
+    """The largest value over all ranks."""
     largest = torch.tensor([value], device=device, dtype=torch.float64)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return float(largest)
 
 
 def milliseconds(call: Callable[[], Any], device: str) -> float:
-    """Median time on the slowest rank of a call that has been made before; all ranks make as many."""
+    """Median milliseconds of a call on the slowest rank; all ranks make equally many calls."""
     estimate = agreed(batches(call, 1, 1, device)[0], device)
     if estimate > 2000:
         return estimate
@@ -39,12 +39,12 @@ def milliseconds(call: Callable[[], Any], device: str) -> float:
 
 
 class Attention:
-    """One attention over the ranks of a group: what they exchange, what they compute, and the whole."""
+    """One attention over the ranks of a group: what they exchange, what they compute, and the whole call."""
 
     def __init__(self, spec: Spec, sizes: DistributedSizes, group: DeviceMesh, device: str) -> None:
         self.group, self.device, self.sizes = group, device, sizes
         self.partition = sizes.partition(spec.grid)
-        self.dispatch: Dispatch = cast(Dispatch, spec.attention)
+        self.dispatch: Dispatch = spec.attention
         self.size, self.rank = spec.gpus, group.get_local_rank()
         generator = torch.Generator(device).manual_seed(0)  # the same on all ranks
         shape = (1, sizes.heads, spec.tokens, sizes.head_dim)
@@ -53,7 +53,7 @@ class Attention:
         self.local = [x.tensor_split(self.size, 2)[self.rank].contiguous() for x in self.whole]
 
     def measure(self) -> Row:
-        """The facts of a row."""
+        """Error, density and times: a row's facts."""
         facts: Row = {"difference": 0.0, "density": self._density()}
         if self.size > 1:
             facts["difference"] = agreed(self._difference(), self.device)
@@ -61,10 +61,10 @@ class Attention:
         facts |= self._times("", lambda *x: self._attend(*x, group=self.group if self.size > 1 else None), whole)
         if self.size > 1:
             heads = Heads.evenly(self.sizes.heads, self.size).counts[0]
-            alone = [x[:, :heads].contiguous() for x in self.whole]
+            own = [x[:, :heads].contiguous() for x in self.whole]
             self.whole.clear()
-            facts |= self._times("compute_", self._attend, alone)
-            del alone
+            facts |= self._times("compute_", self._attend, own)
+            del own
             facts |= self._times("exchange_", self._exchange, self.local)
         return facts
 
@@ -90,7 +90,7 @@ class Attention:
         return output.detach(), *torch.autograd.grad(output, leaves, tensors[3])
 
     def _difference(self) -> float:
-        """This rank's output and gradients against one GPU's."""
+        """The worst relative error of this rank's output and gradients against one GPU's."""
         expected = self._backward(self._attend, self.whole)
         actual = self._backward(functools.partial(self._attend, group=self.group), self.local)
         worst = 0.0
@@ -118,7 +118,7 @@ class Attention:
 
 
 class _Join(torch.autograd.Function):
-    """Its first argument, with gradients of the others as large as they are: what the exchange back has to send."""
+    """Returns its first argument, and gives the others gradients of their size for the exchange back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, query: Tensor, key: Tensor) -> Tensor:

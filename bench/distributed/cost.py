@@ -1,11 +1,11 @@
 """A model of what attention over several GPUs costs: pairs, tokens, bytes, links and launches.
 
-Each GPU attends ``heads / gpus`` heads of all tokens, as even as can be. Each pair and each token of a head costs a
-time that does not depend on how many GPUs there are, and a call at least what the host needs to launch it. Forward
+Each GPU attends ``heads / gpus`` heads of all tokens, as evenly as possible. Each pair and each token of a head costs a
+time that does not depend on the number of GPUs, and a call costs at least what the host needs to launch it. Forward
 sends query, key, value and output once, backward their gradients: of its part of such a tensor each GPU sends
-``(gpus - 1) / gpus``, over the links of its node to the GPUs there and over its network link to others.
-Where GPUs exceed heads, queries stay and each GPU receives all keys and values instead, and sends back gradients of as
-many; its share of the queries is ``1 / gpus``.
+``(gpus - 1) / gpus``, over the links of its node to GPUs of the node and over its network link to others.
+With more GPUs than heads, queries stay, each GPU receives all keys and values, and sends back as many gradients; its
+share of the queries is ``1 / gpus``.
 """
 
 import dataclasses
@@ -13,12 +13,12 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# Gradients run 2.5 times the forward's products.
+# Backward computes 2.5 times the forward's products.
 FORWARD_BACKWARD = 3.5
-# Exchanges of one call: query, key, value, output; backward the same again.
+# Exchanges of one call: query, key, value and output; backward as many again.
 EXCHANGES = {"forward": 4, "forward_backward": 8}
 MODES = tuple(EXCHANGES)
-# Of a call over several GPUs; measured (NOTES.md).
+# Seconds of a call over several GPUs; measured (NOTES.md).
 LAUNCHES = {
     ("packed", "forward"): 4.8e-3,
     ("packed", "forward_backward"): 8e-3,
@@ -29,12 +29,12 @@ LAUNCHES = {
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What the cost depends on beside the call.
+    """What the cost depends on, other than the call.
 
     Attributes:
         rates: products of queries and keys, and of weights and values, in FLOP/s, by attention and mode.
-        tokens: seconds for each token of a head, beside its pairs, likewise.
-        launches: seconds in which the host launches a call, likewise; 0 where they are not there.
+        tokens: seconds for each token of a head, in addition to its pairs; by attention and mode.
+        launches: seconds in which the host launches a call, by attention and mode; 0 for others.
         link: bytes that a GPU sends in a second to the others of its node.
         latency: seconds of an exchange of nothing.
         network: bytes that a GPU sends in a second to GPUs of other nodes.
@@ -107,27 +107,27 @@ def compute_s(call: Call, gpus: int, mode: str, machine: Machine) -> float:
 
 
 def predict_s(call: Call, gpus: int, mode: str, machine: Machine) -> float:
-    """Seconds of a call: work and exchanges one after another, or its launches where they take longer."""
+    """Seconds of a call: work and exchanges one after another, or its launches if they take longer."""
     total = compute_s(call, gpus, mode, machine) + exchange_s(call, gpus, mode, machine)
     return max(total, machine.launches.get((call.attention, mode), 0.0))
 
 
 def fit(rows: Iterable[Mapping[str, Any]], **assumed: Any) -> Machine:
-    """A machine from measured rows: rates from those on one GPU, links from those on the fewest others.
+    """A machine from measured rows: rates from those on one GPU, the link from those on the fewest other GPUs.
 
-    Pairs and tokens cost what explains the two one-GPU rows with the most and the fewest tokens; with one row, pairs
-    alone. Rows on more GPUs than that stay for checking what is predicted.
+    The costs of pairs and tokens solve the two one-GPU rows with the most and the fewest tokens; one row gives only the
+    cost of pairs. Rows on more GPUs are left to check the predictions.
 
     Raises:
-        ValueError: if there are no rows on one GPU.
+        ValueError: if no row is on one GPU.
     """
     done = [row for row in rows if row["status"] == "ok" and row["attention"] != "step"]
-    alone = [row for row in done if row["gpus"] == 1]
-    if not alone:
-        raise ValueError("rows must hold some on one GPU, got none")
+    single = [row for row in done if row["gpus"] == 1]
+    if not single:
+        raise ValueError("rows must have one on one GPU, got none")
     rates, tokens = {}, {}
-    for attention in dict.fromkeys(row["attention"] for row in alone):
-        its = [row for row in alone if row["attention"] == attention]
+    for attention in dict.fromkeys(row["attention"] for row in single):
+        its = [row for row in single if row["attention"] == attention]
         ends = min(its, key=_tokens), max(its, key=_tokens)
         for mode in MODES:
             (pairs, lengths, first), (most, longest, last) = (

@@ -1,4 +1,4 @@
-"""The file of results of the benchmark over several GPUs, its table, and what the model of the cost says beside it."""
+"""The file of results over several GPUs, its table, and what the model of the cost predicts."""
 
 import math
 from typing import Any
@@ -10,36 +10,36 @@ STEP = "step"
 FORMULAS = {
     "ms": "median time of a call on the slowest rank, exchange included; a step is forward, backward with gradient "
     "checkpointing, the sum of gradients over ranks, and fused AdamW, of Wan 1.3B's shape, not compiled",
-    "compute": "the same attention of as many heads as the busiest rank has, on tensors that lie there",
+    "compute": "the same attention of as many heads as the busiest rank has, on tensors of its own",
     "exchange": "query, key, value and output; backward also their gradients; nothing overlaps it",
     "speed-up": "time of the same on one GPU / time",
     "against dense": "time of full attention on as many GPUs, under the same exchange / time",
-    "per GPU": "4 * head_dim * (query, key) pairs attended, times 3.5 with backward, / time / GPUs, in TFLOP/s: what "
-    "stays the same where GPUs grow with the work",
-    "error": "||x - y|| / ||y|| of a rank's output and gradients, the worst of them, y being one GPU's; for a step "
+    "per GPU": "4 * head_dim * (query, key) pairs attended, times 3.5 with backward, / time / GPUs, in TFLOP/s: it "
+    "stays constant if GPUs grow with the work",
+    "error": "||x - y|| / ||y|| of a rank's output and gradients, the worst of them, where y is one GPU's; for a step "
     "of the model's output",
     "predicted": "by bench/distributed/cost.py: rates from the rows on one GPU, the link from the largest exchange on "
     "the fewest others",
 }
-# What is predicted beside what was measured: the paper's largest video, and up to a million tokens.
+# Predicted in addition to what was measured: the paper's largest video, and up to a million tokens.
 _TOKENS = (55_296, 110_592, 221_184, 1_048_576)
 _GPUS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class DistributedReport(Report):
-    """Results of one or several runs of ``distributed.py``."""
+    """Results of one or several runs of ``bench.distributed.run``."""
 
     formulas = FORMULAS
 
     def derive(self) -> None:
-        """Adds speed-ups and rates, and what was to be expected of rows on several GPUs."""
+        """Adds speed-ups, rates and predicted times."""
         done = [row for row in self.data["rows"] if row["status"] == "ok"]
         times = {_key(row): row for row in done}
         for row in done:
             for mode in _modes(row):
-                alone = times.get((row["attention"], row["model"], row["tokens"], 1))
+                single = times.get((row["attention"], row["model"], row["tokens"], 1))
                 dense = times.get(("dense", row["model"], row["tokens"], row["gpus"]))
-                for name, other in (("speed_up", alone), ("over_dense", dense)):
+                for name, other in (("speed_up", single), ("over_dense", dense)):
                     if other is not None:
                         row[f"{mode}_{name}"] = other[f"{mode}_ms"] / row[f"{mode}_ms"]
                 if row["model"] == STEP:

@@ -9,13 +9,14 @@ import torch
 from bench.common.sizes import Sizes3
 from bench.distributed.report import STEP
 from vmoba_flex import BlockPartition, Threshold
+from vmoba_flex.call import Dispatch
 
 RULE = Threshold(0.25, pool="head", max_density=0.25)
 
 
 @dataclasses.dataclass(frozen=True)
 class DistributedSizes:
-    """The sizes of one run of the script.
+    """The sizes of one run of the command.
 
     Attributes:
         dtype: of query, key and value.
@@ -42,9 +43,9 @@ SMALL = DistributedSizes(torch.float32, 4, 16, ((3, 12, 16), (4, 12, 16)), (3, 4
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """One row to measure; ``model`` is ``STEP`` for a training step, and empty for attention alone."""
+    """One row to measure; ``model`` is ``STEP`` for a training step, and empty for attention."""
 
-    attention: str
+    attention: Dispatch
     grid: Sizes3
     gpus: int
     model: str = ""
@@ -65,7 +66,7 @@ def specs(sizes: DistributedSizes, gpus: list[int]) -> Iterator[Spec]:
     """All rows, the most urgent first."""
     few, *more = sizes.grids
 
-    def rows(attention: str, grid: Sizes3, model: str = "") -> Iterator[Spec]:
+    def rows(attention: Dispatch, grid: Sizes3, model: str = "") -> Iterator[Spec]:
         yield from (Spec(attention, grid, n, model) for n in gpus)
 
     yield from rows("packed", few)
@@ -79,7 +80,7 @@ def specs(sizes: DistributedSizes, gpus: list[int]) -> Iterator[Spec]:
             yield from rows(attention, grid)
     for grid in (few, more[0]):
         yield from rows("shared", grid)
-    # A step of the most tokens takes minutes on few GPUs.
+    # On few GPUs a step of the largest grid takes minutes.
     for attention in ("packed", "dense"):
         for grid in more[1:]:
             yield Spec(attention, grid, max(gpus), STEP)

@@ -2,14 +2,14 @@
 
     python -m bench.distributed.run --gpus 1,2,4 --output bench/results/<gpu>_<date>_distributed.json --budget-s 120
 
-Ours and full attention run under the same exchange of tokens for heads, over torch.distributed. A row is one attention
-on one number of tokens and GPUs: the whole call forward and forward + backward, and apart from it what a rank computes
-and what ranks exchange. Times are the slowest rank's. Before a row is timed, each rank's outputs and gradients must be
-those that one GPU comes to. Beside the rows stands what a model of the cost says of them, and of more GPUs and tokens.
+Ours and full attention exchange tokens for heads in the same way, over torch.distributed. A row is one attention on one
+number of tokens and GPUs: the whole call, forward and forward + backward, and separately what a rank computes and what
+ranks exchange. Times are the slowest rank's. Before a row is timed, each rank's outputs and gradients must equal those
+of one GPU. The table also has what a model of the cost predicts for the rows, and for more GPUs and tokens.
 
-The script starts its own ranks. The most urgent rows come first. A row that fails costs the ranks: they are started
-again for the others. The file is rewritten after each row; `--budget-s` stops starting rows, `--only` chooses rows by
-words of their names, and `--add` keeps the good rows of a file and measures the others.
+The command starts its own ranks. The most urgent rows come first. If a row fails, the ranks are started again for the
+other rows. The file is rewritten after each row. `--budget-s` stops starting rows, `--only` chooses rows by words of
+their names, and `--add` keeps the good rows of a file and measures the others.
 
     python -m bench.distributed.run --gpus 1,2 --output x.json --only "packed,55296" --budget-s 30
     python -m bench.distributed.run --gpus 1,2 --output x.json --device cpu --small     # tries it out without a GPU
@@ -27,7 +27,7 @@ from bench.common.supervisor import script_parser, shown, stated_command, superv
 
 
 def main() -> int:
-    """Runs the table; the exit status."""
+    """Measures the table; returns the exit status."""
     args = parse(sys.argv[1:])
     if args.worker:
         return start_ranks(args)
@@ -42,20 +42,20 @@ def main() -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line; ``command`` is the one to state beside the results."""
+    """The command line; ``command`` is the one to state with the results."""
     parser = script_parser(__doc__, row_limit_s=60)
     add = parser.add_argument
     add("--gpus", type=lambda text: sorted({int(n) for n in text.split(",")}), default=[1, 2], help="such as 1,2,4")
     args = parser.parse_args(arguments)
     if any(n < 1 or max(args.gpus) % n for n in args.gpus):
-        parser.error(f"--gpus must divide the most of them, got {args.gpus}")
+        parser.error(f"each of --gpus must divide the largest, got {args.gpus}")
     gpus = f"--gpus {','.join(map(str, args.gpus))}"
     args.command = stated_command("bench.distributed.run", args.output.name, [gpus, *shown(args)])
     return args
 
 
 def start_ranks(args: argparse.Namespace) -> int:
-    """Starts as many ranks as the most GPUs asked for; where one ends badly, all do. The exit status."""
+    """Starts a rank for each GPU; if one fails, ends them all. Returns the exit status."""
     from bench.distributed.worker import rank_main
 
     args.started = time.monotonic()

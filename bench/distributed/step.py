@@ -15,14 +15,14 @@ from vmoba_flex.models import apply_vmoba
 
 
 class Step(contextlib.ExitStack):
-    """A transformer with one attention, whose tokens the ranks of a group share.
+    """A transformer with one attention; the ranks of a group share its tokens.
 
     Args:
         attention: ``"dense"``, or a dispatch of ours.
         grid: latent video size after patching.
         mesh: all ranks, as ``("copies", "ring", "ulysses")``; the model's tokens are shared over the last.
         device: ``"cuda"`` or ``"cpu"``.
-        small: whether to try it out.
+        small: a tiny model, to try it out.
     """
 
     def __init__(self, attention: str, grid: Sizes3, mesh: DeviceMesh, device: str, small: bool) -> None:
@@ -44,14 +44,14 @@ class Step(contextlib.ExitStack):
         if attention != "dense":
             self.handle = apply_vmoba(self.model, sizes.config(grid, True, attention))
             self.callback(self.handle.remove)
-        alone = self._forward()
+        single = self._forward()
         self.difference = 0.0
         if self.size > 1:
             if device == "cpu":  # diffusers takes the rank modulo this
                 torch.accelerator.device_count = lambda: 1
             config = ContextParallelConfig(ulysses_degree=self.size, mesh=mesh["ring", "ulysses"])
             self.model.enable_parallelism(config=config)
-            self.difference = relative_error(self._forward(), alone)
+            self.difference = relative_error(self._forward(), single)
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=0.0, fused=True)
 
@@ -60,7 +60,7 @@ class Step(contextlib.ExitStack):
         return self.model(**self.inputs)[0]
 
     def step(self) -> None:
-        """A training step: each rank has its tokens' share of the gradients, which are added up."""
+        """A training step: each rank computes its tokens' share of the gradients, and the shares are added up."""
         self.model(**self.inputs)[0].float().square().mean().backward()
         if self.size > 1:
             grads = [x.grad for x in self.parameters if x.grad is not None]
@@ -75,5 +75,5 @@ class Step(contextlib.ExitStack):
         self.optimizer.zero_grad()
 
     def density(self) -> float:
-        """What the last step attended, of the heads of this rank."""
+        """The density of the last step, over the heads of this rank."""
         return 1.0 if self.handle is None else mean_density(self.handle)

@@ -1,4 +1,4 @@
-"""Measures the rows of the benchmark over several GPUs, on one of its ranks."""
+"""One rank: measures the rows together with the others."""
 
 import functools
 import gc
@@ -21,20 +21,20 @@ from bench.distributed.report import HEADER, STEP, DistributedReport, line
 from bench.distributed.rows import FULL, RULE, SMALL, DistributedSizes, Spec, specs
 from bench.distributed.step import Step
 
-# What one GPU and several may differ by: kernels that add up a gradient in any order round it otherwise.
+# What one GPU and several may differ by: kernels that add up a gradient in any order round it differently.
 _ALLOWED = {torch.bfloat16: 2.0**-7, torch.float32: 1e-5}
 PACKAGES = ("diffusers", "nvidia-nccl-cu13", "nvidia-cudnn-cu13")
 
 
 def rank_main(rank: int, size: int, args: Namespace, store: str, parent: int) -> None:
-    """The life of one rank."""
+    """One rank, from start to end."""
     _end_with(parent)
     cuda = args.device == "cuda"
     if cuda:
         torch.cuda.set_device(rank)
     else:
         torch.set_num_threads(1)
-    # gloo carries what ranks tell one another between rows.
+    # gloo carries the messages between rows.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     limit = timedelta(seconds=2 * args.row_limit_s)
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=limit)
@@ -48,12 +48,12 @@ def rank_main(rank: int, size: int, args: Namespace, store: str, parent: int) ->
     except Exception as error:
         print(f"rank {rank}: {error_text(error)}", file=sys.stderr, flush=True)
         print_trace()
-        os._exit(DEVICE_LOST)  # others may wait for this rank: all are started again
-    os._exit(0)  # a group whose ranks are at different points cannot be taken down in order
+        os._exit(DEVICE_LOST)  # other ranks may wait for this one: all are started again
+    os._exit(0)  # ranks at different points cannot take a group down in order
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when the one that started it is gone."""
+    """Ends this process when its parent is gone."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -69,12 +69,12 @@ class Bench:
     def __init__(self, sizes: DistributedSizes, args: Namespace) -> None:
         self.sizes, self.device, self.small = sizes, args.device, args.small
         size, names = dist.get_world_size(), ("copies", "ring", "ulysses")
-        # Fewer GPUs than all measure the same side by side: all are as warm, and none waits.
+        # Rows on fewer GPUs run on all of them in parallel: all stay warm, and none waits.
         self.meshes = {n: init_device_mesh(args.device, (size // n, 1, n), mesh_dim_names=names) for n in args.gpus}
         self.specs = {spec.id: spec for spec in specs(sizes, args.gpus)}
 
     def lead(self, args: Namespace) -> None:
-        """Rank 0's: says which row is next, and keeps the file."""
+        """Rank 0: says which row is next, and keeps the file."""
         self.report = report = DistributedReport.load(args.output) if args.add else DistributedReport(args.output)
         run = report.start_run(run_facts(args.device, args.command, PACKAGES))
         print(HEADER, flush=True)
@@ -88,7 +88,7 @@ class Bench:
         _tell(None)
 
     def follow(self) -> None:
-        """The other ranks': does what it is told."""
+        """The other ranks: measure what rank 0 says."""
         while (name := _tell()) is not None:
             self.measure(self.specs[name])
 
@@ -114,7 +114,7 @@ class Bench:
         return True
 
     def measure(self, spec: Spec) -> Row:
-        """What all ranks came to."""
+        """The facts of a row, the same on all ranks."""
         mesh = self.meshes[spec.gpus]
         if spec.model == STEP:
             with Step(spec.attention, spec.grid, mesh, self.device, self.small) as step:
@@ -131,7 +131,7 @@ class Bench:
 
 
 def _tell(name: str | None = None) -> str | None:
-    """What rank 0 says next."""
+    """The name of the next row, which rank 0 passes; None at the end."""
     message = [name]
     dist.broadcast_object_list(message, src=0, device=torch.device("cpu"))
     return message[0]

@@ -1,4 +1,4 @@
-"""What stands where diffusers calls attention: dense attention by others, or nothing."""
+"""What replaces diffusers' call of attention: dense attention by others, or none."""
 
 import contextlib
 import functools
@@ -14,10 +14,10 @@ from bench.models.rows import FLASH_4, NONE, Attention
 
 @contextlib.contextmanager
 def attending(transformer: nn.Module, attention: Attention) -> Iterator[None]:
-    """Self-attention of a stock transformer by ``attention``, in the block; cross-attention stays as it is.
+    """Replaces the self-attention of a stock transformer by ``attention`` inside the with block.
 
-    Masks of text padding are dropped: all text tokens exist, and without a mask dense attention is faster. With
-    ``NONE`` the values are the output.
+    Cross-attention stays as it is. Masks of text padding are dropped: all text tokens are valid, and dense attention is
+    faster without a mask. With ``NONE`` the values are the output.
 
     Args:
         transformer: of diffusers, its attention backend already set.

@@ -1,10 +1,10 @@
-"""The file of results of the end-to-end benchmark, and its table."""
+"""The file of results of the benchmark of whole models, and its table."""
 
 from typing import Any
 
 from bench.common.report import Report, Row, number, table
 
-# What is measured of a model.
+# The modes.
 CHECKPOINTED, PLAIN, FORWARD = "training step, checkpointing", "training step", "inference forward"
 MODES = (CHECKPOINTED, PLAIN, FORWARD)
 # The attention whose output is its values.
@@ -27,18 +27,18 @@ FORMULAS = {
     "sparse - dense": "||output - stock|| / ||stock||, uncompiled, of the model as it is timed",
     "compiled error": "||compiled - uncompiled|| / ||uncompiled||, same attention",
     "dense attention": "cuDNN is diffusers' own processors with attention backend '_native_cudnn'; FlashAttention-4 is "
-    "an op put in the place of their call, since diffusers can only download it. Both do without masks of text "
-    "padding: all text tokens exist",
+    "an op in place of their call, since diffusers can only download it. Both run without masks of text "
+    "padding: all text tokens are valid",
 }
 
 
 class ModelReport(Report):
-    """Results of one or several runs of ``models.py``."""
+    """Results of one or several runs of ``bench.models.run``."""
 
     formulas = FORMULAS
 
     def derive(self) -> None:
-        """Adds speed-ups, and shares of the time in attention."""
+        """Adds speed-ups and the shares of the time in attention."""
         rows = [row for row in self.data["rows"] if "ms" in row]
         fastest: dict[tuple[Any, ...], tuple[float, str]] = {}
         for row in rows:
@@ -60,7 +60,7 @@ class ModelReport(Report):
         lines = self.head()
         for mode in MODES:
             rows = [row for row in self.data["rows"] if row["mode"] == mode]
-            # Rows that belong together stand together, whenever they were measured.
+            # Rows of one case stand together, whenever they were measured.
             cases = list(dict.fromkeys(_case(row) for row in rows))
             rows.sort(key=lambda row: cases.index(_case(row)))
             if rows:

@@ -12,12 +12,12 @@ from bench.models.shapes import Model, ModelSizes
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """What the self-attention of a model is replaced by.
+    """What replaces the self-attention of a model.
 
     Attributes:
         name: in the table.
-        backend: diffusers' name, of dense attention.
-        dispatch: of ours.
+        backend: diffusers' name of a dense attention.
+        dispatch: of an attention of ours.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Attention:
 
     @property
     def is_dense(self) -> bool:
-        """Whether it is full attention by others."""
+        """Whether this is full attention by others."""
         return not self.dispatch and self.name != NONE.name
 
 
@@ -37,7 +37,7 @@ EXACT, PACKED, SHARED = (
 )
 NONE = Attention(NO_ATTENTION)
 FLASH_4 = Attention("FlashAttention-4")
-# The first one is diffusers' fastest; the second one only tells by how much two right ones differ.
+# The first is diffusers' fastest; the second only tells by how much two correct ones differ.
 STOCK = {
     "cuda": (Attention("cuDNN", backend="_native_cudnn"), Attention("FlashAttention-2", backend="_native_flash")),
     "cpu": (Attention("SDPA", backend="native"), Attention("math", backend="_native_math")),
@@ -65,21 +65,21 @@ class Spec:
 
     @property
     def compiled_as(self) -> tuple[Any, ...]:
-        """Rows for which this is the same share their compiled blocks."""
+        """Rows share their compiled blocks where this is equal."""
         return self.model.name, self.grid, self.attention, self.mode == FORWARD
 
 
 def shared_out(rows: Iterable[Spec], index: int, count: int) -> list[Spec]:
-    """Of all rows the ``index``-th of ``count`` shares: those of a model and grid stay together."""
+    """The ``index``-th of ``count`` shares of the rows; rows of one model and grid stay together."""
     shapes: dict[tuple[str, Sizes3], int] = {}
     return [row for row in rows if shapes.setdefault((row.model.name, row.grid), len(shapes)) % count == index]
 
 
 def specs(sizes: ModelSizes, device: str) -> Iterator[Spec]:
-    """All rows, the most urgent first; those that share compiled blocks stand together."""
+    """All rows, the most urgent first; rows that share compiled blocks stand together."""
     cudnn, wan, others = STOCK[device][0], sizes.models[0], sizes.models[1:]
     compared = (cudnn, EXACT, SHARED)
-    beside = (NONE, FLASH_4) if device == "cuda" else (NONE,)
+    others_too = (NONE, FLASH_4) if device == "cuda" else (NONE,)
     few, known, more, large, most = sizes.grids
     training = (CHECKPOINTED, PLAIN)
 
@@ -87,12 +87,12 @@ def specs(sizes: ModelSizes, device: str) -> Iterator[Spec]:
         for attention in attentions:
             yield from (Spec(model, grid, mode, attention) for mode in modes)
 
-    # Without checkpointing, more than `known` does not fit next to 30 layers; that is recorded at the end.
+    # Without checkpointing, grids above `known` do not fit in memory with 30 layers; such rows come last.
     goals = ((more, (CHECKPOINTED,)), (known, training), (few, training), (large, (FORWARD,)))
-    for attentions in (compared, beside):
+    for attentions in (compared, others_too):
         for grid, modes in goals:
             yield from rows(wan, grid, modes, attentions)
-    everything = (*compared, *beside)
+    everything = (*compared, *others_too)
     for grid in (more, known):
         yield from rows(wan, grid, (FORWARD,), everything)
     for grid in (large, most):

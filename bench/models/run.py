@@ -1,25 +1,25 @@
-"""Times whole video transformers: full attention through the fastest dense kernels against ours.
+"""Times whole video transformers, with full attention on the fastest dense kernels and with ours.
 
     python -m bench.models.run --output bench/results/<gpu>_<date>_models.json
 
-Transformers of diffusers in their real shapes, with random weights, which say nothing about quality: Wan 1.3B whole,
-and a few layers of Wan 14B and HunyuanVideo, whose times are scaled to the layers of the whole model. A row is one
+The models are transformers of diffusers in their real shapes, with random weights, which say nothing about quality:
+the whole Wan 1.3B, and a few layers of Wan 14B and HunyuanVideo, whose times are scaled to all layers. A row is one
 model, number of tokens, mode and attention. The modes are a training step (forward, backward and optimizer) with and
-without gradient checkpointing, and an inference forward; the attentions
+without gradient checkpointing, and an inference forward. The attentions are
 
     cuDNN, FlashAttention-4    dense
     exact, shared              ours, dispatch "auto" (which may stay dense) and "shared"
     exact, packed              ours where "auto" stays dense
-    none                       values as they are: what all but attention takes
+    none                       the values as they are: the time of everything but attention
 
 Blocks are compiled by compile_repeated_blocks. Before a row is timed, its model switched to full attention must equal
-the stock one, and its outputs and gradients must be finite. The most urgent rows come first. Compiling takes most of
-the time: `--compile-ahead-s` lets several processes compile side by side first, for the caches on disk.
+the stock one, and its outputs and gradients must be finite. The most urgent rows come first. Most of the time goes into
+compiling: with `--compile-ahead-s`, several processes first compile in parallel, for the caches on disk.
 
-Several GPUs (`--gpus`) share the rows, all rows of one model and number of tokens on the same one.
+Several GPUs (`--gpus`) share the rows; all rows of one model and number of tokens run on the same GPU.
 
-A row that fails is recorded with its error, and the others go on. The file is rewritten after each row, with a table
-beside it; `--budget-s` stops starting rows, `--only` chooses rows by words of their names, and `--add` keeps the good
+A row that fails is recorded with its error, and the others go on. The file and the table next to it are rewritten after
+each row. `--budget-s` stops starting rows, `--only` chooses rows by words of their names, and `--add` keeps the good
 rows of a file and measures the others.
 
     python -m bench.models.run --output x.json --only "Wan 1.3B,55296,checkpointing" --only "Wan 1.3B,75600,inference"
@@ -37,7 +37,7 @@ from bench.common.supervisor import script_parser, shown, stated_command, superv
 
 
 def main() -> int:
-    """Runs the table; the exit status."""
+    """Measures the table; returns the exit status."""
     args = parse(sys.argv[1:])
     if args.worker:
         from bench.models.worker import compile_ahead, work  # the supervising process loads no torch
@@ -60,12 +60,12 @@ def main() -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line; ``command`` is the one to state beside the results."""
+    """The command line; ``command`` is the one to state with the results."""
     parser = script_parser(__doc__, row_limit_s=240)
     add = parser.add_argument
-    add("--compile-ahead-s", type=float, default=0, help="compile side by side for this many seconds before measuring")
-    add("--ahead-processes", type=int, default=6, help="as many at most, each with a few layers in memory (default 6)")
-    add("--gpus", type=int, default=1, help="measure on so many GPUs at once (default 1)")
+    add("--compile-ahead-s", type=float, default=0, help="compile in parallel for this many seconds before measuring")
+    add("--ahead-processes", type=int, default=6, help="at most, each with a few layers in memory (default 6)")
+    add("--gpus", type=int, default=1, help="measure on this many GPUs at once (default 1)")
     add("--share", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     add("--ahead", type=int, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -76,7 +76,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def spread(args: argparse.Namespace) -> int:
-    """Runs this script once for each GPU, on its share of the rows and of the cores, and puts the results together."""
+    """Runs this command once for each GPU, on its share of the rows and cores, and joins the results."""
     from bench.models.report import ModelReport
 
     cores = sorted(os.sched_getaffinity(0))
@@ -86,7 +86,7 @@ def spread(args: argparse.Namespace) -> int:
     for gpu, output in enumerate(outputs):
         if args.add:
             shutil.copy(args.output, output)
-        # The last of an option counts.
+        # Of an option given twice, the last one counts.
         options = ["--output", str(output), "--gpus", "1", "--share", str(gpu), str(args.gpus)]
         command = [sys.executable, "-m", "bench.models.run", *sys.argv[1:], *options]
         command = ["taskset", "--cpu-list", ",".join(map(str, cores[gpu * each :][:each] or cores)), *command]
@@ -105,11 +105,11 @@ def spread(args: argparse.Namespace) -> int:
 
 
 def compile_side_by_side(command: list[str], seconds: float, most: int) -> None:
-    """Runs processes that compile every n-th group of rows; what goes wrong there goes wrong again when measured."""
+    """Runs processes that compile every n-th group of rows; an error here shows again when the row is measured."""
     cores = len(os.sched_getaffinity(0))
     count = max(1, min(most, cores // 2))
     environment = worker_environment() | {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, cores // count))}
-    deadline = time.monotonic() + seconds + 60  # each ends what it has begun
+    deadline = time.monotonic() + seconds + 60  # each finishes what it has begun
     commands = [[*command, "--ahead", str(first), str(count)] for first in range(count)]
     processes = [subprocess.Popen(one, env=environment) for one in commands]
     try:

@@ -14,9 +14,9 @@ from bench.models.rows import NONE, STOCK, Spec
 from bench.models.shapes import ModelSizes, Part
 from vmoba_flex.models import VMoBAHandle, apply_vmoba
 
-# On a CPU graphs are captured and split into forward and backward, but not lowered: only whether it works is asked.
+# On a CPU graphs are only captured and split into forward and backward, to try it out.
 COMPILERS = {"cuda": "inductor", "cpu": "aot_eager"}
-# A slice that is not written is off by all of itself; rounding in 16 bits, through 30 layers, is not.
+# An unwritten slice has a relative error of 1; rounding in 16 bits through 30 layers stays below this.
 _GRADIENT_ERROR = 0.5
 _FEW_ROWS = 8
 
@@ -25,11 +25,11 @@ class Setup(contextlib.ExitStack):
     """A transformer with one attention, its blocks compiled, on one grid.
 
     Args:
-        spec: a row; its mode only says whether to train.
+        spec: a row; of its mode only whether it trains matters.
         part: the layers to build.
         sizes: of the run.
         device: ``"cuda"`` or ``"cpu"``.
-        stock: what full attention comes to; None to check nothing.
+        stock: full attention's output, to check against; None to check nothing.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Setup(contextlib.ExitStack):
         self.facts["difference"] = relative_error(self._expect(), stock.output)
 
     def _expect(self) -> Tensor:
-        """Keeps what the model comes to uncompiled, with gradients if it is to be trained; the output."""
+        """Keeps the uncompiled output, and gradients in training; returns the output."""
         self._checkpoint(True)
         self.output = self._backward() if self.training else self.forward()
         if self.training:
@@ -121,10 +121,10 @@ class Setup(contextlib.ExitStack):
         return output.detach()
 
     def warm_up(self, mode: str) -> None:
-        """Compiles, and looks at what comes out.
+        """Compiles, and checks the output and the gradients.
 
         Raises:
-            WrongError: if the output or a gradient is not finite, or a gradient is not that of the uncompiled model.
+            WrongError: if the output or a gradient is not finite, or a gradient differs from the uncompiled model's.
         """
         self._checkpoint(mode == CHECKPOINTED)
         output = self._backward() if self.training else self.forward()
@@ -149,7 +149,7 @@ class Setup(contextlib.ExitStack):
             self.optimizer.zero_grad()
 
     def time(self) -> Row:
-        """Median time and memory of what ``warm_up`` has tried."""
+        """Median time and memory of a step or a forward, after ``warm_up``."""
         call = self.step if self.training else self.forward
         cuda = self.device == "cuda"
         before, memory = 0, {}
@@ -161,14 +161,14 @@ class Setup(contextlib.ExitStack):
         if cuda:
             peak = torch.cuda.max_memory_allocated()
             memory = {"peak_gb": peak / 1e9, "extra_gb": (peak - before) / 1e9}
-            # The longer a step, the less it varies.
+            # Longer steps vary less.
             times += batches(call, 4 if times[0] < 1000 else 2 if times[0] < 3000 else 1, 1, self.device)
         density = {} if self.handle is None else {"density": mean_density(self.handle)}
         return {"ms": median(times), "runs": len(times), **memory, **density}
 
 
 class StockOutput:
-    """What the stock model comes to, uncompiled, and by how much another right attention may differ."""
+    """The uncompiled stock model's output, and by how much another correct attention may differ."""
 
     def __init__(self, spec: Spec, part: Part, sizes: ModelSizes, device: str) -> None:
         model = spec.model.build(part, device, sizes.dtype).eval()
@@ -183,18 +183,18 @@ class StockOutput:
 
 
 class WrongError(RuntimeError):
-    """A result that a row must not be timed with."""
+    """A wrong result: the row is not timed."""
 
 
 def mean_density(handle: VMoBAHandle) -> float:
-    """Mean over the layers of what their last call attended, the last column of the handle's table."""
+    """Mean density of the layers' last calls, from the last column of the handle's table."""
     layers = handle.summary().splitlines()[2:]
     found = [float(layer.split()[-1]) for layer in layers]
     return sum(found) / len(found)
 
 
 def _worst_row(gradient: Tensor, truth: Tensor) -> float:
-    """The largest relative error of a gradient's rows where there are few, such as a modulation's; else its own."""
+    """The largest relative error of a gradient's rows if it has few, such as a modulation's; else of the whole."""
     rows = [x.float().flatten(0, -2) if x.dim() > 1 else x.float()[None] for x in (gradient, truth)]
     if len(rows[0]) > _FEW_ROWS:
         rows = [x.flatten()[None] for x in rows]
@@ -203,5 +203,5 @@ def _worst_row(gradient: Tensor, truth: Tensor) -> float:
 
 
 def relative_error(output: Tensor, truth: Tensor) -> float:
-    """The norm of the difference over that of the truth."""
+    """Norm of the difference / norm of the truth."""
     return ((output.float() - truth.float()).norm() / truth.float().norm()).item()

@@ -14,8 +14,8 @@ from vmoba_flex.config import ApproxBlocks, VMoBAConfig
 
 TRAINING_RULE = Threshold(0.25, pool="head", max_density=0.25)
 INFERENCE_RULE = TopK(density=0.25)
-# What the weight of the norm on queries is multiplied by: fresh weights attend all keys about alike, and then the
-# output would hardly tell one attention from another.
+# Factor of the weight of the norm on queries. Fresh weights attend all keys about equally, and the output would hardly
+# depend on the attention.
 _SHARPEN = 3.0
 
 
@@ -24,9 +24,9 @@ class Part:
     """Layers of one kind that are built, and how many of them the whole model has.
 
     Attributes:
-        layers: built: a multiple of 3, so that each kind of block shape occurs as often.
+        layers: built; a multiple of 3, so that each kind of block shape occurs equally often.
         of: in the whole model.
-        arguments: what makes them, beside the model's other arguments.
+        arguments: that make these layers, in addition to the model's.
     """
 
     layers: int
@@ -44,9 +44,9 @@ class Model:
         heads: of its self-attention.
         head_dim: D.
         text_tokens: of the text that comes with the video.
-        arguments: of the class, but for the numbers of layers.
+        arguments: of the class, without the numbers of layers.
         parts: measured one after another; times are added up, each scaled to the layers of the whole model.
-        text: the keyword arguments beside latents and timestep, for a function that makes random tensors of a shape.
+        text: makes the keyword arguments other than latents and timestep, given a function that makes random tensors.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Model:
     text: Callable[["Model", Callable[..., Tensor]], dict[str, Tensor]]
 
     def build(self, part: Part, device: str, dtype: torch.dtype) -> Any:
-        """The transformer, of diffusers, with random weights, made on the device; the same at each call."""
+        """The transformer of diffusers with random weights, made on the device; the same at each call."""
         import diffusers
 
         before = torch.get_default_dtype()
@@ -114,7 +114,7 @@ def _wan(name: str, layers: int, of: int, heads: int, head_dim: int, text: int, 
 
 def _hunyuan(dual: int, single: int, heads: int, head_dim: int, text: int, **arguments: Any) -> Model:
     arguments |= {"num_attention_heads": heads, "attention_head_dim": head_dim, "in_channels": 16}
-    arguments |= {"num_refiner_layers": 0}  # of the text alone: nothing beside the video, but long to compile
+    arguments |= {"num_refiner_layers": 0}  # they see only the text: long to compile, quick to run
     parts = (
         Part(3, dual, {"num_layers": 3, "num_single_layers": 0}),
         Part(3, single, {"num_layers": 0, "num_single_layers": 3}),
@@ -125,14 +125,14 @@ def _hunyuan(dual: int, single: int, heads: int, head_dim: int, text: int, **arg
 
 @dataclasses.dataclass(frozen=True)
 class ModelSizes:
-    """The sizes of one run of the script.
+    """The sizes of one run of the command.
 
     Attributes:
         dtype: of weights and inputs.
-        models: the whole one, and those of which a few layers are measured.
-        grids: five latent video sizes from small to large, after patching. A row that is there already is not repeated.
-        about: how many blocks the three kinds have; None for the paper's block shapes, or, on a grid where it has none,
-            for about as many as it has elsewhere.
+        models: one to measure whole, and those of which a few layers are measured.
+        grids: five latent video sizes from small to large, after patching.
+        about: how many blocks the three kinds have; None for the paper's block shapes, or on other grids for about as
+            many blocks.
     """
 
     dtype: torch.dtype
@@ -140,13 +140,12 @@ class ModelSizes:
     grids: tuple[Sizes3, ...]
     about: tuple[int, int, int] | None = None
 
-    def config(self, grid: Sizes3, training: bool, dispatch: str) -> VMoBAConfig:
-        """What a row of ours is measured with."""
-        rule, dispatch = TRAINING_RULE if training else INFERENCE_RULE, cast(Dispatch, dispatch)
+    def config(self, grid: Sizes3, training: bool, name: str) -> VMoBAConfig:
+        """The configuration of a row of ours; ``name``: its dispatch."""
+        dispatch = cast(Dispatch, name)
+        rule = TRAINING_RULE if training else INFERENCE_RULE
         if self.about is None:
-            return dataclasses.replace(
-                VMoBAConfig.paper("training", grid), rule=rule, dispatch=cast(Dispatch, dispatch)
-            )
+            return dataclasses.replace(VMoBAConfig.paper("training", grid), rule=rule, dispatch=dispatch)
         temporal, spatial, cubes = map(ApproxBlocks, self.about)
         return VMoBAConfig(temporal, spatial, cubes, rule, dispatch=dispatch)
 

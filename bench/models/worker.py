@@ -1,4 +1,4 @@
-"""Measures the rows of the end-to-end benchmark, one after another, in one process."""
+"""Measures the rows one after another in one process."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ PACKAGES = ("diffusers", "transformers", "accelerate", "nvidia-cudnn-cu13")
 
 
 def work(args: Namespace) -> int:
-    """Measures what ``args`` ask for, within their budget; the exit status."""
+    """Measures what ``args`` ask for, within their budget; returns the exit status."""
     started = time.monotonic()
     sizes, device = _prepare(args)
     report = ModelReport.load(args.output) if args.add else ModelReport(args.output)
@@ -36,7 +36,7 @@ def work(args: Namespace) -> int:
 
 
 def compile_ahead(args: Namespace) -> int:
-    """Compiles the blocks of every n-th group of rows and runs them once, for the caches on disk; measures nothing."""
+    """Compiles the blocks of every n-th group of rows, for the caches on disk; returns the exit status."""
     started = time.monotonic()
     sizes, device = _prepare(args)
     report = ModelReport.load(args.output) if args.add else ModelReport(args.output)
@@ -60,7 +60,7 @@ def compile_ahead(args: Namespace) -> int:
 
 
 def _wanted(args: Namespace, report: ModelReport, sizes: ModelSizes) -> list[Spec]:
-    """This GPU's share of the rows asked for, but for those that are there."""
+    """This GPU's share of the rows asked for, without those that are done."""
     wanted = (spec for spec in specs(sizes, args.device) if is_wanted(spec.id, args.only))
     return [spec for spec in shared_out(wanted, *args.share) if not report.has(spec.id)]
 
@@ -68,9 +68,9 @@ def _wanted(args: Namespace, report: ModelReport, sizes: ModelSizes) -> list[Spe
 def _prepare(args: Namespace) -> tuple[ModelSizes, str]:
     import diffusers
 
-    # On a GPU it leaves slices of the gradient of a modulation unwritten (torch 2.10 on, pytorch#193061).
+    # On a GPU this pass leaves slices of a modulation's gradient unwritten (torch 2.10 on, pytorch#193061).
     inductor_config.triton.mix_order_reduction = False
-    # Each shape, kind of blocks and grad mode is a graph of its own; past torch's 8 that is an error here.
+    # Each shape, kind of blocks and grad mode is a graph; with fullgraph, more than the limit is an error.
     torch.compiler.config.recompile_limit = 128  # pyright: ignore[reportAttributeAccessIssue]
     warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
     diffusers.utils.logging.set_verbosity_error()
@@ -80,7 +80,7 @@ def _prepare(args: Namespace) -> tuple[ModelSizes, str]:
 
 
 class Bench:
-    """What rows share: the setup of the last one, and the outputs that they are compared with."""
+    """What rows share: the last row's setup, and the outputs to compare with."""
 
     def __init__(self, sizes: ModelSizes, device: str) -> None:
         self.sizes, self.device = sizes, device
@@ -88,7 +88,7 @@ class Bench:
         self.stock: dict[Any, StockOutput] = {}
 
     def measure(self, spec: Spec, row: Row) -> bool:
-        """Fills the row, with an error's text if there is one; whether the device still works."""
+        """Fills the row, with the error's text if it fails; returns whether the device still works."""
         began = time.monotonic()
         try:
             self._measure(spec, row)
@@ -112,7 +112,7 @@ class Bench:
         total = 0.0
         parts = list(enumerate(spec.model.parts))
         if self.setup is not None and self.setup[0] == (*spec.compiled_as, parts[-1][0]):
-            parts.reverse()  # the blocks of the last one are still compiled
+            parts.reverse()  # the last part's blocks are still compiled
         for index, part in parts:
             began = time.monotonic()
             setup = self._setup_of(spec, index, part)

@@ -18,8 +18,9 @@ The training study, full attention against VMoBA and others:
 Whole denoises with the weights of full attention:
 
     variants.py             the attentions
-    fidelity.py             how near each comes to full attention's own videos
-    denoises.py             trains, measures and tunes -> results JSON
+    fidelity.py             how close each is to full attention's own videos
+    study.py                one model: trains, measures and tunes
+    denoises.py             the command -> results JSON
     denoise_report.py, denoise_plot.py           results JSON -> Markdown and picture
 
     conditioning.py         the model that ships -> how far rounding moves the gradients of single samples

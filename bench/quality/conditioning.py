@@ -1,10 +1,10 @@
-"""How far rounding moves the gradients of single samples of training, whatever they attend.
+"""How far rounding moves the gradients of single training samples, with each attention.
 
     python -m bench.quality.conditioning --output bench/results/cpu_<date>_conditioning.json
 
-The model that ships with the demo, in float32, on samples that would have come next in its training. Query, key and
-value of each layer are rounded to bfloat16, once as they are, and once after relative noise of ``NOISE``. What that
-makes of the gradients is taken with the attention of its training, with the blocks that it chose without the noise, and
+The model that ships with the demo runs in float32, on the samples that would have come next in its training. Query,
+key and value of each layer are rounded to bfloat16, once as they are and once after relative noise of ``NOISE``. The
+gradients of both are compared with the attention of its training, with the blocks that it chose without the noise, and
 with full attention. It takes 25 seconds a sample on two cores.
 """
 
@@ -35,7 +35,7 @@ NOISE = 2.0**-9
 """About the root mean square of what rounding to bfloat16 does to a number, relative to it."""
 
 LARGEST = 10
-"""Tokens whose share of the gradient is taken."""
+"""How many of the tokens with the largest gradients are looked at."""
 
 _SEED = 0
 
@@ -48,7 +48,7 @@ class Gradients(NamedTuple):
 
 
 class Held(nn.Module):
-    """A layer's attention by its blocks, chosen once: at the first call."""
+    """A layer's attention by blocks that are chosen once, at the first call."""
 
     def __init__(self, layer: VMoBAAttention) -> None:
         super().__init__()
@@ -65,12 +65,12 @@ class Held(nn.Module):
 
 
 def rounded(project: Callable[..., tuple[Tensor, ...]], noise: float, *arguments: Tensor) -> list[Tensor]:
-    """Query, key and value as bfloat16 has them, after relative noise."""
+    """Query, key and value after relative noise, rounded to bfloat16."""
     return [(x * (1 + noise * torch.randn_like(x))).bfloat16().float() for x in project(*arguments)]
 
 
 def gradients(model: VideoTransformer, sample: Sample, noise: float = 0.0) -> Gradients:
-    """What a step would take; the noise is the same at each call. The model is left with the noise."""
+    """The gradients of a step; the noise is the same at each call. The model keeps the noise."""
     blocks: Any = model.blocks
     for block in blocks:
         block.project = functools.partial(rounded, type(block).project.__get__(block), noise)
@@ -88,11 +88,11 @@ def gradients(model: VideoTransformer, sample: Sample, noise: float = 0.0) -> Gr
 
 
 def compare(noisy: Gradients, plain: Gradients) -> dict[str, float]:
-    """How far the gradients are apart.
+    """How far apart the gradients are.
 
     Returns:
-        ``off``: ||noisy - plain|| / ||plain||, over all weights; ``factor``: what plain is to be multiplied by to be
-        nearest to noisy; ``largest``: the share of ||plain||^2, by the first layer's tokens, that ``LARGEST`` of them
+        ``off``: ||noisy - plain|| / ||plain||, over all weights; ``factor``: plain times this is nearest
+        to noisy; ``largest``: the share of ||plain||^2, by the first layer's tokens, that ``LARGEST`` of them
         hold; ``largest_off``: what the same tokens hold of ||noisy - plain||^2, 0 if that is 0; ``median_token``: the
         median of ``off`` over all tokens, each by itself.
     """
@@ -109,7 +109,7 @@ def compare(noisy: Gradients, plain: Gradients) -> dict[str, float]:
 
 
 def look(model: VideoTransformer, attention: VMoBAConfig, sample: Sample) -> dict[str, Any]:
-    """One sample under each attention; the model is left with another one, and with noise."""
+    """One sample with each attention; the model keeps the last one, and the noise."""
 
     def off() -> dict[str, float]:
         plain = gradients(model, sample)  # first, so that blocks are chosen without noise
@@ -139,16 +139,16 @@ def markdown(data: dict[str, Any]) -> str:
         "\n".join(table(*tables.conditioning(data))),
         "Over samples. Off: ||gradients with noise - without|| / ||without||, over all weights. A token: the same of "
         "the gradient of each of the first layer's tokens by itself. Ten tokens hold: the largest ten, of the squares "
-        "of these gradients, and of the squares of what noise adds to them. Factor: what gradients without noise are "
-        "to be multiplied by to be nearest to those with it.",
+        "of these gradients, and of the squares of what noise adds to them. Factor: gradients without noise, times "
+        "this, are nearest to those with it.",
         "\n".join(table(names, samples)),
     ]) + "\n"  # fmt: skip
 
 
 def main() -> int:
-    """The command; its exit status."""
+    """The command; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="the JSON file; the report is written beside it")
+    parser.add_argument("--output", type=Path, required=True, help="the JSON file; the report is written next to it")
     parser.add_argument("--clips", type=Path, default=clips.CLIPS, help="default: %(default)s")
     parser.add_argument("--samples", type=int, default=24, help="default: %(default)s")
     args = parser.parse_args()

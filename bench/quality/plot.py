@@ -17,7 +17,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "per-query pool": {"color": "#7a7a7a", "linestyle": ":", "marker": "D", "markerfacecolor": "white"},
     "no cycle": {"color": "#a8a8a8", "linestyle": "--", "marker": "v", "markerfacecolor": "white"},
 }
-# Training losses are noisy: a point of the curve is the mean of so many before.
+# Training losses are noisy: a point is the mean over this many.
 _SMOOTHED = 10
 
 

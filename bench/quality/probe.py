@@ -1,8 +1,8 @@
-"""A model's own query and key: what its layers attend of them, exactly how, and how fast."""
+"""A model's own query and key: what its layers attend, how exactly, and how fast."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ from vmoba_flex import BlockPartition, Threshold, TopK, VMoBAConfig, reference, 
 from vmoba_flex.call import Backend, Dispatch
 from vmoba_flex.demo.model import VideoTransformer
 from vmoba_flex.demo.run import TILE, Inputs, layer_inputs, recall
-from vmoba_flex.mask import TokenOrder, selection_tiles
+from vmoba_flex.mask import selection_tiles
 
 PROBED_LEVELS = (1, 4, 6)
-"""Which of the held-out levels query and key are taken at."""
+"""The held-out levels at which query and key are taken."""
 
 _ROWS = 512
 
@@ -38,7 +38,7 @@ def attended(model: VideoTransformer, attention: VMoBAConfig, windows: Windows, 
         for index, (query, key, value) in enumerate(window_inputs(model, windows, level)):
             plan = attention.layer(index, len(model.blocks))
             partition = attention.partition(plan.kind, grid)
-            dispatch, backend = attention.dispatch, attention.backend
+            dispatch, backend = cast(Dispatch, attention.dispatch), cast(Backend, attention.backend)
             _, stats = vmoba_attention(
                 query, key, value, partition, plan.rule, dispatch=dispatch, backend=backend, return_stats=True
             )
@@ -57,12 +57,12 @@ def attended(model: VideoTransformer, attention: VMoBAConfig, windows: Windows, 
 def tile_densities(selection: Tensor, partition: BlockPartition) -> dict[str, float]:
     """The share of tiles with a pair in them, by the order of the tokens.
 
-    ``sorted``: keys in block order; each head's queries sorted by the set of blocks that they chose, as if read as a
-    binary number.
+    ``sorted``: keys in block order, and each head's queries sorted by the blocks that they chose, read as a binary
+    number.
     """
-    orders: tuple[TokenOrder, ...] = ("raster", "block")
-    result: dict[str, float] = {
-        order: selection_tiles(selection, partition, order, TILE).some.float().mean().item() for order in orders
+    result = {
+        order: selection_tiles(selection, partition, order, TILE).some.float().mean().item()
+        for order in ("raster", "block")
     }
     order = torch.arange(selection.shape[2], device=selection.device).expand(selection.shape[:3])
     for block in reversed(range(selection.shape[3])):
@@ -79,7 +79,7 @@ def tile_densities(selection: Tensor, partition: BlockPartition) -> dict[str, fl
 
 
 def errors(inputs: Inputs, partition: BlockPartition, rule: Rule, backend: Backend) -> dict[str, float]:
-    """Relative errors of outputs on some rows, against float64; ``dense``: of full attention, what rounding costs."""
+    """Relative errors of outputs on some rows, against float64; ``dense`` (full attention) shows rounding's cost."""
     query, key, value = inputs
     rows = torch.linspace(0, query.shape[2] - 1, min(_ROWS, query.shape[2]), device=query.device).long()
     selection = vmoba_selection(query, key, partition, rule)
@@ -94,11 +94,10 @@ def errors(inputs: Inputs, partition: BlockPartition, rule: Rule, backend: Backe
 
 
 def times(inputs: Inputs, partition: BlockPartition, rule: Rule, backend: Backend) -> dict[str, dict[str, float]]:
-    """Milliseconds forward, and forward and backward, of each dispatch."""
+    """Milliseconds of each dispatch, forward and forward + backward."""
     device = inputs[0].device.type
     result: dict[str, dict[str, float]] = {}
-    dispatches: tuple[Dispatch, ...] = ("dense", "packed", "shared", "auto", "tiles")
-    for dispatch in dispatches:
+    for dispatch in ("dense", "packed", "shared", "auto", "tiles"):
         kernels = backend if dispatch in ("packed", "shared") else "auto"
         leaves = [x.detach().clone().requires_grad_() for x in inputs]
         gradient = torch.randn_like(inputs[2])
@@ -119,7 +118,7 @@ def times(inputs: Inputs, partition: BlockPartition, rule: Rule, backend: Backen
 def probe(
     model: VideoTransformer, attention: VMoBAConfig, windows: Windows, grid: Any, note: Callable[[list[Any]], None]
 ) -> None:
-    """Looks at one layer of each kind; ``note`` is given all rows so far, after each measure.
+    """Measures one layer of each kind; ``note`` gets all rows so far after each measurement.
 
     Args:
         model: trained with ``attention``.
@@ -129,7 +128,7 @@ def probe(
         note: keeps the rows.
     """
     rows: list[dict[str, Any]] = []
-    inputs = window_inputs(model, windows, PROBED_LEVELS[1])
+    inputs, backend = window_inputs(model, windows, PROBED_LEVELS[1]), cast(Backend, attention.backend)
     kinds = {attention.layer(i, len(model.blocks)).kind: i for i in reversed(range(len(model.blocks)))}
     for kind, index in sorted(kinds.items(), key=lambda item: item[1]):
         rule, partition = attention.layer(index, len(model.blocks)).rule, attention.partition(kind, grid)
@@ -139,9 +138,9 @@ def probe(
             rows[-1]["density"] = selection.float().mean().item()
             rows[-1]["tile_density"] = tile_densities(selection, partition)
             note(rows)
-            rows[-1]["relative_error"] = errors(inputs[index], partition, rule, attention.backend)
+            rows[-1]["relative_error"] = errors(inputs[index], partition, rule, backend)
         note(rows)
     for row in rows:
         rule, partition = attention.layer(row["layer"], len(model.blocks)).rule, attention.partition(row["kind"], grid)
-        row["times"] = times(inputs[row["layer"]], partition, rule, attention.backend)
+        row["times"] = times(inputs[row["layer"]], partition, rule, backend)
         note(rows)

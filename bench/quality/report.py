@@ -1,4 +1,4 @@
-"""Results JSON -> Markdown beside it, and the picture.
+"""Results JSON -> Markdown next to it, and the picture.
 
 python -m bench.quality.report bench/results/<gpu>_<date>_quality.json --plot docs/quality.png
 """
@@ -18,16 +18,15 @@ _NOTES = {
     "Runs": "Held-out loss: mean over clips and noise levels, of the averaged weights, with the attention of their "
     "training. Against full: the run with full attention of the same seed and size. Gradients off: relative "
     "difference, at the end, of gradients as trained with (compiled, in a CUDA graph) from those without either.",
-    "Layers": "Means over heads and three noise levels. Runs with full attention are looked at as the paper's rule "
-    "would have it.",
+    "Layers": "Means over heads and three noise levels. Runs with full attention are probed with the paper's rule.",
     "Tiles": "Share of 128 x 128 tiles with a pair in them, by the order of the tokens. Errors: relative, against "
-    "float64, on sampled rows; that of dense is of full attention: what rounding costs.",
+    "float64, on sampled rows; dense is full attention and shows what rounding costs.",
     "Times": "Milliseconds forward / forward + backward, called from Python.",
 }
 
 
 class ReportError(Exception):
-    """A file is missing or not what it should be; the message says what to do, in one line."""
+    """A file is missing or damaged; the message says what to do, in one line."""
 
 
 def markdown(data: Log) -> str:
@@ -52,10 +51,10 @@ def markdown(data: Log) -> str:
 
 
 def unfinished(data: Log) -> list[str]:
-    """What did not go as planned, as a list in Markdown."""
+    """Runs that did not go as planned, as a list in Markdown."""
     lines = []
     for log in data["runs"]:
-        what = {"ok": [], "trained": ["the look at its query and key was cut off"]}.get(log["status"], [log["status"]])
+        what = {"ok": [], "trained": ["the probe of its query and key was cut off"]}.get(log["status"], [log["status"]])
         what += ["not compiled"] * log.get("eager", False)
         what += [log["error"]] if "error" in log else []
         lines += [f"- {log['name']}: {', '.join(what)}"] if what else []
@@ -63,7 +62,7 @@ def unfinished(data: Log) -> list[str]:
 
 
 def write(source: Path, plot: Path | None) -> None:
-    """Reads results and writes the report beside them, and the picture; each whole or not at all.
+    """Reads results and writes the report next to them, and the picture; each whole or not at all.
 
     Raises:
         ReportError: if a file cannot be read or written.
@@ -81,7 +80,7 @@ def write(source: Path, plot: Path | None) -> None:
 
 
 def main() -> int:
-    """The command; its exit status."""
+    """The command; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="what bench.quality.run wrote")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="where the picture goes")

@@ -1,10 +1,10 @@
-"""What the results of the runs say."""
+"""Reading the results of the runs."""
 
 from statistics import mean
 from typing import Any
 
 Log = dict[str, Any]
-"""What is known of a run, or of all."""
+"""The facts of a run, or of all runs."""
 
 
 def measured(data: Log, size: str) -> dict[str, list[Log]]:
@@ -27,12 +27,12 @@ def loss(held_out: dict[str, list[float]]) -> float:
 
 
 def last_loss(log: Log) -> float:
-    """What a run ended with."""
+    """The held-out loss at the end of a run."""
     return loss(log["held_out"][-1]["loss"])
 
 
 def step_ms(log: Log) -> float:
-    """Milliseconds of a training step, but for those up to the first point of the curve; nan where there is one."""
+    """Milliseconds of a training step after the first point of the curve; nan if the curve has one point."""
     first, last = log["curve"][0], log["curve"][-1]
     return 1e3 * (last[1] - first[1]) / (last[0] - first[0]) if last[0] > first[0] else float("nan")
 

@@ -2,9 +2,9 @@
 
     python -m bench.quality.run --output bench/results/<gpu>_<date>_quality.json --budget-s 240
 
-All runs of the main size take ``--steps`` steps; the long ones, and that of the model that ships, as many as fit in
+Runs of the main size take ``--steps`` steps; the long ones and that of the model that ships take as many as fit in
 ``--seconds``. Started again with the same ``--work``, it goes on where it was. A run that fails is tried once more
-without compilation and CUDA graph, and then the others go on. At the end of the budget whatever still runs is ended.
+without compilation and CUDA graph. At the end of the budget, runs that are still going are ended.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from bench.quality.results import last_loss, step_ms
 from bench.quality.runs import RUNS, SIZES, SMALL_SIZES
 from bench.quality.windows import HELD_OUT, LEVELS, TRAINING
 
-# A run is not started with less time left than this, of which it would take most to start and compile.
+# No run starts with less time left than this: it would spend most of it on starting and compiling.
 _LEAST = 25.0
 
 
 class Job(NamedTuple):
-    """A process at work."""
+    """A running process."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -43,7 +43,7 @@ class Job(NamedTuple):
 
 
 class Campaign:
-    """All runs: which wait, which are at work on which GPU."""
+    """All runs: which wait, and which run on which GPU."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -53,7 +53,7 @@ class Campaign:
         self.jobs: dict[int, Job] = {}
 
     def run(self) -> None:
-        """Until all have ended, or the time has."""
+        """Runs until all have ended or the time is up."""
         try:
             while (self.waiting or self.jobs) and time.time() < self.deadline:
                 for gpu in range(self.args.gpus):
@@ -84,7 +84,7 @@ class Campaign:
         self.say(f"{name} starts on {gpu}" + ", eager" * eager)
 
     def collect(self, gpu: int) -> None:
-        """Takes note of a run that has ended."""
+        """Records a run that has ended."""
         if gpu not in self.jobs or self.jobs[gpu].process.poll() is None:
             return
         job = self.jobs.pop(gpu)
@@ -93,7 +93,7 @@ class Campaign:
             tail = (self.args.work / f"{job.name}.out").read_text(errors="replace")[-1500:]
             self.say(f"{job.name} ended with {job.process.returncode}:\n{tail}")
             log["error"] = re.sub(r"(?:/[\w.+-]+)+/", "", (tail.strip().splitlines() or [""])[-1])[:300]
-            if log.get("status") != "trained":  # else only the look at it is missing
+            if log.get("status") != "trained":  # else only the probe of its model is missing
                 log["status"] = "failed"
                 if not job.eager and self.args.device == "cuda":
                     self.waiting.insert(0, (job.name, True))
@@ -102,7 +102,7 @@ class Campaign:
         self.write()
 
     def log(self, name: str) -> dict[str, Any]:
-        """What a run has noted."""
+        """The log of a run."""
         path = self.args.work / f"{name}.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
@@ -129,7 +129,7 @@ class Campaign:
 
 
 def line(name: str, log: dict[str, Any]) -> str:
-    """What came of a run, in a line."""
+    """A run's result in one line."""
     if not log.get("held_out"):
         return f"{name}: {log.get('status')}"
     density = mean(layer["density"] for layer in log.get("layers", [{"density": float("nan")}]))
@@ -159,11 +159,11 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    """The command; its exit status."""
+    """The command; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [run.name for run in RUNS]
     add = parser.add_argument
-    add("--output", type=Path, required=True, help="the results, a JSON file; the model that ships lies beside it")
+    add("--output", type=Path, required=True, help="the results, a JSON file; the model that ships lies next to it")
     add("--work", type=Path, default=Path(".quality/runs"), help="checkpoints and logs (default: %(default)s)")
     add("--clips", type=Path, default=clips.CLIPS, help="what bench.quality.clips made (default: %(default)s)")
     add("--device", choices=("cuda", "cpu"), default="cuda")

@@ -1,4 +1,4 @@
-"""What is run: variants of attention, sizes, seeds, and their order."""
+"""The runs of the training study: variants of attention, sizes, seeds, and their order."""
 
 import dataclasses
 from typing import NamedTuple
@@ -41,7 +41,7 @@ class Run(NamedTuple):
         return f"{self.size}-{self.variant.replace(' ', '_')}-{self.seed}"
 
 
-# The long videos have the main ones' pixels in smaller patches: 13,824 tokens become 55,296.
+# The long videos have as many pixels as the main ones, in smaller patches: 55,296 tokens instead of 13,824.
 SIZES = {
     MAIN: Size(Shape((2, 8, 8), dim=512, depth=9, heads=4), (16, 24, 36)),
     LONG: Size(Shape((2, 4, 4), dim=384, depth=6, heads=3), (16, 48, 72)),
@@ -72,8 +72,8 @@ RUNS = (
 def attentions(device: str, size: str) -> dict[str, VMoBAConfig]:
     """The attention of each variant.
 
-    Named dispatches, for ``"auto"`` takes full attention at 14K tokens; Triton, which gives the same bits each time.
-    The model that ships has fewer tokens, and the blocks that the demo draws: about 8, 12 and 24.
+    Dispatches are named, since ``"auto"`` takes full attention at 14K tokens. Triton gives the same bits each time. The
+    model that ships has fewer tokens, and the blocks that the demo draws: about 8, 12 and 24.
     """
     kernels = "triton" if device == "cuda" else "auto"
     exact = dataclasses.replace(VMoBAConfig.paper("training"), dispatch="packed", backend=kernels)
@@ -84,7 +84,7 @@ def attentions(device: str, size: str) -> dict[str, VMoBAConfig]:
         "full": dataclasses.replace(exact, dispatch="dense", backend="auto"),
         "exact": exact,
         "shared": dataclasses.replace(exact, dispatch="shared"),
-        # Three of sixteen blocks: about the density that the paper's threshold comes to.
+        # Three of sixteen blocks: about the density of the paper's threshold.
         "MoBA": dataclasses.replace(exact, temporal=ApproxBlocks(16), rule=TopK(density=3 / 16), cycle=("temporal",)),
         "per-query pool": dataclasses.replace(exact, rule=per_query),
         "no cycle": dataclasses.replace(exact, cycle=("spatial",)),

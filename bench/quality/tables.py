@@ -1,4 +1,4 @@
-"""What the results say: an answer to each question, and tables as names of columns and rows of cells."""
+"""Answers and tables from the results; a table is its columns' names and rows of cells."""
 
 from statistics import mean, median
 
@@ -10,7 +10,7 @@ Table = tuple[list[str], list[list[str]]]
 DISPATCHES = ("dense", "packed", "shared", "auto", "tiles")
 _WITHIN = 0.01
 
-# What conditioning.py has gradients of, as tables name it.
+# The attentions of conditioning.py, and their names in tables.
 ROUNDED = {"exact": "exact", "held": "exact, blocks held", "full": "full"}
 
 
@@ -20,7 +20,7 @@ def aims(data: Log) -> list[str]:
 
 
 def summary(data: Log) -> list[str]:
-    """That, and what else came out."""
+    """``aims``, and the other findings."""
     lines = [*aims(data), *_other_attentions(data), *_recall(data)]
     return lines or ["- No two runs to compare have ended."]
 
@@ -132,7 +132,7 @@ def levels(data: Log) -> Table:
 
 
 def swapped(data: Log) -> Table:
-    """Held-out losses of the same weights under two attentions."""
+    """Held-out losses of the same weights with two attentions."""
     rows = []
     for log in data["runs"]:
         if "swapped" in log:
@@ -145,7 +145,7 @@ def swapped(data: Log) -> Table:
 
 
 def layers(data: Log) -> Table:
-    """What layers attend."""
+    """Density, tile density and recall of each layer."""
     rows = []
     for log in data["runs"]:
         if log["run"]["variant"] in ("full", "exact", "MoBA") and log["run"]["seed"] == 0:
@@ -182,7 +182,7 @@ def times(data: Log) -> Table:
 
 
 def conditioning(data: Log) -> Table:
-    """How far noise moves gradients, over all samples of bench.quality.conditioning."""
+    """How far noise moves the gradients of bench.quality.conditioning's samples."""
     rows = []
     for key, name in ROUNDED.items():
         each = [row[key] for row in data["samples"]]

@@ -19,30 +19,30 @@ from vmoba_flex import VMoBAConfig
 from vmoba_flex.demo.model import VideoTransformer
 
 WARMUP = 50
-"""Steps over which the learning rate rises; the number of all steps may be fixed as late as that."""
+"""Steps over which the learning rate rises; until then the number of all steps need not be known."""
 
 LEAST_LEVEL = 0.2
-"""The loss is the velocity's squared error, less below this level, where it would say little but the last digits.
+"""The loss is the velocity's squared error, weighted less below this noise level, where it measures rounding.
 
 Velocity is (noisy - video) / level, so that its error is the video's, over the level.
 """
 
-# Steps between two synchronisations with the device: a point of the curve.
+# Steps between two synchronisations with the device, and so between two points of the curve.
 STRIDE = 10
 _EMA_DECAY = 0.995
 _CLIP = 1.0
 
 
 class Trainer:
-    """A model, its optimizer and how far they are.
+    """A model, its optimizer, and the progress of its training.
 
     Attributes:
         model: what is trained.
-        average: the exponential moving average of its weights, which the held-out loss is taken of.
+        average: the exponential moving average of its weights; the held-out loss is the average's.
         step: steps taken.
-        seconds: spent on these steps; compiling, held-out losses and checkpoints are not counted.
+        seconds: spent on these steps, without compiling, held-out losses and checkpoints.
         curve: ``[step, seconds, mean training loss since the point before]`` of each point.
-        held_out: ``{"step", "seconds", "loss": {clip: [loss of each level]}}``, as often as it was taken.
+        held_out: ``{"step", "seconds", "loss": {clip: [loss of each level]}}`` of each measurement.
     """
 
     def __init__(self, run: Run, size: Size, attention: VMoBAConfig, clips: dict[str, Tensor]) -> None:
@@ -63,12 +63,12 @@ class Trainer:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def compile(self) -> None:
-        """Compiles what surrounds attention, and captures forward and backward in one CUDA graph.
+        """Compiles everything around attention, and captures forward and backward in one CUDA graph.
 
-        Attention stays out of the compilation: its kernels are compiled already, two graphs then serve all layers and
-        variants, and the CUDA graph spares it the launches, which at 14K tokens take longer than its work.
+        Attention is not compiled: its kernels are, two graphs then serve all layers and variants, and the CUDA graph
+        saves its launches, which at 14K tokens take longer than its work.
         """
-        # On a GPU it leaves slices of the gradient of a modulation unwritten (torch 2.10 on, pytorch#193061).
+        # On a GPU this pass leaves slices of a modulation's gradient unwritten (torch 2.10 on, pytorch#193061).
         inductor_config.triton.mix_order_reduction = False
         blocks: Any = self.model.blocks
         for block in blocks:
@@ -89,7 +89,7 @@ class Trainer:
         self._graph = graph
 
     def advance(self, steps: int, total: int) -> None:
-        """Takes ``steps`` steps of ``total``; a point of the curve."""
+        """Takes ``steps`` steps of ``total``, and adds a point to the curve."""
         start = self._now()
         losses = [self._take_step(total) for _ in range(steps)]
         loss = torch.stack(losses).mean().item()
@@ -97,12 +97,12 @@ class Trainer:
         self.curve.append([self.step, self.seconds, loss])
 
     def measure(self) -> None:
-        """Takes note of the held-out loss of the average."""
+        """Records the average's held-out loss."""
         self.held_out.append({"step": self.step, "seconds": self.seconds, "loss": self.held_out_loss()})
 
     @torch.no_grad()
     def held_out_loss(self) -> dict[str, list[float]]:
-        """The average's held-out loss: clip -> loss of each level, the mean over the clip's windows."""
+        """The average's held-out loss: clip -> loss of each level, mean over the clip's windows."""
         losses: dict[str, list[list[Tensor]]] = {}
         for clip, level, sample in self.windows.held_out_samples():
             losses.setdefault(clip, [[] for _ in range(LEVELS)])[level].append(self._loss_of(self.average, sample))
@@ -129,13 +129,13 @@ class Trainer:
         return {"all": everything, "worst": off[worst] / max(size[worst], 1e-12), "where": worst}
 
     def save(self, path: Path) -> None:
-        """Writes all that a run needs to go on; an interrupted write leaves the file before."""
+        """Writes all that a run needs to go on; an interrupted write leaves the old file."""
         draft = path.with_name(path.name + ".part")
         torch.save(self._state(), draft)
         os.replace(draft, path)
 
     def load(self, path: Path) -> None:
-        """Goes on where ``save`` left off. Before ``compile``, or the graph would hold other tensors."""
+        """Goes on where ``save`` left off. Call it before ``compile``: the graph would hold the old tensors."""
         state = torch.load(path, map_location=self.windows.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
@@ -162,7 +162,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP)
         self.optimizer.step()
         self.step += 1
-        # Early averages forget the initial weights sooner.
+        # At first the average forgets the initial weights faster.
         average = get_ema_multi_avg_fn(min(_EMA_DECAY, self.step / (self.step + 10)))
         average(list(self.average.parameters()), list(self.model.parameters()), 0)
         return loss
@@ -183,7 +183,7 @@ class Trainer:
         return loss.detach()
 
     def _loss_of(self, model: nn.Module, sample: Sample) -> Tensor:
-        # The cache of casts would outlive a captured graph.
+        # A cache of casts would outlive the captured graph.
         with torch.autocast(self.windows.device.type, torch.bfloat16, self._on_gpu(), cache_enabled=False):
             video = model(sample.noisy, sample.level)
         return loss_of(video, sample)
@@ -203,7 +203,7 @@ def loss_of(video: Tensor, sample: Sample) -> Tensor:
 
 
 def schedule(step: int, total: int) -> float:
-    """The learning rate's share of its peak: a linear rise over ``WARMUP`` steps, then a cosine down to zero."""
+    """The learning rate / its peak: a linear rise over ``WARMUP`` steps, then a cosine down to zero."""
     if step < WARMUP:
         return (step + 1) / WARMUP
     done = (step - WARMUP) / max(total - WARMUP, 1)

@@ -1,11 +1,11 @@
 """The attentions of the study of whole denoises: variants, block shapes and densities."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
-import vmoba_flex
 from bench.common.sizes import Sizes3
 from bench.quality.runs import MAIN, SIZES, SMALL_SIZES, Size
-from vmoba_flex import TopK, VMoBAConfig
+from vmoba_flex import Tail, TopK, VMoBAConfig, __version__
 from vmoba_flex.config import KINDS
 
 
@@ -28,8 +28,8 @@ class Setting(NamedTuple):
 
 
 # 8 slabs, 48 windows and 72 cubes.
-FULL = Setting(SIZES[MAIN], 2, (3, 6), (4, 8, 6), cell=(2, 3, 6))
-SMALL = Setting(SMALL_SIZES[MAIN], 1, (3, 2), (2, 3, 2), cell=(1, 3, 2))
+MAIN_SETTING = Setting(SIZES[MAIN], 2, (3, 6), (4, 8, 6), cell=(2, 3, 6))
+SMALL_SETTING = Setting(SMALL_SIZES[MAIN], 1, (3, 2), (2, 3, 2), cell=(1, 3, 2))
 
 # Each variant's arguments of VMoBAConfig; the Tail itself depends on the setting.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -44,7 +44,7 @@ WITHOUT_TAIL = {"tail": "plain", "shared, tail": "shared"}
 CYCLES = {"cycle": KINDS, "cubes": ("spatiotemporal",)}
 DENSITIES = (0.25, 0.125, 0.083, 0.0625, 0.03)
 
-TUNED = ("plain", "tail")
+TUNED_VARIANTS = ("plain", "tail")
 TUNED_DENSITIES = (0.125, 0.0625)
 """What the weights of full attention are tuned for, on the cycle."""
 
@@ -54,17 +54,21 @@ def full(setting: Setting) -> VMoBAConfig:
     return VMoBAConfig(*setting[1:4], TopK(density=1.0), dispatch="dense")
 
 
+def takes_tail() -> bool:
+    """Whether ``VMoBAConfig`` takes a tail."""
+    return any(field.name == "tail" for field in dataclasses.fields(VMoBAConfig))
+
+
 def config(variant: str, cycle: str, density: float, setting: Setting, device: str) -> VMoBAConfig:
     """A variant's attention, by Triton on a GPU: it gives the same bits each time.
 
     Raises:
-        NotImplementedError: if the variant has a tail and this version of vmoba_flex has none.
+        NotImplementedError: if the variant has a tail and ``VMoBAConfig`` takes none.
     """
     arguments = dict(VARIANTS[variant])
     if "tail" in arguments:
-        tail: Any = getattr(vmoba_flex, "Tail", None)
-        if tail is None:
-            raise NotImplementedError(f"vmoba_flex {vmoba_flex.__version__} has no Tail")
-        arguments["tail"] = tail(cell=setting.cell)
+        if not takes_tail():
+            raise NotImplementedError(f"VMoBAConfig of vmoba_flex {__version__} takes no tail")
+        arguments["tail"] = Tail(cell=setting.cell)
     backend = "triton" if device == "cuda" else "auto"
     return VMoBAConfig(*setting[1:4], TopK(density=density), cycle=CYCLES[cycle], backend=backend, **arguments)

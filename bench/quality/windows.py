@@ -1,7 +1,7 @@
-"""Windows of the clips: random ones to train on, fixed ones that no training window comes near.
+"""Windows of the clips: random ones to train on, and fixed held-out ones that no training window comes near.
 
-Both clips are split in time. Between a held-out stretch and training frames of the same clip lie eight frames that
-nobody sees; of ``bikes`` the held-out stretch is moreover a shot of its own. No window spans a cut.
+Both clips are split in time. Between a held-out stretch and training frames of the same clip lie eight unused frames;
+in ``bikes`` the held-out stretch is also a shot of its own. No window spans a cut.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from torch import Tensor
 from vmoba_flex.demo.model import to_model_range
 
 LEVELS = 8
-"""Noise levels that the held-out loss is taken at: the middles of as many equal parts of [0, 1]."""
+"""Noise levels of the held-out loss: the middles of this many equal parts of [0, 1]."""
 
-# Consecutive steps cover the levels evenly, wherever one begins.
+# By this share consecutive steps cover the levels evenly, wherever they begin.
 _GOLDEN = 0.6180339887498949
 
 
@@ -55,10 +55,10 @@ class Sample(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Windows of one size out of the clips.
+    """Windows of one size from the clips.
 
     Attributes:
-        clips: uint8 ``(frames, 3, height, width)`` by name, on the device that trains.
+        clips: uint8 ``(frames, 3, height, width)`` by name, on the training device.
         frames: of a window; at most 32.
         height: rows of a window.
         width: columns of a window.
@@ -71,11 +71,11 @@ class Windows:
 
     @property
     def device(self) -> torch.device:
-        """Where the clips lie."""
+        """The device of the clips."""
         return next(iter(self.clips.values())).device
 
     def training(self, seed: int, step: int) -> Sample:
-        """The sample of a step: a function of seed and step alone, so that a run can go on anywhere."""
+        """The sample of a step: a function of seed and step only, so that a run can go on anywhere."""
         random = np.random.default_rng((seed, step))
         starts = [stretch.end - stretch.first - self.frames + 1 for stretch in TRAINING]
         place = int(random.integers(sum(starts)))
@@ -92,7 +92,7 @@ class Windows:
         return self._noised(video, level, int(random.integers(2**62)))
 
     def held_out(self) -> list[tuple[str, Tensor]]:
-        """The clip's name and the video of each held-out window: as much as fits, at the left and at the right."""
+        """The clip's name and the video of each held-out window: as large as fits, at the left and at the right."""
         return [
             (stretch.clip, self._window(stretch.clip, stretch.first, self._largest_zoom(stretch.clip), 0.5, across))
             for stretch in HELD_OUT

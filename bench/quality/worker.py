@@ -1,4 +1,4 @@
-"""One run as a process: trains, takes held-out losses, looks at the model, and keeps a log that the parent reads."""
+"""One run as a process: trains, measures held-out losses, probes the model, and keeps a log for the parent."""
 
 import argparse
 import dataclasses
@@ -19,7 +19,7 @@ from vmoba_flex.demo import checkpoint
 MEASURES = 4
 """Held-out losses and checkpoints of a run, evenly spaced."""
 
-# Runs whose held-out loss is also taken with the other's attention, for which the weights were not trained.
+# Runs whose held-out loss is also measured with the other run's attention.
 SWAPPED = {"full": "exact", "exact": "full"}
 
 # Seconds kept back before the deadline for the last held-out loss and the checkpoint.
@@ -27,7 +27,7 @@ _RESERVE = 8.0
 
 
 class Log:
-    """What is known of a run, in a file that is whole after each ``note``."""
+    """The facts of a run, in a file that is whole after each ``note``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -72,7 +72,7 @@ def work(args: argparse.Namespace) -> None:
     if trainer.step < steps:
         log.note(status=f"stopped at step {trainer.step} of {steps}")
         return
-    # A model trained with full attention is looked at as the paper's rule would have it.
+    # A model trained with full attention is probed with the paper's rule.
     looked_at = variants["exact"] if run.variant == "full" else attention
     log.note(layers=probe.attended(trainer.average, looked_at, trainer.windows, size.grid))
     if run.variant in SWAPPED:
@@ -88,7 +88,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def steps_within(seconds: float, trainer: Trainer) -> int:
-    """How many steps take so long, by the pace of the warm-up, which is taken here."""
+    """How many steps fit in this time, by the pace of the warm-up, which runs here."""
     while trainer.step < WARMUP:
         trainer.advance(STRIDE, total=WARMUP)  # while the learning rate rises it does not depend on the total
     first, last = trainer.curve[0], trainer.curve[-1]
@@ -96,14 +96,14 @@ def steps_within(seconds: float, trainer: Trainer) -> int:
 
 
 def keep(trainer: Trainer, log: Log, saved: Path) -> None:
-    """Takes the held-out loss and writes what is known."""
+    """Measures the held-out loss and writes all facts."""
     trainer.measure()
     trainer.save(saved)
     log.note(curve=trainer.curve, held_out=trainer.held_out, step=trainer.step, seconds=trainer.seconds)
 
 
 def main() -> int:
-    """The process; its exit status."""
+    """The process; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", help="the name of a run")
     parser.add_argument("--work", type=Path, required=True)

@@ -175,7 +175,7 @@ def _plain_rule(arguments: argparse.Namespace) -> Rule:
 
 def _in_words(timing: Timing) -> str:
     what = "forward + backward" if timing.backward else "forward"
-    times = f"full attention {1e3 * timing.dense:.4g} ms, sparse {1e3 * timing.sparse:.4g} ms"
+    times = f"full attention {1e3 * timing.dense:,.1f} ms, sparse {1e3 * timing.sparse:,.1f} ms"
     return f"{timing.tokens:,} tokens, {what}: {times}"
 
 
@@ -194,15 +194,15 @@ class _Shown(NamedTuple):
 
     tokens: str
     direction: str
-    full_attention_ms: float
-    sparse_ms: float
+    full_attention_ms: str
+    sparse_ms: str
     speed_up: float
     density: float
 
 
 def _shown(timing: Timing) -> _Shown:
     direction = "forward + backward" if timing.backward else "forward"
-    times = 1e3 * timing.dense, 1e3 * timing.sparse
+    times = f"{1e3 * timing.dense:,.1f}", f"{1e3 * timing.sparse:,.1f}"
     return _Shown(f"{timing.tokens:,}", direction, *times, timing.dense / timing.sparse, timing.density)
 
 

@@ -23,6 +23,7 @@ class Applied:
     def __init__(self, model: nn.Module, state: ModelState) -> None:
         adapter = find_adapter(model)
         self.state, state.owner = state, self
+        self.recompile_limit: int = dynamo_config.recompile_limit
         layers = adapter.layers(model)
         self.names = [name for name, _ in layers]
         self.processors: list[VMoBAProcessor] = state.processors
@@ -59,7 +60,7 @@ class Applied:
         self.state.enter(forward)
         # Dynamo counts graphs by the code of a layer. Those of further grids and kinds are no recompilations.
         self.state.blocks.update((plan.grid, plan.block) for plan in forward.plans)
-        limit = len(self.state.blocks) * dynamo_config.recompile_limit
+        limit = max(dynamo_config.recompile_limit, len(self.state.blocks) * self.recompile_limit)
         settings = dynamo_config.patch(recompile_limit=limit)
         settings.__enter__()
         self.state.now.settings = settings

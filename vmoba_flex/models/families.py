@@ -1,4 +1,7 @@
-"""What is special in each model family of diffusers: how a layer makes query, key and value, and the grid."""
+"""How a layer of each model family of diffusers makes query, key and value, and where its grid comes from.
+
+B batch, H heads, S tokens, D head dim.
+"""
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -17,7 +20,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Args:
         x: ``(..., channels)``.
         cos: broadcast against x, equal on both channels of a pair.
-        sin: likewise.
+        sin: broadcast against x, equal on both channels of a pair.
     """
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((-odd, even), -1).flatten(-2)
@@ -96,7 +99,7 @@ class CogVideoXProcessor(VMoBAProcessor):
 
 
 class _SuffixProcessor(VMoBAProcessor):
-    """Text behind the video, some of it padding that nobody attends."""
+    """Text after the video, some of it padding, which is never attended."""
 
     joint: ClassVar[bool] = True
 
@@ -107,13 +110,13 @@ class _SuffixProcessor(VMoBAProcessor):
         if text is None or mask is None:
             raise ValueError("encoder_hidden_states and attention_mask must be given with VMoBA applied, got None")
         length = text.shape[1]
-        there = self.text_mask(mask, length)
-        # Text has no positions here: what exists goes first.
-        order = there.sort(stable=True, dim=1, descending=True).indices
+        valid = self.text_mask(mask, length)
+        # Text has no positions here, so valid tokens can go first.
+        order = valid.sort(stable=True, dim=1, descending=True).indices
         query, key, value = self.project(attn, video, _reorder(text, order), rotary)
-        output = self.attend(query, key, value, suffix=length, text_lengths=there.sum(1))
+        output = self.attend(query, key, value, suffix=length, text_lengths=valid.sum(1))
         video, text = output.split([output.shape[1] - length, length], 1)
-        return self.finish(attn, video, _reorder(text, order.argsort(1)), there)
+        return self.finish(attn, video, _reorder(text, order.argsort(1)), valid)
 
     def project(self, attn: Any, video: Tensor, text: Tensor, rotary: Any) -> list[Tensor]:
         """Query, key and value ``(B, H, S, D)``, text by projections of its own."""
@@ -125,10 +128,10 @@ class _SuffixProcessor(VMoBAProcessor):
         return [torch.cat(pair, 2) for pair in zip((query, key, value), added, strict=True)]
 
     def text_mask(self, mask: Tensor, length: int) -> Tensor:
-        """Which text tokens exist, bool ``(B, text tokens)``."""
+        """Which text tokens are valid, bool ``(B, text tokens)``."""
         return mask.bool()
 
-    def finish(self, attn: Any, video: Tensor, text: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, attn: Any, video: Tensor, text: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Projects both streams out."""
         return _project_out(attn, video), attn.to_add_out(text)
 
@@ -154,14 +157,14 @@ class HunyuanVideoProcessor(_SuffixProcessor):
         """The end of the model's mask ``(B, 1, 1, S)``."""
         return mask[:, 0, 0, -length:].bool()
 
-    def finish(self, attn: Any, video: Tensor, text: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, attn: Any, video: Tensor, text: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Single layers have no projections here."""
         out, add_out = getattr(attn, "to_out", None), getattr(attn, "to_add_out", None)
         return video if out is None else _project_out(attn, video), text if add_out is None else add_out(text)
 
 
 class HunyuanVideo15Processor(_SuffixProcessor):
-    """HunyuanVideo-1.5: two streams; the mask is over the text. The stock processor makes tokens x tokens of it."""
+    """HunyuanVideo-1.5: two streams; the mask is over the text. The stock processor makes an S x S mask of it."""
 
     has_dense: ClassVar[bool] = True
 
@@ -173,9 +176,9 @@ class MochiProcessor(_SuffixProcessor):
         """See ``_SuffixProcessor``; ``rotary``: cosines and sines ``(video tokens, H, D / 2)``."""
         return super().project(attn, video, text, [x.transpose(0, 1).repeat_interleave(2, -1) for x in rotary])
 
-    def finish(self, attn: Any, video: Tensor, text: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, attn: Any, video: Tensor, text: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """The last layer projects no text."""
-        text = text * there[..., None]
+        text = text * valid[..., None]
         return _project_out(attn, video), attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
 
 
@@ -196,10 +199,13 @@ def cogvideox_grid(model: Any, arguments: dict[str, Any]) -> Grid:
 
 
 def ltx_grid(model: Any, arguments: dict[str, Any]) -> Grid:
-    """The grid as the caller gives it: the latents come as tokens."""
+    """The grid as the caller gives it, since latents come as tokens."""
     sizes: list[Any] = [arguments.get(name) for name in ("num_frames", "height", "width")]
     if None in sizes:
-        raise ValueError(f"num_frames, height and width must be given with VMoBA applied to LTX, got {sizes}")
+        raise ValueError(
+            f"num_frames, height and width must be given with VMoBA applied to LTX, got {sizes}: LTXPipeline and "
+            "LTXImageToVideoPipeline give them"
+        )
     return int(sizes[0]), int(sizes[1]), int(sizes[2])
 
 

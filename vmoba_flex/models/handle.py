@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from vmoba_flex.checks import check_count, check_positive
 from vmoba_flex.models.adapters import find_adapter, unwrap
 from vmoba_flex.models.processor import VMoBAProcessor
 from vmoba_flex.models.state import ModelState
-from vmoba_flex.models.steps import Step, first_call, step_at
+from vmoba_flex.models.steps import Step, first_call, schedule_of, step_at
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.warmup import check_warmup, warmed
 
@@ -128,12 +128,12 @@ class VMoBAHandle:
 
     def _end_step(self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
         # None after the last step: the scheduler of the next run may count.
-        self._set_step(step_at(pipe, first_call(pipe) + step + 1))
+        self._set_step(step_at(pipe, first_call(pipe) + step + 1), schedule_of(pipe))
         return callback_kwargs
 
-    def _set_step(self, step: Step | Literal["first"] | None) -> None:
+    def _set_step(self, step: Step | Literal["first"] | None, schedule: Tensor | None = None) -> None:
         for state in self.states().values():
-            state.now.step = step
+            state.now.step, state.now.schedule = step, schedule
 
 
 def models_of(pipe_or_model: Any) -> dict[str, nn.Module]:

@@ -7,7 +7,7 @@ if TYPE_CHECKING:  # loaded where a model is context-parallel
 
 
 def ranks_of(parallel_config: Any, joint: bool, name: str) -> "Ranks | None":
-    """The ranks that share a layer's tokens, or None if it has them all.
+    """The ranks that share a layer's tokens, or None if the layer has them all.
 
     Args:
         parallel_config: what ``enable_parallelism`` gives to a processor, or None.
@@ -15,14 +15,14 @@ def ranks_of(parallel_config: Any, joint: bool, name: str) -> "Ranks | None":
         name: of the layer's stock processor.
 
     Raises:
-        ValueError: if VMoBA cannot run so.
+        ValueError: if VMoBA cannot run under it.
     """
     config = getattr(parallel_config, "context_parallel_config", None)
     if config is None:
         return None
     if config.ring_degree > 1:
         raise ValueError(
-            "ring_degree must be 1 with VMoBA applied: ring attention splits the keys that a query chooses from, and "
+            "ring_degree must be 1 with VMoBA applied: ring attention splits the keys that a query chooses from; "
             f"ulysses_degree shares out heads instead, got {config.ring_degree}"
         )
     if joint:

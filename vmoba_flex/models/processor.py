@@ -141,18 +141,18 @@ class VMoBAProcessor:
         partition = BlockPartition(plan.grid, plan.block, prefix=prefix, suffix=suffix)
         if state.recorder is not None:
             state.recorder(self, query, key, partition, text_lengths)
-        dispatch, backend = state.config.dispatch, state.config.backend
+        dispatch, backend, tail = state.config.dispatch, state.config.backend, state.config.tail
         dense_backend = getattr(self.stock, "_attention_backend", None)
         dense_backend = "" if dense_backend is None else dense_backend.value
         if _decides_as_it_runs():
             output = attend_at_step(
-                query, key, value, text_lengths, plan.flag, self.density, partition, plan.rule, dispatch, backend,
+                query, key, value, text_lengths, plan.flag, self.density, partition, plan.rule, tail, dispatch, backend,
                 dense_backend, self.ranks,
             )  # fmt: skip
         elif plan.dense:
             output = attend_everything(query, key, value, text_lengths, partition, dense_backend)
         else:
-            call = Call(partition, plan.rule, text_lengths=text_lengths)
+            call = Call(partition, plan.rule, text_lengths=text_lengths, tail=tail)
             attended = attend(query, key, value, call, dispatch, backend, layout_of(self.ranks, partition))
             output = attended.output
             record_density(self.density, attended.density())

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.config import VMoBAConfig
-from vmoba_flex.models.steps import Step, StepSource, counted_step, first_call, running_pipeline, step_at
+from vmoba_flex.models.steps import Step, StepSource, counted_step, first_call, running_pipeline, schedule_of, step_at
 from vmoba_flex.rules import Rule
 from vmoba_flex.warmup import WarmedThreshold
 
@@ -75,13 +75,15 @@ class ModelNow(_ThreadLocal):
 
     Attributes:
         forward: that is under way.
-        step: that was set by hand; ``"first"`` stands for the first step of the pipeline that runs, where its
-            scheduler does not count.
+        step: that was set by hand or by a callback; ``"first"`` stands for the first step of the pipeline that runs,
+            where its scheduler does not count.
+        schedule: the timesteps of the run whose callback set the step: each run of a scheduler makes its own.
         settings: of the compiler, which hold until the forward's end.
     """
 
     forward: "Forward | None" = None
     step: Step | Literal["first"] | None = None
+    schedule: Tensor | None = None
     settings: AbstractContextManager[Any] | None = None
 
 
@@ -185,11 +187,13 @@ class ModelState:
 
     def known_step(self) -> Step | None:
         """The step that comes next and the number of steps; None where nobody says."""
-        if isinstance(self.now.step, tuple):
+        if isinstance(self.now.step, tuple) and self.now.schedule is None:
             return self.now.step
         pipe = running_pipeline()
         if pipe is None and self.source is not None:
             pipe = self.source.pipe
+        if isinstance(self.now.step, tuple) and self.now.schedule is schedule_of(pipe):
+            return self.now.step
         step = counted_step(pipe)
         return step_at(pipe, first_call(pipe)) if step is None and self.now.step == "first" else step
 

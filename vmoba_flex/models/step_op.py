@@ -1,4 +1,4 @@
-"""Attention as one op that reads as it runs whether the step is dense, so that one graph serves all steps."""
+"""Attention as one op that reads when it runs whether the step is dense, so that one graph serves all steps."""
 
 import functools
 from typing import TYPE_CHECKING, cast
@@ -12,6 +12,7 @@ from vmoba_flex.dispatch.dense import dense_attention
 from vmoba_flex.groups import valid_keys
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
+from vmoba_flex.tail import Tail
 from vmoba_flex.warmup import rule_of_flat
 
 if TYPE_CHECKING:  # loaded where a model is context-parallel
@@ -28,6 +29,7 @@ def attend_at_step(
     density: Tensor,
     partition: BlockPartition,
     rule: Rule,
+    tail: Tail | None,
     dispatch: Dispatch,
     backend: Backend,
     dense_backend: str,
@@ -37,20 +39,22 @@ def attend_at_step(
 
     Args:
         query: ``(B, H, S, D)``.
-        key: likewise.
-        value: likewise.
+        key: ``(B, H, S, D)``.
+        value: ``(B, H, S, D)``.
         text_lengths: as in ``vmoba_attention``.
         dense: bool scalar on the CPU.
         density: float32 scalar; what the call attended is written to it.
         partition: the blocks.
         rule: chooses them.
-        dispatch: as in ``vmoba_attention``, where the step is not dense.
-        backend: likewise.
-        dense_backend: diffusers' name of what a dense step runs on; empty for the fastest that torch brings.
+        tail: as in ``vmoba_attention``, for a step that is not dense.
+        dispatch: as in ``vmoba_attention``, for a step that is not dense.
+        backend: as in ``vmoba_attention``, for the same.
+        dense_backend: diffusers' name of the backend of a dense step; empty for the fastest of torch's.
         ranks: that share the tokens; None for one.
     """
     return _attend_at_step(
-        query, key, value, text_lengths, dense, density, partition.flat, *rule.flat, dispatch, backend, dense_backend,
+        query, key, value, text_lengths, dense, density, partition.flat, *rule.flat,
+        [] if tail is None else tail.flat, dispatch, backend, dense_backend,
         "" if ranks is None else ranks.group, 0 if ranks is None else ranks.rank, 1 if ranks is None else ranks.size,
     )  # fmt: skip
 
@@ -60,7 +64,7 @@ def attend_at_step(
 def _attend_at_step(
     query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None, dense: Tensor, density: Tensor,
     sizes: list[int], words: str, counts: list[int], shares: list[float], now: Tensor | None,
-    dispatch: str, backend: str, dense_backend: str, group: str, rank: int, size: int,
+    cell: list[int], dispatch: str, backend: str, dense_backend: str, group: str, rank: int, size: int,
 ) -> Tensor:  # fmt: skip
     partition, rule = BlockPartition.of_flat(sizes), rule_of_flat(words, counts, shares, now)
     layout = None
@@ -76,7 +80,7 @@ def _attend_at_step(
 
             return by_heads(everything, query, key, value, text_lengths, layout).contiguous()
         return everything(query, key, value, text_lengths).contiguous()
-    call = Call(partition, rule, text_lengths=text_lengths)
+    call = Call(partition, rule, text_lengths=text_lengths, tail=Tail.of_flat(cell))
     attended = attend(query, key, value, call, cast(Dispatch, dispatch), cast(Backend, backend), layout)
     density.copy_(attended.density())
     return attended.output.contiguous()
@@ -115,12 +119,12 @@ def layout_of(ranks: "Ranks | None", partition: BlockPartition) -> "Layout | Non
 def attend_everything(
     query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None, partition: BlockPartition, backend: str
 ) -> Tensor:
-    """Full attention; ``backend``: diffusers' name of one, or empty for the fastest that torch brings."""
-    live = valid_keys(partition, text_lengths)
+    """Full attention by a backend of diffusers, by name, or by the fastest of torch's if the name is empty."""
+    valid = valid_keys(partition, text_lengths)
     if not backend:
-        return dense_attention(query, key, value, None, False, live)
+        return dense_attention(query, key, value, None, False, valid)
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
-    mask = None if live is None else live[:, None, None]
+    mask = None if valid is None else valid[:, None, None]
     tokens_first = (x.transpose(1, 2) for x in (query, key, value))
     return dispatch_attention_fn(*tokens_first, attn_mask=mask, backend=AttentionBackendName(backend)).transpose(1, 2)

@@ -63,16 +63,17 @@ def counted_step(pipe: Any) -> Step | None:
 
 def first_call(pipe: Any) -> int:
     """The entry of the scheduler's timesteps that a run of ``pipe`` starts with."""
-    timesteps = _timesteps(pipe)
+    timesteps = len(schedule_of(pipe))
     return max(0, timesteps - getattr(pipe, "num_timesteps", timesteps))
 
 
 def step_at(pipe: Any, index: int) -> Step | None:
     """The step of an entry of the scheduler's timesteps, of which some schedulers have two a step; None at the end."""
     order = getattr(getattr(pipe, "scheduler", None), "order", 1)
-    timesteps = max(_timesteps(pipe), getattr(pipe, "num_timesteps", 0))
+    timesteps = max(len(schedule_of(pipe)), getattr(pipe, "num_timesteps", 0))
     return (int(index) // order, -(-timesteps // order)) if index < timesteps else None
 
 
-def _timesteps(pipe: Any) -> int:
-    return len(getattr(getattr(pipe, "scheduler", None), "timesteps", ()))
+def schedule_of(pipe: Any) -> Any:
+    """The timesteps of a pipeline's scheduler, a tensor; empty if it has none."""
+    return getattr(getattr(pipe, "scheduler", None), "timesteps", ())
