@@ -104,5 +104,5 @@ def test_flash_takes_padding_but_for_shared_in_float16():
     for dispatch, dtype in (("packed", torch.bfloat16), ("packed", torch.float16), ("shared", torch.bfloat16)):
         assert taken(dispatch, dtype) == "flash"
     assert taken("shared", torch.float16) == "triton"
-    with pytest.raises(ValueError, match=r"kernels for it in torch.float16 where .* and text_lengths is None"):
+    with pytest.raises(ValueError, match=r"FlashAttention-4 in torch.float16 only if .* and text_lengths is None"):
         taken("shared", torch.float16, "flash")

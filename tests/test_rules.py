@@ -27,8 +27,7 @@ def test_budgets_count_pairs():
 @given(rules(12), st.booleans())
 def test_the_flat_form_gives_the_rule_back(rule: Rule, warm: bool):
     if warm and isinstance(rule, Threshold):
-        warm_rule = warmed(rule)
-        warm_rule.warm(0.25)
+        warm_rule = warmed(rule, 0.25)
         back = rule_of_flat(*warm_rule.flat)
         assert isinstance(back, WarmedThreshold)
         assert back.now is warm_rule.now and vars(back) == vars(warm_rule)

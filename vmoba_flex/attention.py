@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # loaded only where ranks share a call
 
 
 class CallOptions(TypedDict, total=False):
-    """Keywords of ``vmoba_attention``, which says what they mean."""
+    """The keywords of ``vmoba_attention``."""
 
     scale: float | None
     enable_gqa: bool
@@ -41,7 +41,7 @@ class CallOptions(TypedDict, total=False):
     text_lengths: Tensor | None
     tail: Tail | None
     group: "RankGroup | ProcessGroup | DeviceMesh | None"
-    # Deprecated: what RankGroup holds.
+    # Deprecated, part of RankGroup:
     shards: "TokenShards | None"
     balance: "HeadBalance | None"
     check_ranks: bool

@@ -1,4 +1,4 @@
-"""What a call of attention says beside query, key and value."""
+"""The arguments of a call other than query, key and value, and the names of its choices."""
 
 import math
 from typing import Literal, NamedTuple, get_args
@@ -21,15 +21,15 @@ MAX_ROW_BYTES = 2_200_000_000
 
 
 class Call(NamedTuple):
-    """What holds for a call whatever dispatch and kernels it takes; see ``vmoba_attention``.
+    """The arguments that are the same for every dispatch and backend; see ``vmoba_attention``.
 
     Attributes:
         partition: the blocks.
-        rule: chooses them.
+        rule: chooses the blocks of each query.
         scale: factor on the scores; ``1 / sqrt(D)`` if None.
         enable_gqa: whether key may have fewer heads.
-        text_lengths: int64 ``(B,)``, how many prefix and suffix tokens of each sample exist; all if None.
-        max_row_bytes: what the rows of the heads worked on together may take.
+        text_lengths: int64 ``(B,)``, the number of valid prefix and suffix tokens of each sample; all if None.
+        max_row_bytes: memory for the rows of the heads that ``"packed"`` works on together.
         tail: how the blocks that a query did not choose take part; None if they do not.
         lse: whether the log-sum-exp is wanted, too.
     """

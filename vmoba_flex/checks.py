@@ -49,7 +49,7 @@ def check_sizes(name: str, value: Any, length: int = 3) -> tuple[int, ...]:
 def check_number(name: str, value: Any, expected: str = "a number") -> float:
     """The value as a plain int or float; raises ``TypeError`` unless it is one.
 
-    A subclass of float, such as NumPy's ``float64``, becomes a float: compiled graphs take no other.
+    A subclass of float, such as NumPy's ``float64``, becomes a float, since compiled graphs take no other.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be {expected}, got {value!r}")

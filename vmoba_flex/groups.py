@@ -1,4 +1,7 @@
-"""A partition's key groups, as ``block_masks`` takes them: its blocks, then prefix and suffix together."""
+"""A partition -> its key groups, as ``block_masks`` takes them: each block, then prefix and suffix as one group.
+
+B batch, H heads, S tokens, N blocks, G groups: N, or N + 1 with prefix or suffix.
+"""
 
 import itertools
 
@@ -18,25 +21,25 @@ def key_groups(selection: Tensor, partition: BlockPartition, queries: Queries | 
 
 
 def with_text(selection: Tensor, partition: BlockPartition, queries: Queries | None = None) -> Tensor:
-    """Extends a selection by prefix and suffix, which attend all and which all attend, as one more group of keys.
+    """Adds prefix and suffix to a selection: as queries that attend everything, and as one more group that all attend.
 
     Args:
         selection: bool ``(B, H, video queries, N)`` in raster order.
         partition: the blocks.
-        queries: which queries there are; None for all.
+        queries: those of the selection; None for all.
 
     Returns:
         bool ``(B, H, queries, G)``.
     """
     if not partition.prefix + partition.suffix:
         return selection
-    before, _, _, behind = queries or Queries.of(partition)
-    # Padded the other way round, so that queries stay contiguous if they are.
-    return F.pad(selection.mT, (before, behind, 0, 1), value=True).mT
+    before, _, _, after = queries or Queries.of(partition)
+    # Pad the transpose, so that queries stay contiguous if they are.
+    return F.pad(selection.mT, (before, after, 0, 1), value=True).mT
 
 
 def valid_keys(partition: BlockPartition, text_lengths: Tensor | None) -> Tensor | None:
-    """Which keys are no padding: bool ``(B, S)`` in raster order, or None if all are there.
+    """Which keys are valid: bool ``(B, S)`` in raster order, or None if all are.
 
     Args:
         partition: the blocks.
@@ -50,7 +53,7 @@ def valid_keys(partition: BlockPartition, text_lengths: Tensor | None) -> Tensor
 
 
 def valid_group_lengths(partition: BlockPartition, text_lengths: Tensor) -> Tensor:
-    """How many keys of each group are there, the first ones: int32 ``(B, G)``.
+    """How many keys of each group are valid, its first ones: int32 ``(B, G)``.
 
     Args:
         partition: the blocks, with prefix or suffix.
@@ -66,8 +69,8 @@ def group_of_key(partition: BlockPartition, device: torch.device) -> Tensor:
 
 
 def block_slots(partition: BlockPartition, device: torch.device, tile_size: int = TILE) -> Slots:
-    """The slots of a partition's tokens: its blocks, then prefix and suffix together, each in whole tiles."""
-    # Slabs of frames, with no text before them, are in block order as they come.
+    """The slots of a partition's tokens: each group in whole tiles."""
+    # Slabs of frames without a prefix have the same raster and block order.
     in_order = partition.block[1:] == partition.grid[1:] and not partition.prefix
     return plan_slots(group_of_key(partition, device), group_sizes(partition), tile_size, sorted_keys=in_order)
 

@@ -23,9 +23,9 @@ def check_query_key(
         query: ``(B, H, S, D)``.
         key: ``(B, key heads, S, D)``.
         partition: the blocks.
-        rule: chooses them.
-        tokens: how many lie here, where the call is shared out over ranks; None for all of the partition's.
-        ranks: over how many.
+        rule: chooses blocks.
+        tokens: how many this rank holds, where ranks share the call; None for all tokens of the partition.
+        ranks: how many share the call.
     """
     if not isinstance(partition, BlockPartition):
         raise TypeError(f"partition must be a BlockPartition, got {type(partition).__name__}")
@@ -96,7 +96,7 @@ def check_tail(tail: Any, partition: BlockPartition) -> None:
 
 
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Casts float tensors as autocast would for attention, so that every path sees the same ones."""
+    """The tensors, cast as autocast casts them for attention, so that every dispatch sees the same ones."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not torch.is_autocast_enabled(device):
         return tensors

@@ -1,4 +1,4 @@
-"""A VMoBA selection as a BlockMask."""
+"""Query, key, a partition and a rule -> a BlockMask for FlexAttention."""
 
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -90,9 +90,9 @@ def selection_mask(
     text_lengths: Tensor | None = None,
 ) -> BlockMask:
     """Turns a selection ``(B, H, video tokens, N)`` in raster order into a mask for tokens in ``token_order``."""
-    # Block order leaves prefix and suffix where they are, and all video keys are there.
-    live = valid_keys(partition, text_lengths)
-    return group_mask(*_ordered_groups(selection, partition, token_order), tile_size=tile_size, key_valid=live)
+    # The same in both orders: prefix and suffix do not move, and all video keys are valid.
+    valid = valid_keys(partition, text_lengths)
+    return group_mask(*_ordered_groups(selection, partition, token_order), tile_size=tile_size, key_valid=valid)
 
 
 def selection_tiles(

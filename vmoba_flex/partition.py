@@ -1,4 +1,4 @@
-"""Cuts the latent video grid into key blocks and sorts tokens by block."""
+"""A latent video grid and a block shape -> block ids and token orders."""
 
 import dataclasses
 import math
@@ -13,17 +13,17 @@ from vmoba_flex.checks import check_count, check_sizes
 
 @dataclasses.dataclass(frozen=True)
 class BlockPartition:
-    """A latent video grid cut into key blocks (arXiv 2506.23858, Sec. 3).
+    """A latent video grid, divided into key blocks (arXiv 2506.23858, Sec. 3).
 
     Block ``(t // bt, y // bh, x // bw)`` holds token ``(t, y, x)``; block ids count these cells in raster order. Cells
     at the far edges are smaller where the block shape does not divide the grid. ``temporal``, ``spatial`` and
-    ``spatiotemporal`` are names for the paper's 1D, 2D and 3D partitions, which are one function of the block shape.
+    ``spatiotemporal`` make the paper's 1D, 2D and 3D partitions.
 
     Attributes:
         grid: latent video size ``(frames, height, width)`` in tokens; tokens are row-major, frames outermost.
         block: block shape ``(bt, bh, bw)`` in tokens.
         prefix: tokens before the video's (text in joint attention): they attend all, and all attend them.
-        suffix: tokens behind the video's, likewise.
+        suffix: tokens after the video's: the same holds for them.
 
     Raises:
         TypeError: if a size is not an int.
@@ -113,7 +113,7 @@ class BlockPartition:
 
     def block_sizes(self, device: torch.device | str | None = None) -> Tensor:
         """Video tokens in each block, int64 ``(N,)``."""
-        # Of a bare arange Inductor makes a minimum of index expressions, which torch 2.11 may fail to compile.
+        # Without realize, Inductor turns this into a minimum of index expressions, which torch 2.11 may not compile.
         t, y, x = (
             torch.clamp(g - realize(torch.arange(c, device=device)) * b, max=b)
             for g, b, c in zip(self.grid, self.block, self.cells, strict=True)
@@ -148,9 +148,9 @@ class BlockPartition:
                 f"{self.suffix} = {self.num_tokens} tokens in dim {dim}, got {x.shape[dim]} (shape {tuple(x.shape)})"
             )
 
-    # The two permutations in closed form: no sort, and nothing to cache per device. Inductor's symbolic index algebra
-    # fails on quotients of quotients, and on a CPU its loops over a quotient of arange end too early (torch 2.13), so
-    # it is given plain numbers to compute with, and finished indices to read.
+    # The two permutations in closed form need no sort and no cache per device. realize() keeps index arithmetic away
+    # from Inductor, whose index algebra fails on quotients of quotients, and whose CPU loops over a quotient of arange
+    # end too early (torch 2.13).
 
     def _block_position(self, device: torch.device) -> Tensor:
         """Position in block order of each token in raster order."""
@@ -166,7 +166,7 @@ class BlockPartition:
         """Raster index of each token in block order."""
         (frames, height, width), (bt, bh, bw) = self.grid, self.block
         token = realize(torch.arange(self.num_tokens, device=device) - self.prefix)
-        # Peel off whole slabs, then whole rows of blocks within the slab, then whole blocks within that row.
+        # Remove whole slabs, then whole rows of blocks in the slab, then whole blocks in that row.
         first_t = token // (bt * height * width) * bt
         rest, nt = token - first_t * height * width, (frames - first_t).clamp(min=1, max=bt)
         first_y = rest // (nt * bh * width) * bh

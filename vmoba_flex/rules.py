@@ -1,4 +1,4 @@
-"""The two rules that decide how many blocks a query attends, and the pools that blocks compete in."""
+"""The two rules: how many (query, block) pairs each pool keeps."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ FlatRule = tuple[str, list[int], list[float], Tensor | None]
 class TopK:
     """Keeps a fixed number of (query, block) pairs per pool, best first (arXiv 2506.23858, Sec. 3).
 
-    A pool with R queries keeps ``k * R`` pairs. Own blocks rank first and count. Ties go to the lower block id, then
+    A pool with R queries keeps ``k * R`` pairs. Own blocks count, and rank first. Ties go to the lower block id, then
     the lower query index, then the lower head.
 
     Attributes:
@@ -96,20 +96,19 @@ class TopK:
 class Threshold:
     """Keeps the best pairs of a pool until they hold a share of its weight (arXiv 2506.23858, Sec. 3).
 
-    Each pair has a weight, of which ``normalize`` says what it is. Own blocks are in; of the others, best first, the
-    fewest that bring the share of the pool's summed weights (and 1e-6) to ``tau``. Ties as in ``TopK``. A pool with a
-    NaN or infinite score keeps everything.
+    Own blocks are kept. The others follow, best first, until the kept weight reaches ``tau`` times the pool's total
+    (plus 1e-6). ``normalize`` says what a pair weighs. Ties go as in ``TopK``. A pool with a NaN or infinite score
+    keeps everything.
 
-    With ``"minmax"``, the paper's, weights are the gate's scores, scaled to [0, 1] by the pool's minimum and maximum.
-    Most pairs then weigh about a half, and tau is nearly a fixed quantile, whatever attention looks like: random scores
-    give a density of 0.19 at 0.25.
+    ``"minmax"``, the paper's: the weights are the gate's scores, scaled to [0, 1] by the pool's minimum and maximum.
+    Most pairs then weigh about a half, so that tau is nearly a fixed quantile for any attention: random scores give a
+    density of 0.19 at tau 0.25.
 
-    With ``"softmax"`` they are estimated attention masses: block n of ``size_n`` tokens has, of a query's,
-    ``size_n exp(g_n / sqrt(D)) / sum_m size_m exp(g_m / sqrt(D))``, where ``g`` is the gate, the query times the mean
-    key. Taken in float32 (float64 for float64 inputs), they are ranked and added up as they are. A query's sum to 1,
-    and so tau is a share of the pool's attention: peaked heads keep few pairs, flat ones many. Pairs are ranked by
-    mass, hence in pools of many queries those of sure queries come first. Prefix, suffix and the ``scale`` of a call
-    play no part.
+    ``"softmax"``: the weights are estimated attention masses, in float32 (float64 for float64 inputs). The mass of a
+    query on block n, which has ``size_n`` tokens and the gate's score ``g_n``, is
+    ``size_n exp(g_n / sqrt(D)) / sum_m size_m exp(g_m / sqrt(D))``. The masses of a query sum to 1, so that tau is a
+    share of the pool's attention: peaked heads keep few pairs, flat heads many. In pools of many queries, peaked
+    queries rank first. Prefix, suffix and the ``scale`` of a call have no effect.
 
     Attributes:
         tau: share of the pool's summed weights to reach, in (0, 1].
@@ -117,7 +116,7 @@ class Threshold:
             (all pairs of one head: the paper's training setting, with tau 0.25) or ``"global"`` (all pairs of one
             sample).
         max_density: caps the pairs per pool at this share of them, in (0, 1], rounded half up, best first. Own blocks
-            count, and stay in even where they alone exceed the cap.
+            count, and are kept even if they exceed the cap.
         normalize: ``"minmax"`` or ``"softmax"``.
 
     Raises:

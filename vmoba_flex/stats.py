@@ -1,4 +1,4 @@
-"""What a call attended."""
+"""A call's selection -> its statistics: densities, pairs and tiles of each sample and head."""
 
 import dataclasses
 from typing import NamedTuple
@@ -22,11 +22,11 @@ class AttentionStats(NamedTuple):
     Attributes:
         density: float32, ``pairs / (video tokens * N)``.
         tile_density: float32, the share of 128 x 128 tiles, in block order, with at least one attended pair: what the
-            dispatch ``"tiles"`` runs. For ``"shared"``, the share of its own tiles that it runs: there each block, and
-            prefix and suffix together, take whole tiles.
+            dispatch ``"tiles"`` runs. For ``"shared"``, the share of its own tiles that it runs, where each block, and
+            prefix and suffix together, fill whole tiles.
         pairs: int64, chosen (query, block) pairs; for ``"shared"``, a tile's choices count once for each of its tokens.
-        cut: int64, pairs that ``Threshold``'s ``max_density`` cut off: what the same threshold would have chosen
-            without it, less ``pairs``. 0 for rules without it, and for ``"shared"``, where it is not counted.
+        cut: int64, pairs that ``max_density`` left out: those that the same threshold chooses without it, minus
+            ``pairs``. 0 for rules without ``max_density``, and for ``"shared"``, where it is not counted.
     """
 
     density: Tensor
@@ -36,7 +36,7 @@ class AttentionStats(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """A call's output, and what its stats are made from.
+    """A call's output, and all that its stats are made from.
 
     Attributes:
         output: ``(B, H, S, value dim)``.
@@ -44,10 +44,10 @@ class Attended(NamedTuple):
         key: as given.
         call: what they attend.
         lse: ``(B, H, S)``, the natural log-sum-exp, where the call wants it.
-        selection: bool ``(B, H, video tokens, N)``, where each query chose for itself.
+        selection: bool ``(B, H, video queries, N)``, where each query chose for itself.
         tile_choice: bool ``(B, H, tiles, G)`` and the slots of the tiles, where the queries of a tile chose together.
             With neither, the call attended everything.
-        part: the heads, or the queries, of the call that lie here; None for all.
+        part: the part of the call on this rank; None for all.
     """
 
     output: Tensor
@@ -60,13 +60,13 @@ class Attended(NamedTuple):
     part: Part | None = None
 
     def stats(self) -> AttentionStats:
-        """The call's stats, of all heads; where it is shared out, all ranks of the group call this."""
+        """The stats of all heads. All ranks that share the call must call this."""
         partition = self.call.partition
-        live = valid_keys(partition, self.call.text_lengths)
+        valid = valid_keys(partition, self.call.text_lengths)
         if self.selection is not None:
-            stats = selection_stats(self.selection, self.query, self.key, partition, self.call.rule, live, self.part)
+            stats = selection_stats(self.selection, self.query, self.key, partition, self.call.rule, valid, self.part)
         elif self.tile_choice is not None:
-            stats = shared_stats(*self.tile_choice, partition, live)
+            stats = shared_stats(*self.tile_choice, partition, valid)
         else:
             stats = dense_stats(self.query, partition)
         if self.part is None or self.part.dim != 1:
@@ -74,11 +74,11 @@ class Attended(NamedTuple):
         return AttentionStats(*(gather_part(x, self.part) for x in stats))
 
     def density(self) -> Tensor:
-        """The mean density over samples and the heads and queries here, a float32 scalar on the inputs' device."""
+        """The mean density over samples, and heads and queries of this rank: a float32 scalar on the inputs' device."""
         return self.head_density().mean()
 
     def head_density(self) -> Tensor:
-        """The mean density over samples of each head here, float32 ``(H,)``."""
+        """The mean density over samples of each head of this rank, float32 ``(H,)``."""
         if self.selection is not None:
             return self.selection.mean((0, 2, 3), dtype=torch.float32)
         if self.tile_choice is None:
@@ -88,7 +88,7 @@ class Attended(NamedTuple):
 
 
 def gather_part(x: Tensor, part: Part) -> Tensor:
-    """All of a tensor of which a part lies here, shared out along ``part.dim``; all ranks call this."""
+    """The whole of a tensor that is split over ranks along ``part.dim``; all ranks call this."""
     from vmoba_flex.collectives import all_reduce
 
     shape = [part.size if dim == part.dim else size for dim, size in enumerate(x.shape)]

@@ -16,9 +16,9 @@ from bench.attention.peers import flex
 from bench.attention.shapes import Case, Sizes
 from block_masks import to_slots
 from vmoba_flex import BlockPartition, reference, vmoba_selection
-from vmoba_flex.dispatch.shared import choose_tiles
 from vmoba_flex.groups import block_slots
 from vmoba_flex.rules import Rule
+from vmoba_flex.selection.tiles import choose_tiles
 
 # Dense FlexAttention rounds its weights and its output to 16 bits; packed rows round their outputs once more before
 # the merge: sqrt(3 / 2) = 1.22. In float32 the order of the sums decides, and errors vary.

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from block_masks import to_slots
 from vmoba_flex import BlockPartition, TopK, vmoba_selection
-from vmoba_flex.dispatch.shared import choose_tiles
 from vmoba_flex.groups import block_slots
+from vmoba_flex.selection.tiles import choose_tiles
 
 SKIPPED, WASTED, WANTED = 0.0, 0.3, 0.8  # lightness, 1 being black
 

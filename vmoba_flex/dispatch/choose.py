@@ -1,4 +1,4 @@
-"""Which way a call takes, from what is known without reading the device."""
+"""Shapes, dtypes and devices -> the dispatch and the backend of a call, without reading the device."""
 
 from typing import Literal
 
@@ -12,16 +12,12 @@ from vmoba_flex.groups import group_sizes
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK
 
-# Times on one H200 or H100 that "auto" goes by (bench/NOTES.md). The fastest dense peer runs at _DENSE_RATE, and its
-# forward + backward takes _BACKWARD times as long. "packed" takes the share of that which _SHARE gives (a constant, and
-# a factor on the density), but at least the seconds of _LAUNCHES, in which the host launches it: forward, forward +
-# backward. FlashAttention-4 takes the host up to twice as long to launch as our own kernels, and gains no time until
-# the dense peer would take the seconds of _FLASH_FROM.
-_DENSE_RATE = 6.5e14
-_BACKWARD = 3.5
-_SHARE = (0.12, 1.3)
-_LAUNCHES = (3.5e-3, 8e-3)
-_FLASH_FROM = (10e-3, 18e-3)
+# What "auto" decides by, measured on an H200 or H100 (bench/NOTES.md). Pairs: forward, and forward + backward.
+_DENSE_RATE = 6.5e14  # operations per second of the fastest dense peer
+_BACKWARD = 3.5  # its forward + backward takes so many times its forward
+_SHARE = (0.12, 1.3)  # "packed" takes this constant plus this factor times the density, as a share of the dense time
+_LAUNCHES = (3.5e-3, 8e-3)  # but at least these seconds, in which the host launches it
+_FLASH_FROM = (10e-3, 18e-3)  # dense seconds from which FlashAttention-4 gains more than its launches cost
 
 
 def choose_dispatch(
@@ -35,7 +31,7 @@ def choose_dispatch(
         value: ``(B, key heads, S, value dim)``.
         partition: the blocks.
         rule: ``TopK`` or ``Threshold``.
-        ranks: that share the call. All come to the same choice, whatever part of the tokens they hold.
+        ranks: how many share the call. All make the same choice.
 
     Returns:
         ``"tiles"``, ``"packed"`` or ``"dense"``.
@@ -50,7 +46,7 @@ def choose_dispatch(
 
 
 def _dense_seconds(query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition) -> tuple[float, bool]:
-    """What the fastest dense peer takes for all tokens and these heads, and whether with backward."""
+    """Seconds of the fastest dense peer for all tokens and these heads, and whether they include backward."""
     backward = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     return dense_seconds(query.shape[0] * query.shape[1], partition.num_tokens, query.shape[-1], backward), backward
 
@@ -87,7 +83,7 @@ def choose_backend(
     partition: BlockPartition,
     padded: bool = False,
 ) -> ChosenBackend:
-    """The kernels that a dispatch runs on: ``"eager"``, ``"triton"`` or ``"flash"``; ``padded``: with text lengths.
+    """The backend that a dispatch runs on; ``padded``: whether the call has text lengths.
 
     Raises:
         ValueError: if ``backend`` cannot run here.
@@ -119,14 +115,14 @@ def _flash_refusal(
     backward: bool,
 ) -> str | None:
     if dispatch not in ("packed", "shared"):
-        return f"dispatch={dispatch!r} has no kernels for it"
+        return f"dispatch={dispatch!r} does not run on FlashAttention-4"
     if dispatch == "shared":
         if key.shape[1] != query.shape[1]:
-            return "dispatch='shared' has no kernels for it with fewer key heads"
+            return "dispatch='shared' does not run on FlashAttention-4 with fewer key heads"
         if query.dtype != torch.bfloat16 and (padded or any(size % TILE for size in group_sizes(partition))):
             return (
-                f"dispatch='shared' has kernels for it in {query.dtype} where each block, and all text, is a multiple "
-                f"of {TILE} tokens, and text_lengths is None"
+                f"dispatch='shared' runs on FlashAttention-4 in {query.dtype} only if each block, and prefix and "
+                f"suffix together, is a multiple of {TILE} tokens, and text_lengths is None"
             )
     of_slots = dispatch == "shared"
     return _flash_cannot_run(

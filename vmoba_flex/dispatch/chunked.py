@@ -33,7 +33,7 @@ def chunked_attention(
         selected: bool ``(B, H, S, G)``.
         key_group: int64 ``(S,)``.
         scale: ``1 / sqrt(D)`` if None.
-        key_valid: bool ``(B, S)``: False at keys that nobody attends; all True if None.
+        key_valid: bool ``(B, S)``: False at padding, which nobody attends; None without padding.
         lse: whether the log-sum-exp is wanted.
 
     Returns:

@@ -1,4 +1,4 @@
-"""One compiled FlexAttention for all calls that do not come from a compiled caller."""
+"""FlexAttention, compiled once for all callers that are not compiled themselves."""
 
 import functools
 from collections.abc import Callable
@@ -19,8 +19,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) 
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    # A function of our own: torch counts kernels per function, and once others have used up those of flex_attention
-    # itself, it runs eagerly for all, without an error. With fullgraph, our own running out is an error.
+    # A function of our own, since torch counts kernels for each function: once other callers have used up those of
+    # flex_attention, it runs eagerly for everyone, silently. With fullgraph, running out is an error.
     return torch.compile(_attend, fullgraph=True, dynamic=False)
 
 
@@ -45,7 +45,7 @@ def compiled_flex_attention(
     enable_gqa: bool = False,
     lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """``flex_attention``, compiled: as part of the caller's graph if there is one, and by itself otherwise.
+    """``flex_attention``, compiled as part of the caller's graph, or by itself.
 
     Returns:
         The output, and its natural log-sum-exp if ``lse``.

@@ -1,4 +1,4 @@
-"""One call on one device, from inputs that have been checked."""
+"""Checked inputs and a chosen dispatch -> what one device attends."""
 
 import functools
 
@@ -33,7 +33,7 @@ def attend_here(
         call: what they attend.
         dispatch: any but ``"auto"``.
         backend: what ``choose_backend`` returns.
-        part: the heads, or the queries, of the call that lie here; None for all.
+        part: the part of the call on this rank; None for all.
     """
     attended = functools.partial(Attended, query=query, key=key, call=call, part=part)
     if dispatch == "dense":

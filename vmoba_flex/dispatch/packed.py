@@ -1,4 +1,4 @@
-"""Attention over packed rows: the cost of a selection is its density, whatever neighbouring queries choose."""
+"""A selection -> attention with a row for each pair: the cost is the density, even if neighbouring queries disagree."""
 
 import torch
 from torch import Tensor
@@ -29,10 +29,10 @@ def packed_attention(
         key: ``(B, key heads, S, D)``.
         value: ``(B, key heads, S, value dim)``.
         selection: bool ``(B, H, video queries, N)``, made by the call's rule.
-        call: what they attend. Its rule bounds the rows; a ``Threshold`` without ``max_density`` does not, and then one
-            number is read from the device. At least one head is worked on at a time.
+        call: what they attend. Its rule bounds the rows; for a ``Threshold`` without ``max_density``, which does not,
+            one number is read from the device. At least one head is worked on at a time.
         backend: ``"eager"``, ``"triton"`` or ``"flash"``.
-        part: the part of the call that lies here; None for all.
+        part: the part of the call on this rank; None for all.
 
     Returns:
         The output ``(B, H, queries, value dim)`` and the log-sum-exp ``(B, H, queries)``.
@@ -91,5 +91,5 @@ def max_row_tiles(
     groups = blocks
     if partition.prefix + partition.suffix:
         groups += 1
-        pairs += heads * (queries.video + (queries.before + queries.behind) * groups)
+        pairs += heads * (queries.video + (queries.before + queries.after) * groups)
     return (pairs + heads * groups * (TILE - 1)) // TILE

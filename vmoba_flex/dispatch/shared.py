@@ -1,14 +1,14 @@
 """Attention in which the queries of a tile share one choice of blocks: an approximation of per-token VMoBA.
 
-FlexAttention runs or skips whole tiles. Where all queries of a tile attend the same blocks, each tile that runs was
-chosen as a whole: the cost is the density, with no row per pair as in ``packed``. Blocks are padded to whole tiles, so
-that tiles are full; blocks much smaller than a tile would mostly hold padding.
+FlexAttention runs or skips whole tiles. If all queries of a tile attend the same blocks, no tile runs in part: the cost
+is the density, without the rows of ``packed``. Blocks are padded to whole tiles, so that tiles are full; blocks much
+smaller than a tile are mostly padding.
 
-Definition. Each block's tokens, in raster order, are cut into *query tiles* of 128; the last one of a block may be
-shorter. A query tile is one query: its vector is the mean of its tokens' queries, taken in float32 (float64 for float64
-inputs), and its own block the one that it lies in. The rule chooses blocks for these queries as it does for tokens:
-their number takes the place of the video tokens' in every pool, and a short tile counts as much as a full one. All
-queries of a tile attend the blocks chosen for it, and prefix and suffix; prefix and suffix queries attend everything.
+Definition. Each block's tokens, in raster order, are split into *query tiles* of 128; the last one of a block may be
+shorter. A query tile chooses as one query. Its vector is the mean of its tokens' queries, in float32 (float64 for
+float64 inputs), and its own block is the one that holds it. In every pool, query tiles take the place of video tokens,
+and a short tile counts as much as a full one. All queries of a tile attend the blocks chosen for it, and prefix and
+suffix; prefix and suffix queries attend everything.
 """
 
 from typing import NamedTuple
@@ -62,7 +62,7 @@ def shared_attention(
         backend: ``"flash"`` for FlashAttention-4, where key has query's heads; anything else for FlexAttention's own
             kernels.
         tile_size: tokens in a query tile. Compiled kernels on Hopper GPUs need a multiple of 128.
-        part: the heads of the call that lie here; None for all.
+        part: the heads of the call on this rank; None for all.
     """
     partition, scale, text_lengths = call.partition, call.scale, call.text_lengths
     slots = block_slots(partition, query.device, tile_size)
@@ -83,7 +83,7 @@ def shared_attention(
         group_lengths = valid_group_lengths(partition, text_lengths)
         valid = slots.valid(group_lengths)
     q, k, v = query_slots, to_slots(key, slots, valid), to_slots(value, slots, valid)
-    if not query.is_cuda:  # FlexAttention's kernel for CPUs reads no views of what an op made.
+    if not query.is_cuda:  # FlexAttention's CPU kernel cannot read views of an op's result
         q, k, v = map(realize, (q, k, v))
     if backend == "flash":
         output, lse = attend_slots(q, k, v, selected, slots, scale_of(scale, query), group_lengths, coarse)

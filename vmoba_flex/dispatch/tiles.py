@@ -1,4 +1,4 @@
-"""Attention that skips the tiles that no query of theirs wants."""
+"""A selection -> FlexAttention that skips each tile that none of its queries wants."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def tiles_attention(
     call: Call,
     queries: Queries | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``flex_attention`` in block order, where neighbours agree most; where it has no kernel, a slower exact path.
+    """``flex_attention`` in block order, in which neighbours agree most; without a kernel for it, a slower exact path.
 
     Args:
         query: ``(B, H, S, D)`` in raster order.
@@ -28,7 +28,7 @@ def tiles_attention(
         value: ``(B, key heads, S, value dim)``.
         selection: bool ``(B, H, video queries, N)``.
         call: what they attend.
-        queries: which queries there are, where not all are.
+        queries: those of ``query``; None for all.
 
     Returns:
         ``(B, H, queries, value dim)`` in raster order, and the log-sum-exp ``(B, H, queries)`` if the call wants it.

@@ -72,14 +72,14 @@ class TokenShards:
 def queries_of(spans: tuple[Span, ...], partition: BlockPartition) -> Queries:
     """The queries of a rank that holds these spans."""
     start, end = partition.prefix, partition.prefix + partition.num_video_tokens
-    before, first, video, behind = 0, 0, 0, 0
+    before, first, video, after = 0, 0, 0, 0
     for token, count in spans:
         before += max(0, min(token + count, start) - token)
-        behind += max(0, token + count - max(token, end))
+        after += max(0, token + count - max(token, end))
         inside = min(token + count, end) - max(token, start)
         if inside > 0:
             first, video = max(token, start) - start, inside
-    return Queries(before, first, video, behind)
+    return Queries(before, first, video, after)
 
 
 def lengths(spans: tuple[Span, ...]) -> list[int]:

@@ -1,11 +1,12 @@
-"""Which blocks each query attends.
+"""Query, key and a rule -> which blocks each query attends.
 
     gate.py            query, key -> scores (B, H, S, N)
     mass.py            scores -> estimated attention masses
     weights.py         scores -> a threshold's integer weights
     select.py          scores, rule -> selection (B, H, S, N) bool
-    across_ranks.py    the same where a pool lies on several ranks
+    across_ranks.py    scores, targets -> selection, for pools that span ranks
 
-``*_kernels.py`` are the same in Triton: ``pair_kernels`` what the others share, ``short_pool_kernels`` pools of one
-query, ``long_pool_kernels`` all others, by ``bracket_kernels`` and ``digit_kernels``.
+``*_kernels.py`` do the same in Triton: ``gate_kernels`` the gate, ``short_pool_kernels`` the selection in pools of one
+query, ``long_pool_kernels`` in all others, by ``bracket_kernels`` and ``digit_kernels``. ``pair_kernels`` holds what
+these share.
 """

@@ -1,9 +1,9 @@
-"""The best pairs of pools whose entries lie on several ranks; no score leaves its rank.
+"""Scores of pools that span ranks -> the best pairs of each pool; no score leaves its rank.
 
-Entries are ranked by their score, and ties by their place in the pool, so that no two are equal. The last entry to be
-taken is found digit by digit: ranks add up how many pairs, and how much weight, have each value of a digit among the
-entries that agree with it so far. These sums are integers: the choice is the one that a single process makes, to the
-bit. Nothing is read back to the host.
+Entries rank by score, and equal scores by their place in the pool, so that no two entries tie. The last entry to take,
+the cutoff, is found digit by digit: ranks add up the number and the weight of the entries that have each value of a
+digit, among those that agree with the cutoff in the digits before. These sums are integers, so the choice is that of a
+single process, to the bit. Nothing is read back to the host.
 """
 
 import torch
@@ -24,14 +24,14 @@ def take_across(
     targets: Targets,
     group: str,
 ) -> Tensor:
-    """Own pairs and the best others, per pool: the shortest prefix of the whole pool that reaches every target.
+    """Own pairs and the best others of each whole pool, up to the first target that is reached.
 
-    All ranks of the group call this with as many pools.
+    All ranks of the group call this, with the same number of pools.
 
     Args:
-        scores: floating ``(pools, entries)``, those of each pool that lie here; there may be none.
+        scores: floating ``(pools, entries)``: the entries of each pool on this rank, possibly none.
         own: bool ``(own pools, entries)``; pool p has row ``p % own pools``.
-        place: int64 ``(entries,)``: where an entry stands in its pool, in the order that breaks ties.
+        place: int64 ``(entries,)``: the index of each entry in its pool, in the order that breaks ties.
         length: entries of a whole pool.
         targets: what to keep of a whole pool.
         group: name of the process group.
@@ -45,17 +45,17 @@ def take_across(
     key, bits = _ordered(scores)
     descent.follow(key, bits)
     width = (length - 1).bit_length()
-    descent.follow((2**width - 1 - place).expand_as(key), width)  # the earlier, the better
+    descent.follow((2**width - 1 - place).expand_as(key), width)  # the earlier ranks higher
     return own | descent.above | descent.level
 
 
 class _Descent:
-    """The way down the digits of the last entry that is taken, in all pools at once.
+    """The digits of the cutoff, found from the top, in all pools at once.
 
     Attributes:
-        above: bool ``(pools, entries)``: ranked above that entry, as far as its digits are known.
-        level: bool likewise: entries that agree with it in all digits so far.
-        reached: int64 ``(pools, targets)``: what the entries above come to, over all ranks.
+        above: bool ``(pools, entries)``: entries above the cutoff in the digits so far.
+        level: bool ``(pools, entries)``: entries that agree with the cutoff in all digits so far.
+        reached: int64 ``(pools, targets)``: what the entries above sum to, over all ranks.
     """
 
     def __init__(self, others: Tensor, weights: list[Tensor | None], caps: Tensor, group: str) -> None:
@@ -64,14 +64,14 @@ class _Descent:
         self.reached = torch.zeros_like(caps)
 
     def follow(self, key: Tensor, bits: int) -> None:
-        """Finds ``bits`` more bits, from the top; ``key``: int64 ``(pools, entries)``, the higher the better."""
+        """Finds ``bits`` more bits of the cutoff; ``key``: int64 ``(pools, entries)``, the higher the better."""
         for shift in reversed(range(0, bits, _BITS)):
             digit = (key >> shift) & (_DIGITS - 1)
             sums = torch.stack([self._histogram(digit, weight) for weight in self.weights], 1)
             sums = all_reduce(sums, "sum", self.group)
             higher = sums.flip(-1).cumsum(-1).flip(-1) - sums + self.reached[..., None]
-            # An entry is taken if all that rank before it fall short of every target. That holds from the top down to
-            # the digit of the last one, and for no digit where nothing is to be taken.
+            # An entry is taken if the entries above it fall short of every target. This holds from the top down to the
+            # digit of the cutoff, and for no digit if nothing is to be taken.
             holds = (higher < self.caps[..., None]).all(1)
             last = _DIGITS - holds.sum(-1, keepdim=True)
             at = last.clamp(max=_DIGITS - 1)
@@ -85,14 +85,14 @@ class _Descent:
 
 
 def _caps(scores: Tensor, own: Tensor, length: int, targets: Targets, group: str) -> tuple[list[Tensor | None], Tensor]:
-    """What each target counts, None for pairs, and how much of it the non-own pairs have to reach ``(pools, n)``."""
+    """For each target its weights, None for 1 each, and the sum that non-own pairs must reach ``(pools, targets)``."""
     max_pairs, tau, stretch = targets
     weights: list[Tensor | None] = []
     caps = []
     finite, parts = None, [own.sum(-1)]
     weight = None
     if tau is not None:
-        # A NaN would not survive every backend's maximum. An infinity does, and means the same here.
+        # Not every backend's maximum keeps a NaN. All keep an infinity, which has the same effect here.
         ends = torch.full((2, len(scores)), -torch.inf, dtype=scores.dtype, device=scores.device)
         if scores.shape[1]:
             least, most = scores.aminmax(dim=-1)

@@ -1,6 +1,6 @@
-"""Triton kernels that bracket the cutoff of a long pool and list the pairs in question, for ``long_pool_kernels``.
+"""Scores of long pools -> brackets around each pool's cutoff, and lists of the pairs inside, for ``long_pool_kernels``.
 
-They share an int64 record per pool, ``state``, in which each leaves what the next ones need.
+The kernels share an int64 record per pool, ``state``: each writes what the next ones read.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -10,16 +10,16 @@ import triton.language as tl
 from block_masks.launching.launch import QuickLaunch
 from vmoba_flex.selection.pair_kernels import LARGEST, key_of, rest_of, scale_of, score_of, weight_of
 
-# What the kernels tell each other about a pool, int64, zero at first. Keys are counted from -2**31 here, and the
-# smallest is kept as the most that any lacks to 2**32 - 1.
+# The fields of a pool's state, int64, zero at first. Keys count from -2**31 here, and the smallest key is kept as the
+# largest difference of any key to 2**32 - 1.
 KEY_MAX, KEY_LACK, TOTAL, OWN_WEIGHT, OWN_COUNT, ABOVE_WEIGHT, ABOVE_COUNT, LISTED, FROM, TO = (
     tl.constexpr(i) for i in range(10)
 )
 PAIRS, REST, OUTCOME, DIGITS = (tl.constexpr(i) for i in range(10, 14))
-# One record per digit from DIGITS on: the lowest rank that the cutoff can have, the bits of rank still open, and what
-# is left of the two targets.
+# From DIGITS on one record per digit: the lowest rank that the cutoff can have, the bits of its rank still unknown, and
+# what is left of the two targets.
 RECORD = tl.constexpr(4)
-# Bins of masses: by exponent and two bits of mantissa, as many as there are bins up to that of 1.
+# Bins of masses: by exponent and two bits of mantissa, the last ones up to the bin of 1.
 _BIN_SHIFT = tl.constexpr(21)
 _ONE_BIN = tl.constexpr(0x3F800000 >> 21)
 OPEN, EVERYTHING, NOTHING = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -56,7 +56,7 @@ def pool_scale(here, one_bits, STRETCH: tl.constexpr):
 
 @triton.jit
 def _bin_key(slot, BIN_BITS: tl.constexpr):
-    """The smallest key in a bin of masses; the first bin has smaller ones, too."""
+    """The smallest key in a bin of masses; the first bin also has smaller ones."""
     return (slot + (_ONE_BIN + 1 - (1 << BIN_BITS))) << _BIN_SHIFT
 
 
@@ -106,7 +106,7 @@ def bracket_kernel(
     state, counts, fields, max_pairs, tau_bits, one_bits,
     HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr, STRETCH: tl.constexpr, BIN_BITS: tl.constexpr,
 ):  # fmt: skip
-    """The targets of a pool's non-own pairs, what is known of the cutoff, and the keys among which it lies."""
+    """The targets of a pool's non-own pairs, whether its cutoff is known, and else the keys that bracket it."""
     here = state + tl.program_id(0).to(tl.int64) * fields
     low, unit, finite = pool_scale(here, one_bits, STRETCH)
     slot = tl.arange(0, 1 << BIN_BITS)
@@ -137,12 +137,12 @@ def bracket_kernel(
         possible = possible | (tl.cumsum(count * highest, 0, reverse=True) >= rest)
         nothing = nothing | (rest <= 0)
     last, first = tl.max(tl.where(possible, slot, -1), 0), tl.max(tl.where(sure, slot, 0), 0)
-    # From the first bin's smallest key on, up to that of the bin behind the last.
+    # From the smallest key of the first bin up to that of the bin after the last.
     bounds = tl.where(tl.arange(0, 2) == 0, first, last + 1)
     start = tl.zeros((2,), tl.int64) + (KEYS - tl.load(here + KEY_LACK))
     end = tl.zeros((2,), tl.int64) + (tl.load(here + KEY_MAX) + 1)
     if STRETCH:
-        # The smallest keys with the bins' weights, by bisection of the pool's keys, both at once.
+        # The smallest keys that have the bins' weights: bisect the pool's keys for both at once.
         goal = tl.where((bounds >> BIN_BITS) != 0, LARGEST, bounds.to(tl.int64) << (one_bits - BIN_BITS))
         for _ in range(33):
             middle = (start + end) // 2
@@ -166,12 +166,12 @@ def list_kernel(
     scores, own, state, listed, fields, length, own_pools, chunk, parts, one_bits,
     HAS_TAU: tl.constexpr, STRETCH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Lists the places of the pairs among which the cutoff lies, and adds up the pairs above these."""
+    """Lists the places of the pairs inside the bracket, and adds up the pairs above it."""
     pool, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     first = part.to(tl.int64) * chunk
     here = state + pool.to(tl.int64) * fields
     low, unit, _ = pool_scale(here, one_bits, STRETCH)
-    # A pool's keys end well below 2**31, that of NaN being the largest.
+    # The largest key, of NaN, is well below 2**31.
     from_key = (tl.load(here + FROM) - 2**31).to(tl.int32)
     to_key = (tl.load(here + TO) - 2**31).to(tl.int32)
     if tl.load(here + OUTCOME) == OPEN:
@@ -184,9 +184,9 @@ def list_kernel(
             own_at = own + ((pool % own_pools).to(tl.int64) * length + first + start)
             mine = tl.load(own_at + tl.arange(0, BLOCK), mask=inside, other=0) != 0
             key = key_of(score)
-            live = inside & (mine == 0) & (key >= from_key)
-            above = live & (key >= to_key)
-            between = (live & (key < to_key)).to(tl.int32)
+            competes = inside & (mine == 0) & (key >= from_key)
+            above = competes & (key >= to_key)
+            between = (competes & (key < to_key)).to(tl.int32)
             above_count += above.to(tl.int32)
             if HAS_TAU:
                 above_weight += tl.where(above, weight_of(score, low, unit), 0)

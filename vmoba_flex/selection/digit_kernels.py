@@ -1,4 +1,4 @@
-"""The Triton kernel that finds the cutoff of a long pool among listed pairs, for ``long_pool_kernels``."""
+"""Listed pairs of long pools -> each pool's cutoff, digit by digit, for ``long_pool_kernels``."""
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
 import triton
@@ -27,7 +27,7 @@ from vmoba_flex.selection.pair_kernels import key_of, weight_of
 
 @triton.jit
 def _before_first_digit(here, place_bits, HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr):
-    """The record before any digit is known: the cutoff is among the listed pairs, or known."""
+    """The record before the first digit: the cutoff is one of the listed pairs, or known already."""
     outcome = tl.load(here + OUTCOME)
     lowest = tl.load(here + FROM)
     keys = tl.load(here + TO) - 1 - lowest
@@ -70,11 +70,11 @@ def _after_digit(
             pairs -= tl.sum(tl.where(digit == last, above - count, 0), 0)
         if HAS_TAU:
             rest -= tl.sum(tl.where(digit == last, above_weight - weight, 0), 0)
-        # Never reached, which the first digit alone can show: everything is taken.
+        # No digit reaches a target, which only the first digit can show: everything is taken.
         lowest = tl.where(last < 0, 0, lowest + (last.to(tl.int64) << shift))
         # A digit of one pair: the cutoff is that pair, and its lower digits do not matter.
-        alone = tl.sum(tl.where(digit == last, count, 0), 0) <= 1
-        bits = tl.where(alone | (last < 0), 0, shift)
+        single = tl.sum(tl.where(digit == last, count, 0), 0) <= 1
+        bits = tl.where(single | (last < 0), 0, shift)
     return lowest, bits, pairs, rest
 
 
@@ -85,9 +85,9 @@ def digit_kernel(
     HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr, STRETCH: tl.constexpr,
     FIRST: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Finds a digit of the cutoff's rank from its sums, and adds up the listed pairs that share it by their next digit.
+    """Finds a digit of the cutoff's rank from its sums, and sums the pairs that share it by their next digit.
 
-    Every program of a pool finds the digit anew, which takes less time than a launch. Three sets of sums take turns:
+    Every program of a pool finds the same digit, which takes less time than a launch. Three sets of sums take turns:
     one is read, one added to, one zeroed for the next step.
     """
     pool, part = tl.program_id(0) // parts, tl.program_id(0) % parts
@@ -121,8 +121,8 @@ def digit_kernel(
             place = tl.load(listed + pool.to(tl.int64) * length + at, mask=at < number, other=0).to(tl.int64)
             score = tl.load(scores + pool.to(tl.int64) * length + place, mask=at < number, other=0.0)
             rank = ((key_of(score).to(tl.int64) + 2**31) << place_bits) | (last_place - place)
-            live = (at < number) & (rank >= lowest) & (((rank - lowest) >> bits) == 0)
-            digit = tl.where(live, (rank - lowest) >> shift, 0).to(tl.int32)
-            tl.atomic_add(counts + now + digit, tl.full((BLOCK,), 1, tl.int32), mask=live, sem="relaxed")
+            competes = (at < number) & (rank >= lowest) & (((rank - lowest) >> bits) == 0)
+            digit = tl.where(competes, (rank - lowest) >> shift, 0).to(tl.int32)
+            tl.atomic_add(counts + now + digit, tl.full((BLOCK,), 1, tl.int32), mask=competes, sem="relaxed")
             if HAS_TAU:
-                tl.atomic_add(weights + now + digit, weight_of(score, low, unit), mask=live, sem="relaxed")
+                tl.atomic_add(weights + now + digit, weight_of(score, low, unit), mask=competes, sem="relaxed")

@@ -1,4 +1,7 @@
-"""The gate: how well each query likes the mean key of each block."""
+"""Query, key and a partition -> the gate: the product of each query with the mean key of each block.
+
+B batch, H heads, S tokens, N blocks, D head dim.
+"""
 
 import math
 
@@ -45,7 +48,7 @@ def _means(key: Tensor, partition: BlockPartition) -> Tensor:
         return gate_kernels.block_means(key, partition)
     (frames, height, width), (bt, bh, bw) = partition.grid, partition.block
     video = key[..., partition.prefix : partition.prefix + partition.num_video_tokens, :]
-    # Zeros fill the cells at the far edges: they add nothing, and each sum is divided by its cell's true size.
+    # Pad blocks at the far edges with zeros, and divide each sum by its block's true size.
     cells = F.pad(video.unflatten(-2, partition.grid), (0, 0, 0, -width % bw, 0, -height % bh, 0, -frames % bt))
     nt, ny, nx = partition.cells
     cells = cells.unflatten(-2, (nx, bw)).unflatten(-4, (ny, bh)).unflatten(-6, (nt, bt))
@@ -67,7 +70,7 @@ def products(queries: Tensor, means: Tensor) -> Tensor:
     # Under autocast the product would be rounded to 16 bits, and close blocks would tie.
     with torch.autocast(queries.device.type, enabled=False):
         scores = means[:, :, None] @ grouped.mT
-    # Flat in between, so that dims of size 1 have the strides that the fake promises.
+    # Flatten first, so that dims of size 1 get the strides that the fake promises.
     return scores.flatten().view(*queries.shape[:2], means.shape[2], queries.shape[2]).mT
 
 
@@ -81,7 +84,7 @@ def gate(query: Tensor, key: Tensor, partition: BlockPartition, queries: Queries
         query: ``(B, H, S, D)`` in raster order, with prefix and suffix.
         key: ``(B, key heads, S, D)``; query head h uses key head ``h // (H // key heads)``.
         partition: the blocks.
-        queries: which queries there are; None for all.
+        queries: those of ``query``; None for all.
 
     Returns:
         ``(B, H, video queries, N)``, float32, or float64 for float64 inputs; block by block in memory, as most pools

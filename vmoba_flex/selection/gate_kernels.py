@@ -1,4 +1,4 @@
-"""Triton kernels of the gate for 16-bit inputs, loaded on first use on a CUDA device: query and key are read once.
+"""The gate of 16-bit inputs in Triton, loaded on first use on a CUDA device: query and key are read once.
 
 A block's mean is computed in float32 and kept as the sum of three bfloat16 parts, which hold its 24 bits. Products of
 16-bit numbers are exact in float32, so three tensor-core products, added up in a fixed order, give float32 accuracy.
@@ -33,7 +33,7 @@ def _sum_kernel(
     start = key + head // heads * stride_batch + head % heads * stride_head + dim[None, :] * stride_dim
     total = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for row in range(0, CHUNK, ROWS):
-        # Tokens of a whole block in raster order; those beyond the grid's edges are not there.
+        # Tokens of a whole block in raster order; mask those outside of the grid.
         member = chunk * CHUNK + row + tl.arange(0, ROWS)
         t, y, x = first_t + member // (bh * bw), first_y + member // bw % bh, first_x + member % bw
         inside = (member < bt * bh * bw) & (t < frames) & (y < height) & (x < width)
@@ -67,7 +67,7 @@ def _mean_kernel(
     at = program * D + dim
     if SPLIT:
         high = mean.to(tl.bfloat16)
-        # What an infinite mean leaves would be NaN.
+        # An infinite mean would leave NaN.
         left = tl.where(tl.abs(mean) < float("inf"), mean - high.to(tl.float32), 0.0)
         middle = left.to(tl.bfloat16)
         tl.store(parts + at, high, mask=dim < D)
@@ -109,7 +109,7 @@ def _score_kernel(
     for block_start in range(0, blocks, BLOCKS):
         block = block_start + tl.arange(0, BLOCKS)
         mask = (block < blocks)[:, None] & (dim < D)[None, :]
-        # Heads of a sample share out its key heads evenly, so samples need no step of their own.
+        # Counting heads over all samples gives the right key head, since each sample has the same number.
         part = parts + (head // repeats * blocks + block)[:, None] * D + dim[None, :]
         total = tl.zeros((TILE, BLOCKS), tl.float32)
         # Small terms first.

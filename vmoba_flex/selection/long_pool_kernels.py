@@ -1,12 +1,13 @@
-"""Finds the cutoff of long pools exactly and without a sort; loaded on first use on a CUDA device.
+"""Scores of long pools -> the pairs taken, without a sort; loaded on first use on a CUDA device.
 
-A pool's pairs are binned by the top bits of their weights: of the fixed-point form where scores are stretched to 0..1,
-of the float32 form where they are masses, most of which are small. Counts per bin, and the bins' bounds, bracket the
-bins in which the cutoff must lie, mostly one of 128. The pairs of these are listed, and the cutoff is found among them
-digit by digit in a pair's *rank*: its key, above its place counted from the end, so that ranks are distinct. A pool of
-which all pairs fall into one bin is listed whole, which costs more time and changes no result.
+1. Pairs are binned by the top bits of their weights: in fixed point if scores are stretched to 0..1, and in float32 if
+   they are masses, most of which are small.
+2. The counts and bounds of the bins bracket the cutoff, the last pair taken: mostly in one of 128 bins.
+3. The pairs in the bracket are listed, and the cutoff is found among them digit by digit, in a pair's *rank*: its key
+   followed by its place counted from the end, so that no two ranks are equal.
 
-All sums are of integers, so atomics do not make them depend on an order. Nothing is read by the host.
+A pool whose pairs all fall into one bin is listed whole, which takes more time and changes no result. All sums are of
+integers, so that atomics give the same result in any order. Nothing is read by the host.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -29,7 +30,7 @@ _BINS = 128
 @QuickLaunch
 @triton.jit(do_not_specialize=["step"])
 def take_kernel(scores, own, state, taken, fields, step, length, own_pools, place_bits, blocks, BLOCK: tl.constexpr):
-    """Takes own pairs, and all from the cutoff on."""
+    """Takes own pairs, and all pairs down to the cutoff."""
     pool = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     cutoff = tl.load(state + pool * fields + DIGITS + step * RECORD)
@@ -64,7 +65,7 @@ def take_long(scores: Tensor, own: Tensor, targets: Targets) -> Tensor:
     chunk = triton.cdiv(triton.cdiv(length, parts), _BLOCK) * _BLOCK
     parts = triton.cdiv(length, chunk)
     list_parts = max(1, min(triton.cdiv(length, 4096), 264 // pools))
-    bits = 11 if pools <= 64 else 8  # a set of sums per pool: keep them small where there are many
+    bits = 11 if pools <= 64 else 8  # each pool has sums for every digit: keep them small for many pools
     place_bits = (length - 1).bit_length()
     steps = triton.cdiv(32 + place_bits, bits)
     fields = DIGITS.value + (steps + 1) * RECORD.value

@@ -1,4 +1,4 @@
-"""The attention mass that a query is estimated to have on each block: what ``normalize="softmax"`` ranks and sums."""
+"""The gate's scores -> estimated attention masses, which ``normalize="softmax"`` ranks and sums."""
 
 import math
 
@@ -10,7 +10,7 @@ from vmoba_flex.partition import BlockPartition
 
 
 def block_mass(scores: Tensor, partition: BlockPartition, head_dim: int) -> Tensor:
-    """A softmax over blocks of the gate, in which a block weighs as many tokens as it has.
+    """A softmax of the gate over blocks, each weighted by its number of tokens.
 
     ``size_n exp(score_n / sqrt(head_dim)) / sum_m size_m exp(score_m / sqrt(head_dim))``: the attention mass on block n
     if all keys of a block were its mean. All of a query's are NaN where one of its scores is NaN or infinite.
@@ -26,7 +26,7 @@ def block_mass(scores: Tensor, partition: BlockPartition, head_dim: int) -> Tens
     return _block_mass(scores, partition.block_sizes(scores.device), 1 / math.sqrt(head_dim))
 
 
-# Opaque to Inductor for the same reason as the gate.
+# Opaque to Inductor, like the gate.
 @torch.library.custom_op("vmoba_flex::block_mass", mutates_args=())
 @on_device
 def _block_mass(scores: Tensor, sizes: Tensor, scale: float) -> Tensor:

@@ -1,6 +1,7 @@
-"""A pair's key and weight, and a pool's target, as Triton functions of the selection's kernels.
+"""A score -> its key and weight, and a pool's sums -> its target: Triton functions that the selection's kernels share.
 
-A score's *key* is its bits, made to order as an int32 like the scores; NaNs rank highest and tie, as the two zeros do.
+A score's *key* is an int32 from its bits that orders like the score. NaNs have the highest key; both zeros have the
+same one.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -28,7 +29,7 @@ def score_of(key):
 
 @triton.jit
 def scale_of(least, most, one_bits, STRETCH: tl.constexpr):
-    """A pool's score of weight 0, its weight per unit of score (both 0 where not finite), and if it is finite."""
+    """A pool's score of weight 0, its weight per unit of score, and whether it is finite; both are 0 if it is not."""
     # Literals would be float32.
     finite = (tl.abs(least) < float("inf")) & (tl.abs(most) < float("inf"))
     low = tl.where(finite, least, 0.0).to(tl.float64)
@@ -42,13 +43,13 @@ def scale_of(least, most, one_bits, STRETCH: tl.constexpr):
 
 @triton.jit
 def weight_of(score, low, unit):
-    """Fixed-point weight, as in ``weights.scaled_weights``; it never falls as the key rises."""
+    """Fixed-point weight, as in ``weights.scaled_weights``; it does not fall as the key rises."""
     return tl.where(unit == 0, 0, ((score.to(tl.float64) - low) * unit).to(tl.int64))
 
 
 @triton.jit
 def rest_of(total, own, tau_bits, one_bits, finite):
-    """What the non-own pairs of a pool have to reach; ``tau_bits`` are tau's, since a float would come as float32."""
+    """What a pool's non-own pairs must reach. ``tau_bits`` are tau's, since Triton would pass a float as float32."""
     one = (tl.full((), 1, tl.int64) << one_bits).to(tl.float64)
     share = tl.cast(tau_bits, tl.int64).to(tl.float64, bitcast=True)
     reach = tl.ceil(share * (total.to(tl.float64) + one * tl.full((), 1e-6, tl.float64))).to(tl.int64)

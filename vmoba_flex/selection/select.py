@@ -1,4 +1,7 @@
-"""Which blocks each query attends: one algorithm over pools, for both rules."""
+"""Query, key, a partition and a rule -> the selection: one algorithm over pools, for both rules.
+
+B batch, H heads, S video tokens, N blocks.
+"""
 
 import functools
 import logging
@@ -58,7 +61,7 @@ def vmoba_selection(query: Tensor, key: Tensor, partition: BlockPartition, rule:
 def choose_blocks(
     query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, part: Part | None = None
 ) -> Tensor:
-    """``vmoba_selection`` of inputs that have been checked, or of the part of a call that lies here."""
+    """``vmoba_selection`` of checked inputs, or of the part of a call on this rank."""
     ids, queries = partition.block_ids(query.device), None
     if part is not None:
         queries = part.queries
@@ -81,8 +84,8 @@ def select(scores: Tensor, own: Tensor, rule: Rule, part: Part | None = None) ->
         scores: floating ``(B, H, S, N)``; masses in 0..1, or NaN, for a ``Threshold`` with ``normalize="softmax"``.
         own: bool ``(S, N)``, True at each query's own block.
         rule: ``TopK`` or ``Threshold``.
-        part: what of a call these scores are; None for all. All ranks of its group call this where its heads or queries
-            compete with those of others, and then the choice is the one that a single process would make, to the bit.
+        part: the part of a call that these scores are; None for all. If its heads or queries compete with other ranks',
+            all ranks of its group call this, and the choice is that of a single process, to the bit.
 
     Returns:
         bool ``(B, H, S, N)``, the transpose of a contiguous ``(B, H, N, S)``.
@@ -183,19 +186,19 @@ def _log_sort(reason: str) -> None:
 def _pools(scores: Tensor, own: Tensor, apart: list[int], competing: list[int]) -> tuple[Tensor, Tensor]:
     """Scores ``(pools, entries)``, and whether each is own ``(own pools, entries)``: pool p has row p modulo those."""
     pooled = scores.permute([*apart, *competing])
-    # Pools that differ in batch and head alone have the same own pairs.
+    # Pools that differ only in batch and head have the same own pairs.
     own = own.expand(1, scores.shape[1] if 1 in competing else 1, *own.shape).permute([*apart, *competing])
     own = own.flatten(0, len(apart) - 1).flatten(1).contiguous()
     return pooled.flatten(0, len(apart) - 1).flatten(1), own
 
 
 def _unpooled(selected: Tensor, scores: Tensor, apart: list[int], competing: list[int]) -> Tensor:
-    """What was taken of each pool, as a selection."""
+    """The pairs taken of each pool, as a selection."""
     batch, heads, tokens, blocks = scores.shape
     order = [*apart, *competing]
     selected = selected.view([scores.shape[dim] for dim in order])
     by_block = selected.permute([order.index(dim) for dim in (0, 1, 3, 2)])
-    # Flat in between, so that dims of size 1 have the strides that the fake promises.
+    # Flatten first, so that dims of size 1 get the strides that the fake promises.
     return by_block.flatten().view(batch, heads, blocks, tokens).mT
 
 
@@ -206,9 +209,9 @@ def _(scores: Tensor, *_: object) -> Tensor:
 
 
 def take_sorted(scores: Tensor, own: Tensor, targets: Targets) -> Tensor:
-    """Own pairs and the best others, per pool: the shortest prefix that reaches every target.
+    """Own pairs and the best others of each pool, up to the first target that is reached.
 
-    A pair belongs to that prefix exactly if what ranks before it falls short of the target, for each criterion.
+    A pair is in that prefix exactly if the pairs before it fall short of every target.
 
     Args:
         scores: floating ``(pools, entries)``, entries in the order that breaks ties.
@@ -220,7 +223,7 @@ def take_sorted(scores: Tensor, own: Tensor, targets: Targets) -> Tensor:
     """
     max_pairs, tau, stretch = targets
     own = own.repeat(scores.shape[0] // own.shape[0], 1)
-    # NaNs with either sign, and the two zeros, compare equal here but not in every sort.
+    # Sorts may tell apart the two zeros, and NaNs with either sign, which must tie.
     scores = torch.where(scores.isnan(), torch.nan, torch.where(scores == 0, 0.0, scores))
     rank = scores.argsort(dim=-1, descending=True, stable=True)
     others = (~own).gather(-1, rank)

@@ -1,7 +1,7 @@
-"""The Triton kernel of selection for short pools, the blocks of one query; loaded on first use on a CUDA device.
+"""Scores of short pools, the blocks of one query -> the pairs taken; loaded on first use on a CUDA device.
 
-Nothing is sorted. The best pairs of a pool are those whose key lies above that of the pool's *cutoff*, and of the pairs
-that tie with the cutoff those that come first.
+Nothing is sorted. A pool's best pairs are those with a key above its *cutoff*, the key of the last pair taken, and the
+first of those with a key equal to it.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -25,7 +25,7 @@ def _short_kernel(
     max_pairs, tau_bits, one_bits,
     HAS_CAP: tl.constexpr, HAS_TAU: tl.constexpr, STRETCH: tl.constexpr, LENGTH: tl.constexpr, POOLS: tl.constexpr,
 ):  # fmt: skip
-    """One pool a column: finds the bits of each cutoff's key from the top, by adding up what lies above."""
+    """Each column is a pool: finds the bits of its cutoff from the top, by adding up the pairs above."""
     blocks = tl.cdiv(inner, POOLS)
     outer = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * POOLS + tl.arange(0, POOLS)
@@ -35,7 +35,7 @@ def _short_kernel(
     scores += outer * stride_outer
     offset = column[None, :] * stride_inner + place * stride_entry
     own_offset = column[None, :] * own_inner + place * own_entry
-    # A thread is to hold as much of a pool as it can, not neighbouring pools, so that it adds up with few others.
+    # Let a thread hold much of one pool, and not parts of neighbouring pools, so that few threads add up together.
     score = tl.load(tl.max_contiguous(scores + offset, [1, 1]), mask=inside, other=0.0)
     mine = tl.load(tl.max_contiguous(own + own_offset, [1, 1]), mask=inside, other=0) != 0
     mine = mine & inside
@@ -73,7 +73,7 @@ def _short_kernel(
             reached = reached | (held >= rest)
             exact = exact & (held < rest)
         cutoff = tl.where(reached & (found == 0), tried, cutoff)
-        # Exactly the pairs wanted lie from here on: the lower bits do not matter.
+        # Exactly the wanted pairs are above: the lower bits do not matter.
         found = found | exact
         bit -= 1
         if HAS_CAP:
@@ -88,7 +88,7 @@ def _short_kernel(
         left = rest - tl.sum(tl.where(above, weight, 0), 0)
         tied = tied & (before.to(tl.int64) * weight < left[None, :])
     taken += outer * length * inner
-    chosen = (key == _NO_KEY) | above | tied  # inside the pools, only own pairs do not compete
+    chosen = (key == _NO_KEY) | above | tied  # inside a pool, only own pairs have _NO_KEY
     tl.store(tl.max_contiguous(taken + (place * inner + column[None, :]), [1, 1]), chosen, mask=inside)
 
 
@@ -106,7 +106,7 @@ def take_short(scores: Tensor, own: Tensor, targets: Targets) -> Tensor:
 
     Args:
         scores: float32 ``(outer, inner, entries)``, dense in some order of dims; each ``(outer, inner)`` is a pool.
-        own: bool ``(inner, entries)``, dense likewise.
+        own: bool ``(inner, entries)``, dense in either order.
         targets: what to keep.
 
     Returns:

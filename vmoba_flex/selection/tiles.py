@@ -25,7 +25,7 @@ def choose_tiles(
         partition: the blocks.
         rule: chooses them.
         slots: of this partition.
-        part: the heads of the call that lie here; None for all.
+        part: the heads of the call on this rank; None for all.
 
     Returns:
         bool ``(B, H, tiles, G)``; prefix and suffix, if any, are the last group and the last tiles.

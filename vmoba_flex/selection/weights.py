@@ -1,7 +1,6 @@
-"""A threshold's scores in int64 fixed point.
+"""Scores -> a threshold's weights in int64 fixed point, and the weight to reach.
 
-Integer sums are the same in any order, so that a cutoff does not depend on how a device, or several of them, add up a
-pool.
+Integer sums are the same in any order, so that the choice does not depend on how one or several devices add up a pool.
 """
 
 from typing import NamedTuple
@@ -35,12 +34,12 @@ def scaled_weights(scores: Tensor, least: Tensor, most: Tensor, length: int, str
     Args:
         scores: floating ``(pools, entries)``.
         least: ``(pools, 1)``, the smallest score of each pool.
-        most: the largest one. Either is NaN or infinite where the pool holds such a score.
-        length: entries of a pool, which may be more than lie here.
+        most: ``(pools, 1)``, the largest one. Either is NaN or infinite if the pool has such a score.
+        length: entries of a whole pool, of which ``scores`` may be a part.
         stretch: whether weights are the scores scaled by the pool's minimum and maximum, or as they are, in 0..1.
 
     Returns:
-        int64 like ``scores``, 0 in pools that are not finite; and bool ``(pools, 1)``, which pools are.
+        int64 ``(pools, entries)``, 0 in pools that are not finite; and bool ``(pools, 1)``, which pools are finite.
     """
     spread = most.double() - least.double()
     finite = spread.isfinite()
@@ -55,13 +54,13 @@ def rest_to_reach(total: Tensor, of_own: Tensor, finite: Tensor, tau: float, len
 
     Args:
         total: int64 ``(pools, 1)``, the sum of a pool's weights.
-        of_own: int64 ``(pools, 1)``, that of its own pairs.
+        of_own: int64 ``(pools, 1)``, the sum over its own pairs.
         finite: bool ``(pools, 1)``.
         tau: share of the total to reach.
         length: as in ``scaled_weights``.
 
     Returns:
-        int64 ``(pools, 1)``: at most 0 where own pairs reach tau alone, and above any sum in pools that are not finite.
+        int64 ``(pools, 1)``: at most 0 if own pairs reach tau, and above any sum in pools that are not finite.
     """
     reach = tau * (total.double() + 1e-6 * 2.0 ** fraction_bits(length))
     return torch.where(finite, reach.ceil().long() - of_own, torch.iinfo(torch.int64).max)
