@@ -12,7 +12,7 @@ from tests.paths import assert_within_budget, outputs_and_gradients, shared_sele
 from tests.strategies import Problem
 from tests.test_gpu import CASES, PATHS, compiled, fresh_inputs, problem, tile_size
 from tests.test_tail import exactly, roughly, upstream_of
-from vmoba_flex import BlockPartition, Tail, TopK, vmoba_attention, vmoba_inputs, vmoba_selection
+from vmoba_flex import BlockPartition, Tail, Threshold, TopK, vmoba_attention, vmoba_inputs, vmoba_selection
 from vmoba_flex.cells import cell_groups, cell_means
 from vmoba_flex.tail import Cells
 
@@ -48,7 +48,10 @@ def assert_equals_reference(case: Problem, path, size: int | None) -> None:
 @pytest.mark.parametrize("case", TAILS)
 @pytest.mark.parametrize("path", PATHS)
 def test_equals_the_reference_with_gradients(case: str, path: str):
-    assert_equals_reference(tailed(case), PATHS[path], tile_size(path))
+    attended = tailed(case)
+    if path == "packed-compiled" and isinstance(attended.rule, Threshold):  # which a graph wants bounded
+        attended = dataclasses.replace(attended, rule=dataclasses.replace(attended.rule, max_density=0.5))
+    assert_equals_reference(attended, PATHS[path], tile_size(path))
 
 
 def plainly(case: Problem) -> torch.Tensor:

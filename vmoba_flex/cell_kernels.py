@@ -12,7 +12,7 @@ from torch import Tensor
 from block_masks.launching.launch import QuickLaunch
 from vmoba_flex.tail import Cells
 
-_TOKENS, _WARPS = 32, 2  # that a program of the means reads at once, and its warps (bench/NOTES.md)
+_TOKENS, _WARPS = 64, 1  # that a program of the means reads at once, and its warps (bench/NOTES.md)
 
 
 @triton.jit

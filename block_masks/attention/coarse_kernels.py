@@ -220,12 +220,12 @@ def split_grad(grad: Tensor, output: Tensor, lse: Tensor, merged_lse: Tensor, de
 
 # Rows, coarse keys, warps and stages of each kernel's tile: the fastest of those timed (bench/NOTES.md).
 _SHAPES = {
-    "16 bit": {"merge": (128, 64, 8, 3), "query": (128, 64, 8, 2), "key": (64, 64, 4, 3)},
+    "16 bit": {"merge": (64, 32, 4, 3), "query": (128, 64, 8, 3), "key": (32, 64, 4, 3)},
     "wide": {"merge": (64, 32, 4, 2), "query": (64, 32, 4, 1), "key": (32, 32, 4, 1)},
     "float32": {"merge": (64, 32, 4, 1), "query": (32, 32, 8, 1), "key": (32, 32, 8, 1)},
 }
 _WORD_BITS = 64  # the kernels spell it out
-_PARTS = 4  # of the queries, to have as many programs as a GPU wants where coarse keys are few
+_PARTS = 12  # of the queries, to have as many programs as a GPU wants where coarse keys are few
 
 
 def _options(kernel: str, query: Tensor, coarse: CoarseKeys) -> dict[str, object]:
