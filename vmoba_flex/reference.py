@@ -129,9 +129,10 @@ def shared_tiles(ids: Tensor, tile_size: int) -> Tensor:
 
 
 def attention_mask(selection: Tensor, partition: Any, text_lengths: Tensor | None = None) -> Tensor:
-    """Which key each query attends, bool ``(B, H, S, S)`` in raster order; all attend prefix and suffix, and these attend all.
+    """Which key each query attends, bool ``(B, H, S, S)`` in raster order.
 
-    With ``text_lengths`` ``(B,)`` only the first so many of a sample's prefix and suffix tokens are attended.
+    Prefix and suffix attend everything, and everything attends them: with ``text_lengths`` ``(B,)``, only the first
+    so many prefix and suffix tokens of each sample.
     """
     ids = block_ids(partition.grid, partition.block).to(selection.device)
     batch, heads, tokens, _ = selection.shape
