@@ -149,7 +149,9 @@ def test_site_loads_nothing_from_elsewhere(site: dict[str, _Loads]):
         assert not [link for link in page.loaded if re.match(r"(https?:)?//", link)], name
 
 
-@pytest.mark.parametrize("package", ["vmoba_flex", "vmoba_flex.models", "block_masks"])
+@pytest.mark.parametrize(
+    "package", ["vmoba_flex", "vmoba_flex.distributed", "vmoba_flex.insight", "vmoba_flex.models", "block_masks"]
+)
 def test_every_public_name_is_in_the_reference(site: dict[str, _Loads], package: str):
     anchors = set().union(*(page.anchors for name, page in site.items() if name.startswith("api/")))
     top = package.partition(".")[0]
