@@ -15,8 +15,9 @@ from block_masks.masks.realize import realize
 from block_masks.masks.row_mask import row_mask
 from block_masks.masks.slot_mask import slot_mask, slot_tile_map, valid_slots
 from block_masks.masks.tile_map import TileMap, block_mask_from_tiles, tile_lists
+from block_masks.plans.moves import from_slots, to_slots
 from block_masks.plans.rows import RowPlan, plan_rows
-from block_masks.plans.slots import Slots, from_slots, plan_slots, to_slots
+from block_masks.plans.slots import Slots, plan_slots
 
 __all__ = [
     "CoarseKeys",

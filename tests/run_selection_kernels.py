@@ -11,7 +11,8 @@ import torch
 from vmoba_flex import BlockPartition
 from vmoba_flex.selection import gate_kernels, long_pool_kernels, short_pool_kernels
 from vmoba_flex.selection.gate import block_means, gate
-from vmoba_flex.selection.select import SHORT, take_sorted
+from vmoba_flex.selection.select import SHORT
+from vmoba_flex.selection.sorted_pools import take_sorted
 from vmoba_flex.selection.weights import Targets
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

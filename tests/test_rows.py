@@ -116,13 +116,18 @@ def test_each_pair_has_a_row_of_its_own(problem: RowProblem):
 
 
 @given(row_problems(), st.integers(1, 3))
-def test_pairs_beyond_the_room_for_rows_are_lost(problem: RowProblem, row_tiles: int):
+def test_queries_without_room_for_all_their_rows_are_marked(problem: RowProblem, row_tiles: int):
     plan = plan_rows(problem.selected, row_tiles, problem.heads, problem.tile_size)
+    lost = plan.query_count < 0
     assert plan.row_query.shape[1] == row_tiles * problem.tile_size
     assert (plan.tiles >= 0).all()
     assert (plan.first_tile + plan.tiles <= row_tiles).all()
-    assert (plan.query_count <= problem.selected.sum(-1)).all()
-    assert plan.query_count.sum() == (plan.row_query >= 0).sum()
+    assert torch.equal(plan.query_count[~lost], problem.selected.sum(-1)[~lost].int())
+    assert plan.query_count[~lost].sum() <= (plan.row_query >= 0).sum() < problem.selected.sum() + (~lost).all()
+    output, lse = dataclasses.replace(problem, row_tiles=row_tiles).attend()
+    whole, whole_lse = problem.attend()
+    assert output[lost].isnan().all() and lse[lost].isnan().all()
+    assert torch.equal(output[~lost], whole[~lost]) and torch.equal(lse[~lost], whole_lse[~lost])
 
 
 @given(row_problems())

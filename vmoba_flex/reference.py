@@ -1,8 +1,7 @@
-"""VMoBA in float64, as written down: the judge of every fast path.
+"""VMoBA in float64, by its definition: what every fast path is tested against.
 
-Everything is computed from coordinates, in raster order, pool by pool, with S x S masks. It is slow on purpose and
-imports none of the code that it checks. A partition is read through ``grid``, ``block``, ``prefix`` and ``suffix``,
-and a rule through its fields.
+Everything is computed from coordinates, in raster order, pool by pool, with S x S masks: slow on purpose. This module
+imports none of the code that it checks, and reads only the fields of partitions and rules.
 """
 
 import itertools
@@ -118,12 +117,7 @@ def _ranked(scores: Tensor, ids: Tensor, rule: Any, head_dim: int) -> Tensor:
 def shared_tiles(ids: Tensor, tile_size: int) -> Tensor:
     """Query tile of each video token, for the dispatch ``"shared"``: int64 ``(video tokens,)``.
 
-    Each block's tokens, in raster order, are cut into tiles of ``tile_size``, the last one perhaps shorter; tiles count
-    up through the blocks.
-
-    Args:
-        ids: block of each token.
-        tile_size: tokens in a tile.
+    The tokens of each block, with ``ids`` in raster order, fill tiles of ``tile_size``; the last may be shorter.
     """
     tiles, first = torch.empty_like(ids), 0
     for block in range(int(ids.max()) + 1):
@@ -135,9 +129,10 @@ def shared_tiles(ids: Tensor, tile_size: int) -> Tensor:
 
 
 def attention_mask(selection: Tensor, partition: Any, text_lengths: Tensor | None = None) -> Tensor:
-    """Which key each query attends, bool ``(B, H, S, S)`` in raster order; prefix and suffix attend, and are, all.
+    """Which key each query attends, bool ``(B, H, S, S)`` in raster order.
 
-    With ``text_lengths`` ``(B,)`` only the first so many of a sample's prefix and suffix tokens are attended.
+    Prefix and suffix attend everything, and everything attends them: with ``text_lengths`` ``(B,)``, only the first
+    so many prefix and suffix tokens of each sample.
     """
     ids = block_ids(partition.grid, partition.block).to(selection.device)
     batch, heads, tokens, _ = selection.shape

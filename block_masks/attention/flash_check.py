@@ -17,7 +17,8 @@ from torch import Tensor
 
 from block_masks.attention.row_attention import Room, attend_rows
 from block_masks.attention.slot_attention import attend_slots
-from block_masks.plans.slots import Slots, from_slots, plan_slots, to_slots
+from block_masks.plans.moves import from_slots, to_slots
+from block_masks.plans.slots import Slots, plan_slots
 
 VERSION = "4.0.0b36"
 

@@ -106,6 +106,8 @@ def attend_packed(
     selected = selected.flatten(0, 1)
     if bound is None:
         bound = _read_bound(selected, slots.tile_size)
+    elif selected.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_bound(selected, slots.tile_size, bound)
     row_bytes = max(head_dim, value.shape[-1]) * query.element_size()
     rooms = rooms_of(bound, heads, max_row_bytes // row_bytes, slots.tile_size, kernels)
     output, lse = attend_rows(
@@ -126,6 +128,15 @@ def rooms_of(bound: RowBound, heads: int, max_rows: int, tile_size: int, backend
         fitting = max([n for n in sizes if n == bound.heads or n // bound.heads * rows <= max_rows])
         rooms.append(Room(fitting, fitting // bound.heads * bound.row_tiles))
     return rooms[0], rooms[1]
+
+
+def _check_bound(selected: Tensor, tile_size: int, bound: RowBound) -> None:
+    tiles = (selected.sum(1) + tile_size - 1) // tile_size
+    needed = int(tiles.view(-1, bound.heads * selected.shape[-1]).sum(1).max())
+    if needed > bound.row_tiles:
+        raise ValueError(
+            f"bound must be at least the {needed} tiles of rows that {bound.heads} of the heads need, got {bound}"
+        )
 
 
 def _read_bound(selected: Tensor, tile_size: int) -> RowBound:

@@ -85,8 +85,9 @@ def _merge_kernel(
         top = new_top
     whole = top + tl.log(tl.where(total == 0, 1.0, total))
     if PADDING:
-        padding_lse = tl.load(padding_lse + head * queries + query, mask=inside, other=-float("inf"))
-        whole += tl.log(share_left(whole, padding_lse))
+        of_padding = tl.load(padding_lse + head * queries + query, mask=inside, other=-float("inf"))
+        whole += tl.log(share_left(whole, of_padding))
+    whole = tl.where(count < 0, float("nan"), whole)  # not all of its rows had room
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for start in range(0, most, UNROLL):
         for i in tl.static_range(UNROLL):
@@ -95,6 +96,7 @@ def _merge_kernel(
             weight = tl.where(part == -float("inf"), 0.0, tl.exp(part - whole))
             mask = (row >= 0)[:, None] & (dim < D)
             acc += weight[:, None] * tl.load(output + row[:, None] * D + dim, mask=mask, other=0.0).to(tl.float32)
+    acc = tl.where((count < 0)[:, None], float("nan"), acc)
     place = head * queries + query
     tl.store(merged + place[:, None] * D + dim, acc.to(merged.dtype.element_ty), mask=inside[:, None] & (dim < D))
     tl.store(merged_lse + place, whole, mask=inside)

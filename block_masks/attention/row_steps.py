@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from block_masks.plans.moves import take_slots
 from block_masks.plans.section import Section
-from block_masks.plans.slots import take_slots
 
 # Scores held at a time, over tiles of rows, their rows and the slots that they may see: 256 MiB in float32.
 _CHUNK_SCORES = 2**26
@@ -29,8 +29,8 @@ def merge_rows(
         lse: ``(rows,)``, the natural log-sum-exp of each row's scores.
         query_rows: ``(H, G, S)``, see ``RowPlan``.
         query_count: ``(H, S)``.
-        merged: ``(H, S, D)``, written: 0 where a query has no rows.
-        merged_lse: ``(H, S)``, written: -inf where a query has no rows.
+        merged: ``(H, S, D)``, written: 0 where a query has no rows, NaN where not all of them had room.
+        merged_lse: ``(H, S)``, written: -inf where a query has no rows, NaN where not all of them had room.
         padding_lse: ``(H, S)``, of what to leave out of each query's sum, see ``slot_steps.padding_lse``; None for
             nothing.
     """
@@ -39,11 +39,12 @@ def merge_rows(
     torch.logsumexp(parts, 1, out=merged_lse)
     if padding_lse is not None:
         merged_lse += share_left(merged_lse, padding_lse).log()
+    merged_lse.masked_fill_(query_count < 0, torch.nan)
     total = torch.zeros(merged.shape, dtype=_accumulator(merged), device=merged.device)
     for part, rows in zip(parts.unbind(1), index.unbind(1), strict=True):
         weight = torch.where(part == -torch.inf, 0, (part - merged_lse).exp())
         total += weight[..., None] * torch.where((rows >= 0)[..., None], output[rows.clamp(min=0)], 0)
-    merged.copy_(total)
+    merged.copy_(total.masked_fill_((query_count < 0)[..., None], torch.nan))
 
 
 def share_left(lse: Tensor, padding_lse: Tensor) -> Tensor:

@@ -85,18 +85,20 @@ def _place_kernel(
     step = tl.full((), 0, tl.int64) + queries
     section = (head // heads).to(tl.int64) * row_tiles
     count = tl.zeros((CHUNK,), tl.int32)
+    lost = tl.zeros((CHUNK,), tl.int32)
     for group in range(groups):
         pool = head * groups + group
         chosen = tl.load(base + group * (tl.full((), 0, tl.int64) + group_step), mask=inside, other=0) != 0
         before = tl.load(counted + pool * chunks + chunk - 1, mask=chunk > 0, other=0)
         rank = before + tl.cumsum(chosen.to(tl.int32), 0) - 1
         row = tl.load(first_tile + pool) * TILE + rank
+        lost = lost | (chosen & (row >= row_tiles * TILE)).to(tl.int32)
         chosen = chosen & (row < row_tiles * TILE)
         tl.store(listed + count * step, row, mask=chosen)
         tl.store(row_query + section * TILE + row, head * queries + query, mask=chosen)
         tl.store(row_pool + section + row // TILE, tl.zeros_like(row) + pool, mask=chosen & (rank % TILE == 0))
         count += chosen.to(tl.int32)
-    tl.store(query_count + head.to(tl.int64) * queries + query, count, mask=inside)
+    tl.store(query_count + head.to(tl.int64) * queries + query, tl.where(lost != 0, -1, count), mask=inside)
 
 
 def place_rows(

@@ -29,7 +29,7 @@ class RowPlan:
         row_pool: int32 ``(sections, row tiles)``, the pool of each tile of rows, -1 in unused tiles.
         query_rows: int32 ``(H, G, S)``, the rows of each query in the order of their groups: ``query_count`` of them,
             and anything behind.
-        query_count: int32 ``(H, S)``, rows of each query.
+        query_count: int32 ``(H, S)``, rows of each query; -1 where not all of them have room.
         first_tile: int32 ``(H * G,)``, the first tile of each pool.
         tiles: int32 ``(H * G,)``, tiles of each pool.
         tile_size: rows in a tile.
@@ -50,7 +50,7 @@ def plan_rows(selected: Tensor, row_tiles: int, heads: int | None = None, tile_s
     Args:
         selected: bool ``(H, S, G)``: which groups each query chose; fastest where S is contiguous.
         row_tiles: tiles of rows to make room for in a section: at least the sum over its pools of
-            ``ceil(queries that chose the group / tile_size)``. Pairs beyond it are lost, so it must be a bound.
+            ``ceil(queries that chose the group / tile_size)``. Pairs beyond it have no row, so it must be a bound.
         heads: heads in a section, a divisor of H; all by default.
         tile_size: rows in a tile.
     """
@@ -66,6 +66,7 @@ def _plan(selected: Tensor, row_tiles: int, heads: int, tile_size: int) -> list[
     rank = chosen.cumsum(-1, dtype=torch.int32)
     first, tiles = _pool_tiles(rank[..., -1].flatten(), sections, row_tiles, tile_size)
     row = rank - 1 + (first * tile_size).view(total, groups, 1)
+    lost = (chosen & (row >= row_tiles * tile_size)).any(1)
     chosen = chosen & (row < row_tiles * tile_size)
     # Pairs that were not chosen write to one more row, which is cut off.
     rows = row_tiles * tile_size
@@ -79,8 +80,9 @@ def _plan(selected: Tensor, row_tiles: int, heads: int, tile_size: int) -> list[
     ends = (first + tiles).view(sections, -1).long()
     pool = torch.searchsorted(ends, tile, right=True) + torch.arange(sections, device=device)[:, None] * ends.shape[1]
     row_pool = torch.where(first_rows >= 0, pool, -1).int()
+    count = chosen.sum(1, dtype=torch.int32).masked_fill(lost, -1)
     order = (~chosen).byte().sort(dim=1, stable=True).indices
-    return [row_query, row_pool, row.gather(1, order).int(), chosen.sum(1, dtype=torch.int32), first, tiles]
+    return [row_query, row_pool, row.gather(1, order).int(), count, first, tiles]
 
 
 def _plan_on_gpu(selected: Tensor, row_tiles: int, heads: int, tile_size: int) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Slots: keys sorted by group, each group in whole tiles, so that no tile holds keys of two groups.
 
     plan_slots    the group of each key -> which key is in which slot
-    to_slots      keys, values or queries -> slots; from_slots takes them back
+    to_slots      keys, values or queries -> slots; from_slots takes them back      (moves.py)
 
 Only the last tile of a group can be cut short; its padding slots hold no key.
 """
@@ -123,10 +123,35 @@ def plan_slots(key_group: Tensor, group_sizes: list[int], tile_size: int = TILE,
         tile_size: slots in a tile.
         sorted_keys: whether ``key_group`` is known to rise: keys of whole tiles then are in their slots already, and
             need no copies.
+
+    Raises:
+        TypeError: if an argument has a wrong type.
+        ValueError: if a size is below 1, or the sizes do not sum to the keys, or, on a CPU, are not those of
+            ``key_group``. On a GPU its values are not read.
     """
+    _check_groups(key_group, group_sizes, tile_size)
     tiles = sum(-(-size // tile_size) for size in group_sizes)
     tensors = _plan_slots(key_group, len(group_sizes), tiles, tile_size)
     return Slots(*tensors, tile_size=tile_size, group_sizes=tuple(group_sizes), sorted_keys=sorted_keys)
+
+
+def _check_groups(key_group: Any, group_sizes: Any, tile_size: Any) -> None:
+    if not isinstance(key_group, Tensor) or key_group.dtype != torch.int64:
+        given = key_group.dtype if isinstance(key_group, Tensor) else type(key_group).__name__
+        raise TypeError(f"key_group must be an int64 tensor, got {given}")
+    if key_group.dim() != 1:
+        raise ValueError(f"key_group must have 1 dim (keys,), got shape {tuple(key_group.shape)}")
+    for name, sizes in (("group_sizes", group_sizes), ("tile_size", [tile_size])):
+        if not isinstance(sizes, list | tuple) or any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
+            raise TypeError(f"{name} must hold ints, got {sizes!r}")
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"{name} must be at least 1 everywhere, got {sizes!r}")
+    if sum(group_sizes) != len(key_group):
+        raise ValueError(f"group_sizes must sum to the {len(key_group)} keys of key_group, got {list(group_sizes)}")
+    if key_group.device.type == "cpu" and not torch.compiler.is_compiling():
+        found = key_group.bincount(minlength=len(group_sizes)).tolist()
+        if found != list(group_sizes):
+            raise ValueError(f"group_sizes must be the {found} of key_group, got {list(group_sizes)}")
 
 
 # Opaque to Inductor: it scans and scatters, and its results are captured by a mask_mod.
@@ -166,74 +191,3 @@ def _(key_group: Tensor, groups: int, num_tiles: int, tile_size: int) -> list[Te
         new(slots), new(len(key_group)), new(slots, dtype=torch.int32), new(num_tiles), new(num_tiles),
         new(groups, dtype=torch.int32), new(groups, dtype=torch.int32),
     ]  # fmt: skip
-
-
-def to_slots(x: Tensor, slots: Slots, valid: ValidSlots | None = None) -> Tensor:
-    """Tokens in slots. Differentiable.
-
-    Args:
-        x: ``(B, H, keys, D)``.
-        slots: of these keys.
-        valid: which of each sample's keys are there; all if None.
-
-    Returns:
-        ``(B, H, slots, D)``, zero in padding slots and in those of keys that are not there.
-    """
-    if valid is not None:
-        return _gather_slots(x, valid.slot_key(slots), valid.key_slot(slots))
-    return x if slots.in_place else _gather_slots(x, slots.slot_key, slots.key_slot)
-
-
-def from_slots(x: Tensor, slots: Slots) -> Tensor:
-    """Slots ``(B, H, slots, D)`` as tokens ``(B, H, keys, D)`` again. Differentiable."""
-    return x if slots.in_place else _gather_slots(x, slots.key_slot, slots.slot_key)
-
-
-# The adjoint of a gather is the gather by the inverse index: no atomics.
-@torch.library.custom_op("block_masks::gather_slots", mutates_args=())
-def _gather_slots(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    return take_slots(x.flatten(0, 1), index).unflatten(0, x.shape[:2])
-
-
-@_gather_slots.register_kernel("cuda")
-@on_device
-def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    from block_masks.plans import move_kernels
-
-    return move_kernels.take_slots(x.flatten(0, 1).contiguous(), index).unflatten(0, x.shape[:2])
-
-
-@_gather_slots.register_fake
-def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:2], index.shape[-1], x.shape[3])
-
-
-def _save_slots(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _gather_slots_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    index, inverse = ctx.saved_tensors
-    return _gather_slots(grad, inverse, index), None, None
-
-
-_gather_slots.register_autograd(_gather_slots_backward, setup_context=_save_slots)
-
-
-def take_slots(source: Tensor, index: Tensor, repeats: int = 1) -> Tensor:
-    """Reorders the tokens of each head, and adds up ``repeats`` neighbouring heads.
-
-    Args:
-        source: ``(heads * repeats, length, D)``.
-        index: int64 ``(places,)`` or, for as many heads each, ``(rows, places)``; -1 where the result is zero.
-        repeats: neighbouring heads to add up, in float32 at least.
-
-    Returns:
-        ``(heads, places, D)``.
-    """
-    of_head = index.view(-1, index.shape[-1]).repeat_interleave(len(source) // (index.numel() // index.shape[-1]), 0)
-    of_head = of_head[..., None]
-    taken = source.gather(1, of_head.clamp(min=0).expand(-1, -1, source.shape[-1]))
-    taken = torch.where(of_head >= 0, taken, 0)
-    exact = torch.promote_types(source.dtype, torch.float32)
-    return taken.unflatten(0, (-1, repeats)).sum(1, dtype=exact).to(source.dtype)

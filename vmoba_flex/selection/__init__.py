@@ -4,6 +4,7 @@
     mass.py            scores -> estimated attention masses
     weights.py         scores -> a threshold's integer weights
     select.py          scores, rule -> selection (B, H, S, N) bool
+    sorted_pools.py    scores, targets -> selection, by a sort
     across_ranks.py    scores, targets -> selection, for pools that span ranks
 
 ``*_kernels.py`` do the same in Triton: ``gate_kernels`` the gate, ``short_pool_kernels`` the selection in pools of one

@@ -18,7 +18,8 @@ from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Pool, Rule, Threshold, TopK
 from vmoba_flex.selection.gate import gate
 from vmoba_flex.selection.mass import block_mass
-from vmoba_flex.selection.weights import Targets, rest_to_reach, scaled_weights
+from vmoba_flex.selection.sorted_pools import take_sorted
+from vmoba_flex.selection.weights import Targets
 from vmoba_flex.warmup import WarmedThreshold, rule_of_flat
 
 _LOG = logging.getLogger(__name__)
@@ -206,39 +207,3 @@ def _unpooled(selected: Tensor, scores: Tensor, apart: list[int], competing: lis
 @_select_across.register_fake
 def _(scores: Tensor, *_: object) -> Tensor:
     return scores.new_empty(scores.mT.shape, dtype=torch.bool).mT
-
-
-def take_sorted(scores: Tensor, own: Tensor, targets: Targets) -> Tensor:
-    """Own pairs and the best others of each pool, up to the first target that is reached.
-
-    A pair is in that prefix exactly if the pairs before it fall short of every target.
-
-    Args:
-        scores: floating ``(pools, entries)``, entries in the order that breaks ties.
-        own: bool ``(own pools, entries)``; pool p has row ``p % own pools``.
-        targets: what to keep.
-
-    Returns:
-        bool ``(pools, entries)``.
-    """
-    max_pairs, tau, stretch = targets
-    own = own.repeat(scores.shape[0] // own.shape[0], 1)
-    # Sorts may tell apart the two zeros, and NaNs with either sign, which must tie.
-    scores = torch.where(scores.isnan(), torch.nan, torch.where(scores == 0, 0.0, scores))
-    rank = scores.argsort(dim=-1, descending=True, stable=True)
-    others = (~own).gather(-1, rank)
-    taken = others
-    if max_pairs is not None:
-        taken = taken & (_before(others.long()) < max_pairs - own.sum(-1, keepdim=True))
-    if tau is not None:
-        least, most = scores.aminmax(dim=-1, keepdim=True)
-        weights, finite = scaled_weights(scores, least, most, scores.shape[-1], stretch)
-        total, of_own = weights.sum(-1, keepdim=True), (own * weights).sum(-1, keepdim=True)
-        rest = rest_to_reach(total, of_own, finite, tau, scores.shape[-1])
-        taken = taken & (_before(others * weights.gather(-1, rank)) < rest)
-    return own | torch.zeros_like(own).scatter(-1, rank, taken)
-
-
-def _before(weights: Tensor) -> Tensor:
-    """Sum of what stands before each entry of the last dim."""
-    return weights.cumsum(-1) - weights
