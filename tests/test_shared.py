@@ -80,7 +80,14 @@ def test_autocast_changes_no_choice(problem: Problem):
 
 
 def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, block_mask: BlockMask, scale: float | None, enable_gqa: bool, lse: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_mask: BlockMask,
+    scale: float | None,
+    enable_gqa: bool,
+    lse: bool,
 ) -> tuple[Tensor, None]:
     """``flex_attention`` with a backward on a CPU, from what ``mask_mod`` says; it gives no log-sum-exp."""
     assert not lse
