@@ -190,12 +190,10 @@ def attend(
     check_choice("dispatch", dispatch, DISPATCHES)
     check_choice("backend", backend, BACKENDS)
     query, key, value = under_autocast(query, key, value)
-    if layout is None:
-        check_query_key(query, key, call.partition, call.rule)
-    else:
-        check_query_key(query, key, call.partition, call.rule, layout.tokens, layout.ranks.size)
+    shared_out = () if layout is None else (layout.tokens, layout.ranks.size)
+    partition = check_query_key(query, key, call.partition, call.rule, *shared_out)
     check_value(value, query, key)
-    call = call._replace(scale=check_scale(call.scale))
+    call = call._replace(partition=partition, scale=check_scale(call.scale))
     check_positive("max_row_bytes", call.max_row_bytes)
     check_text_lengths(call.text_lengths, query, call.partition)
     if call.tail is not None:

@@ -13,6 +13,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from block_masks.precision import without_autocast
+
 MAX_KERNEL_DIM = 256  # of the forms in Triton
 # Scores held at a time: 256 MiB in float32.
 _CHUNK_SCORES = 2**26
@@ -136,7 +138,7 @@ def _scores(
         rows = slice(start // together, -(-part.stop // together))
         chosen = selected[:, rows].index_select(-1, coarse.group)
         chosen = chosen.repeat_interleave(together, 1)[:, : part.stop - start]
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query):
             scores = query[:, part].to(exact) @ key.mT * scale + bias
         yield part, scores.masked_fill(chosen, -torch.inf)
 
