@@ -19,7 +19,18 @@ from tests.paths import (
     through_shared,
 )
 from tests.strategies import Problem
-from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_attention, vmoba_selection
+from vmoba_flex import (
+    ApproxBlocks,
+    BlockPartition,
+    Tail,
+    Threshold,
+    TopK,
+    VMoBAConfig,
+    reference,
+    vmoba_attention,
+    vmoba_mask,
+    vmoba_selection,
+)
 from vmoba_flex.dispatch import compiled
 from vmoba_flex.groups import group_of_key
 from vmoba_flex.rules import Rule
@@ -182,6 +193,59 @@ def test_selections_compile_with_symbolic_sizes():
         actual = graph(query, key, partition, TopK(2))
         assert torch.equal(actual, expected)
         assert actual.stride() == expected.stride()
+
+
+RULES = [
+    TopK(2),
+    TopK(density=0.3, pool="head"),
+    Threshold(0.25, max_density=0.3),
+    Threshold(0.3, max_density=0.4, pool="block"),
+    Threshold(0.3, max_density=0.5, pool="query", normalize="softmax"),
+]
+CONFIGS = {
+    "explicit": VMoBAConfig(2, (3, 2), (2, 3, 2), TopK(2)),
+    "approximate": VMoBAConfig(ApproxBlocks(3), ApproxBlocks(5), ApproxBlocks(8), TopK(2)),
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("blocks", CONFIGS)
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_three_resolutions_of_one_graph(rule: Rule, blocks: str, dynamic: bool | None):
+    torch.compiler.reset()
+    config = CONFIGS[blocks]
+
+    def run(query, key, value, grid, partition) -> list[torch.Tensor | None]:
+        inside = config.partition("spatiotemporal", grid, 1, 2)
+        mask = vmoba_mask(query, key, inside, rule, tile_size=16)
+        output = vmoba_attention(query, key, value, partition, rule, dispatch="packed")
+        return [vmoba_selection(query, key, partition, rule), mask.kv_num_blocks, mask.full_kv_indices, output]
+
+    # Dynamo traces; what a backend makes of the graph is tested above.
+    graph = torch.compile(run, backend="eager", fullgraph=True, dynamic=dynamic)
+    for grid in [(2, 4, 6), (3, 8, 6), (4, 4, 9)]:
+        partition = config.partition("spatiotemporal", grid, 1, 2)
+        query, key, value = torch.randn(3, 1, 2, partition.num_tokens, 8)
+        expected = run(query, key, value, grid, partition)
+        for x, y in zip(graph(query, key, value, grid, partition), expected, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("dispatch", ["tiles", "shared", "dense"])
+@pytest.mark.parametrize("tail", [None, Tail(4), Tail((1, 2, 2))])
+def test_three_resolutions_on_other_dispatches(dispatch: str, tail: Tail | None):
+    torch.compiler.reset()
+    rule = TopK(density=0.3)
+
+    def run(query, key, value, partition) -> torch.Tensor:
+        options = {} if tail is None or dispatch == "dense" else {"tail": tail}
+        return vmoba_attention(query, key, value, partition, rule, dispatch=dispatch, **options)
+
+    graph = torch.compile(run, backend="eager", fullgraph=True, dynamic=True)
+    for grid in [(2, 4, 6), (3, 8, 6), (4, 4, 9)]:
+        partition = BlockPartition(grid, (2, 3, 2), suffix=1)
+        query, key, value = torch.randn(3, 1, 2, partition.num_tokens, 8)
+        torch.testing.assert_close(graph(query, key, value, partition), run(query, key, value, partition))
 
 
 def test_packed_in_a_graph_needs_a_bound():

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tests.paths import attend
 from tests.ranks import RankPool
 from tests.strategies import Problem
-from vmoba_flex import BlockPartition, Threshold, TopK, collectives, vmoba_attention
+from vmoba_flex import BlockPartition, Tail, Threshold, TopK, collectives, vmoba_attention
 from vmoba_flex.collectives import Ranks
 from vmoba_flex.distributed import RankGroup, TokenShards
 from vmoba_flex.distributed.exchange import Layout
@@ -190,6 +190,38 @@ def test_more_ranks_than_heads(rank_pool, rule, dispatch):
     for heads, key_heads in ((2, 1), (3, 3)):
         case = problem(rule, heads, key_heads, text_lengths=lengths)
         assert_equals_one_process(rank_pool, case, 4, exact=False, dispatch=dispatch)
+
+
+@pytest.mark.parametrize("dispatch", ["tiles", "packed", "shared"])
+def test_a_tail_equals_one_process(rank_pool, dispatch):
+    lengths = torch.tensor([3, 8])
+    for heads, key_heads in ((5, 5), (8, 4), (2, 1)):
+        if heads < 4 and dispatch == "shared":
+            continue
+        case = problem(TopK(2), heads, key_heads, text_lengths=lengths, tail=Tail((1, 2, 3)))
+        assert_equals_one_process(rank_pool, case, 4, exact=False, dispatch=dispatch)
+
+
+def log_sum_exp(problem: Problem, shards: TokenShards | None, options: dict[str, Any]) -> Tensor:
+    """The log-sum-exp of this rank's tokens, on a rank."""
+    group = RankGroup(group_of(4), shards=shards, check=True)
+    local = [here(x, shards, problem.partition, group_of(4)) for x in (problem.query, problem.key, problem.value)]
+    part = dataclasses.replace(problem, **dict(zip(("query", "key", "value"), local, strict=True)))
+    return attend(part, return_lse=True, group=group, **options)[1]
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+@pytest.mark.parametrize("heads", [5, 2])  # ranks hold heads, or queries
+def test_each_rank_gets_the_log_sum_exp_of_its_tokens(rank_pool, dispatch, heads):
+    if heads < 4 and dispatch == "shared":
+        return
+    for shards in (None, TokenShards(text="replicated")):
+        for tail in (None,) if dispatch == "dense" else (None, Tail(4)):
+            case = problem(TopK(2), heads, tail=tail)
+            _, expected = attend(case, dispatch=dispatch, return_lse=True)
+            parts = rank_pool.run(log_sum_exp, case, shards, {"dispatch": dispatch})
+            actual = put_together([x[..., None] for x in parts], shards, case.partition, add=False)[..., 0]
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_ranks_of_text_alone(rank_pool):

@@ -89,11 +89,12 @@ def masked_attention(
     enable_gqa: bool,
     lse: bool,
 ) -> tuple[Tensor, None]:
-    """``flex_attention`` with a backward on a CPU, from what ``mask_mod`` says."""
+    """``flex_attention`` with a backward on a CPU, from what ``mask_mod`` says; it gives no log-sum-exp."""
     assert not lse
     index = torch.meshgrid(*(torch.arange(size) for size in block_mask.shape), indexing="ij")
     mask = block_mask.mask_mod(*index)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=enable_gqa), None
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+    return output, None
 
 
 def gpu_branch(problem: Problem, tile_size: int) -> Tensor:

@@ -323,6 +323,14 @@ def test_fullgraph_without_recompiling(dispatch: str, grad: bool):
 
 
 @pytest.mark.parametrize("dispatch", ["tiles", "packed", "shared"])
+def test_autocast_rounds_nothing_but_the_inputs(dispatch: str):
+    problem = small(tail=Tail(2)).to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = attend(problem, dispatch=dispatch)
+    assert torch.equal(actual, attend(problem, dispatch=dispatch))
+
+
+@pytest.mark.parametrize("dispatch", ["tiles", "packed", "shared"])
 def test_checkpointing(dispatch: str):
     problem = small(tail=Tail(2), scale=0.5).with_leaves()
     leaves = problem.query, problem.key, problem.value

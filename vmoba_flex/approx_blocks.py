@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 
-from block_masks.launching.constant import constant_when_compiled
+from block_masks.launching.constant import constant_size, constant_when_compiled
 from vmoba_flex.checks import check_positive
 
 _MAX_TOKENS = 2**31
@@ -55,10 +55,10 @@ def approx_block(count: int, grid: tuple[int, int, int], axes: tuple[int, ...]) 
     Raises:
         ValueError: if the grid has 2**31 tokens or more.
     """
-    frames, height, width = (len(range(size)) for size in grid)  # int() would leave a symbolic size symbolic
+    frames, height, width = map(constant_size, grid)
     if frames * height * width >= _MAX_TOKENS:
         raise ValueError(f"grid must have fewer than 2**31 tokens, got {grid}")
-    return _constant(count, (frames, height, width), axes)
+    return _constant(constant_size(count), (frames, height, width), axes)
 
 
 # Two functions, because torch.compile traces into a cached one even if it is marked as a constant.

@@ -115,7 +115,8 @@ def vmoba_attention(
             inputs. ``"flash"``, FlashAttention-4, is checked on small problems at its first call. ``"auto"`` is the
             faster one that can run.
         return_stats: also return ``AttentionStats``; with a group, not inside ``torch.compile``.
-        return_lse: also return the natural log-sum-exp of each query's scores, without a gradient.
+        return_lse: also return the natural log-sum-exp of each query's scores, without a gradient; with a group, not
+            inside ``torch.compile``.
         max_row_bytes: memory for the rows of ``"packed"``, which works on at least one head at a time.
         text_lengths: int64 ``(B,)``, in 0..prefix + suffix (not checked): how many of a sample's prefix and suffix
             tokens, prefix first, are valid. Nobody attends the others, which are padding with meaningless outputs.
@@ -149,12 +150,14 @@ def vmoba_attention(
 
         group = group if isinstance(group, RankGroup) else RankGroup(group)
         settings = {"rule": rule, "scale": scale, "dispatch": dispatch, "backend": backend, "tail": tail}
+        settings["return_lse"] = return_lse  # one more exchange
         layout, balance = agreed_layout(query, key, value, partition, settings, group), group.balance
-        if return_stats and torch.compiler.is_compiling():
-            raise ValueError(
-                "return_stats must be False inside torch.compile with a group: ranks may be compiled to exchange their "
-                "stats in different orders, got True"
-            )
+        for name, flag in (("return_stats", return_stats), ("return_lse", return_lse)):
+            if flag and torch.compiler.is_compiling():
+                raise ValueError(
+                    f"{name} must be False inside torch.compile with a group: ranks may be compiled to exchange it and "
+                    "the output in different orders, got True"
+                )
     for name, flag in (("return_stats", return_stats), ("return_lse", return_lse), ("enable_gqa", enable_gqa)):
         check_bool(name, flag)
     call = Call(partition, rule, scale, enable_gqa, text_lengths, max_row_bytes, tail, return_lse)
@@ -190,12 +193,10 @@ def attend(
     check_choice("dispatch", dispatch, DISPATCHES)
     check_choice("backend", backend, BACKENDS)
     query, key, value = under_autocast(query, key, value)
-    if layout is None:
-        check_query_key(query, key, call.partition, call.rule)
-    else:
-        check_query_key(query, key, call.partition, call.rule, layout.tokens, layout.ranks.size)
+    shared_out = () if layout is None else (layout.tokens, layout.ranks.size)
+    partition = check_query_key(query, key, call.partition, call.rule, *shared_out)
     check_value(value, query, key)
-    call = call._replace(scale=check_scale(call.scale))
+    call = call._replace(partition=partition, scale=check_scale(call.scale))
     check_positive("max_row_bytes", call.max_row_bytes)
     check_text_lengths(call.text_lengths, query, call.partition)
     if call.tail is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from block_masks import CoarseKeys
 from block_masks.launching.device import on_device
+from block_masks.launching.transforms import in_transform
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.tail import Cells, Tail, axis_cells
 
@@ -40,7 +41,10 @@ def cell_groups(cells: Cells, like: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         float32 ``(C,)``, or float64 for float64, and int64 ``(C,)``.
     """
-    bias, group = _cell_groups(like.detach(), cells.partition.flat, list(cells.cell))
+    # Only its dtype and device are read, and a new tensor is no one's batch.
+    bias, group = _cell_groups(
+        torch.empty(0, dtype=like.dtype, device=like.device), cells.partition.flat, list(cells.cell)
+    )
     return bias, group
 
 
@@ -54,6 +58,8 @@ def cell_means(x: Tensor, cells: Cells) -> Tensor:
     Returns:
         ``(B, H, C, D)`` in the dtype of ``x``.
     """
+    if in_transform(x):
+        return _plain_means(x, cells)
     return _cell_means(x, cells.partition.flat, list(cells.cell))
 
 
@@ -88,12 +94,16 @@ def _cell_means(x: Tensor, partition: list[int], cell: list[int]) -> Tensor:
         from vmoba_flex import cell_kernels
 
         return cell_kernels.cell_means(x, cells)
+    return _plain_means(x, cells)
+
+
+def _plain_means(x: Tensor, cells: Cells) -> Tensor:
     first, count = cells.partition.prefix, cells.partition.num_video_tokens
     sums = x[:, :, first : first + count].to(_accumulator(x)).unflatten(2, cells.partition.grid)
     for axis, (ids, size) in enumerate(zip(_axis_cells(cells, x.device), cells.grid, strict=True)):
         shape = list(sums.shape)
         shape[2 + axis] = size
-        sums = sums.new_zeros(shape).index_add_(2 + axis, ids, sums)
+        sums = sums.new_zeros(shape).index_add(2 + axis, ids, sums)
     return (sums.flatten(2, 4) / _tokens(cells, x.device)[:, None]).to(x.dtype)
 
 
@@ -133,7 +143,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return _cell_means_backward(grad.contiguous(), *ctx.where), None, None
 
 
+def _double_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _cell_means(grad.contiguous(), *ctx.where), None, None
+
+
+# Means are linear: each is the other's adjoint.
 _cell_means.register_autograd(_backward, setup_context=_save)
+_cell_means_backward.register_autograd(_double_backward, setup_context=_save)
 
 
 def _cells(partition: list[int], cell: list[int]) -> Cells:

@@ -12,7 +12,7 @@ from block_masks import group_mask, realize
 from vmoba_flex.cells import coarse_keys
 from vmoba_flex.checks import check_choice, check_positive
 from vmoba_flex.groups import key_groups, valid_keys
-from vmoba_flex.inputs import check_query_key, check_tail, check_text_lengths, check_value
+from vmoba_flex.inputs import check_query_key, check_tail, check_text_lengths, check_value, under_autocast
 from vmoba_flex.mask import CHOICES, CHOOSE, TOKEN_ORDERS, Choice, TokenOrder
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
@@ -56,7 +56,8 @@ def vmoba_inputs(
     Gradients flow through the means to every key and value.
 
     Args:
-        query: ``(B, H, S, D)`` in ``token_order``, prefix and suffix included; floating point.
+        query: ``(B, H, S, D)`` in ``token_order``, prefix and suffix included; floating point. Under autocast all three
+            tensors are cast first, as in ``vmoba_attention``, and so are the results.
         key: ``(B, key heads, S, D)``.
         value: ``(B, key heads, S, value dim)``.
         partition: the blocks; ``S`` is its ``num_tokens``.
@@ -84,7 +85,8 @@ def vmoba_inputs(
     check_choice("token_order", token_order, TOKEN_ORDERS)
     check_choice("choice", choice, CHOICES)
     check_positive("tile_size", tile_size)
-    check_query_key(query, key, partition, rule)
+    query, key, value = under_autocast(query, key, value)
+    partition = check_query_key(query, key, partition, rule)
     check_value(value, query, key)
     check_text_lengths(text_lengths, query, partition)
     check_tail(tail, partition)

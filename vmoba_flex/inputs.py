@@ -16,8 +16,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_query_key(
     query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, tokens: int | None = None, ranks: int = 1
-) -> None:
-    """Raises ``TypeError`` or ``ValueError`` unless a selection can be made from these.
+) -> BlockPartition:
+    """The partition, with constant sizes; raises unless a selection can be made from these.
 
     Args:
         query: ``(B, H, S, D)``.
@@ -26,11 +26,19 @@ def check_query_key(
         rule: chooses blocks.
         tokens: how many this rank holds, where ranks share the call; None for all tokens of the partition.
         ranks: how many share the call.
+
+    Returns:
+        The partition, with sizes that are constants in graphs.
+
+    Raises:
+        TypeError: if an argument has a wrong type or dtype.
+        ValueError: if shapes, devices or ``k`` do not fit, or the selection has 2**31 entries or more.
     """
     if not isinstance(partition, BlockPartition):
         raise TypeError(f"partition must be a BlockPartition, got {type(partition).__name__}")
     if not isinstance(rule, TopK | Threshold):
         raise TypeError(f"rule must be a TopK or a Threshold, got {type(rule).__name__}")
+    partition = partition.constant()
     _check_tensor("query", query)
     _check_tensor("key", key)
     if query.shape[0] < 1 or query.shape[1] < 1 or query.shape[3] < 1:
@@ -54,6 +62,7 @@ def check_query_key(
             "query and partition must give a selection of fewer than 2**31 entries (B * H * video tokens * num_blocks),"
             f" got {query.shape[0]} * {heads} * {partition.num_video_tokens} * {partition.num_blocks} = {entries}"
         )
+    return partition
 
 
 def check_value(value: Tensor, query: Tensor, key: Tensor) -> None:
@@ -98,7 +107,7 @@ def check_tail(tail: Any, partition: BlockPartition) -> None:
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors, cast as autocast casts them for attention, so that every dispatch sees the same ones."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

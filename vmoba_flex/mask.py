@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from block_masks import TileMap, group_mask, group_tiles
 from vmoba_flex.checks import check_choice, check_positive
 from vmoba_flex.groups import key_groups, valid_keys
-from vmoba_flex.inputs import check_query_key, check_text_lengths
+from vmoba_flex.inputs import check_query_key, check_text_lengths, under_autocast
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection.select import choose_blocks
@@ -41,7 +41,8 @@ def vmoba_mask(
     Nothing is read back to the host and no S x S tensor is made. Inside ``torch.compile`` it becomes part of the graph.
 
     Args:
-        query: ``(B, H, S, D)`` in ``token_order``, prefix and suffix included; floating point.
+        query: ``(B, H, S, D)`` in ``token_order``, prefix and suffix included; floating point. Under autocast both
+            tensors are cast first, as in ``vmoba_attention``.
         key: ``(B, key heads, S, D)``; pass ``enable_gqa=True`` to ``flex_attention`` where it has fewer heads.
         partition: the blocks; ``S`` is its ``num_tokens``.
         rule: ``TopK`` or ``Threshold``.
@@ -74,7 +75,8 @@ def vmoba_mask(
     check_choice("token_order", token_order, TOKEN_ORDERS)
     check_choice("choice", choice, CHOICES)
     check_positive("tile_size", tile_size)
-    check_query_key(query, key, partition, rule)
+    query, key = under_autocast(query, key)
+    partition = check_query_key(query, key, partition, rule)
     check_text_lengths(text_lengths, query, partition)
     if token_order == "block":
         query, key = partition.to_raster_order(query), partition.to_raster_order(key)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from block_masks import realize
+from block_masks.launching.constant import constant_size
 from vmoba_flex.checks import check_count, check_sizes
 
 
@@ -59,6 +60,16 @@ class BlockPartition:
     def flat(self) -> list[int]:
         """Grid, block, prefix and suffix, as the schema of a custom op takes them."""
         return [*self.grid, *self.block, self.prefix, self.suffix]
+
+    def constant(self) -> Self:
+        """The same partition, whose sizes are constants of compiled graphs: there is one graph for each partition.
+
+        ``torch.compile`` makes the sizes of an object symbolic once they change. Counts of blocks and rows, which
+        follow from them by divisions and roundings, must be plain numbers.
+        """
+        if not torch.compiler.is_compiling():
+            return self
+        return self.of_flat([constant_size(size) for size in self.flat])
 
     @classmethod
     def temporal(cls, grid: tuple[int, int, int], frames: int, *, prefix: int = 0, suffix: int = 0) -> Self:

@@ -82,7 +82,7 @@ class Attended(NamedTuple):
         if self.selection is not None:
             return self.selection.mean((0, 2, 3), dtype=torch.float32)
         if self.tile_choice is None:
-            return torch.ones(self.query.shape[1], device=self.query.device)
+            return torch.ones(self.query.shape[1], dtype=torch.float32, device=self.query.device)
         partition = self.call.partition
         return _shared_pairs(*self.tile_choice, partition).mean(0, dtype=torch.float32) / _all_pairs(partition)
 
@@ -113,7 +113,7 @@ def selection_stats(
     pairs = selection.sum((-2, -1))
     cut = wanted.sum((-2, -1)) - pairs
     tiles = selection_tiles(selection, partition, "block", key_valid=key_valid).some
-    return AttentionStats(pairs / selection[0, 0].numel(), tiles.float().mean((-2, -1)), pairs, cut)
+    return AttentionStats(_share(pairs, selection[0, 0].numel()), tiles.float().mean((-2, -1)), pairs, cut)
 
 
 def shared_stats(
@@ -122,12 +122,14 @@ def shared_stats(
     """Stats of what each tile of ``slots`` attends, bool ``(B, H, tiles, G)``."""
     pairs = _shared_pairs(selected, slots, partition)
     tiles = slot_tile_map(selected, slots, valid_slots(slots, key_valid)).some
-    return AttentionStats(pairs / _all_pairs(partition), tiles.float().mean((-2, -1)), pairs, torch.zeros_like(pairs))
+    return AttentionStats(
+        _share(pairs, _all_pairs(partition)), tiles.float().mean((-2, -1)), pairs, torch.zeros_like(pairs)
+    )
 
 
 def dense_stats(query: Tensor, partition: BlockPartition) -> AttentionStats:
     """Stats of full attention."""
-    ones = torch.ones(query.shape[:2], device=query.device)
+    ones = torch.ones(query.shape[:2], dtype=torch.float32, device=query.device)
     pairs = torch.full_like(ones, _all_pairs(partition), dtype=torch.int64)
     return AttentionStats(ones, ones.clone(), pairs, torch.zeros_like(pairs))
 
@@ -135,6 +137,11 @@ def dense_stats(query: Tensor, partition: BlockPartition) -> AttentionStats:
 def _shared_pairs(selected: Tensor, slots: Slots, partition: BlockPartition) -> Tensor:
     is_video = slots.tile_group < partition.num_blocks
     return (selected[..., : partition.num_blocks].sum(-1) * (slots.tile_keys * is_video)).sum(-1)
+
+
+def _share(pairs: Tensor, every: int) -> Tensor:
+    """Pairs of all, float32 whatever the default dtype; the quotient is rounded once."""
+    return (pairs.double() / every).float()
 
 
 def _all_pairs(partition: BlockPartition) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Self
 
+from block_masks.launching.constant import constant_size
 from vmoba_flex.approx_blocks import approx_block
 from vmoba_flex.checks import check_positive, check_sizes, is_int
 from vmoba_flex.partition import BlockPartition
@@ -58,9 +59,10 @@ class Tail:
                     f"cell must not be larger than block {partition.block}, got {self.cell}: give a number of tokens, "
                     "as in Tail(64), to have a shape for each block"
                 )
-            return self.cell
+            t, y, x = map(constant_size, self.cell)
+            return t, y, x
         tokens = math.prod(partition.block)
-        return approx_block(max(1, round(tokens / self.cell)), partition.block, (0, 1, 2))
+        return approx_block(max(1, round(tokens / constant_size(self.cell))), partition.block, (0, 1, 2))
 
     @property
     def flat(self) -> list[int]:

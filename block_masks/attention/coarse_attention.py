@@ -8,7 +8,10 @@ from torch import Tensor
 
 from block_masks.attention import coarse_steps, row_steps
 from block_masks.attention.coarse_steps import CoarseKeys
+from block_masks.attention.plain import plain_merge
+from block_masks.launching.autograd import differentiable_grads
 from block_masks.launching.device import on_device
+from block_masks.launching.transforms import in_transform
 
 
 def merge_coarse_keys(
@@ -28,6 +31,8 @@ def merge_coarse_keys(
     Returns:
         The output, differentiable in all floating inputs, and the log-sum-exp, without a gradient.
     """
+    if in_transform(query, output, lse, *coarse):
+        return _plain(query, output, lse, *coarse, selected, scale, together)
     return _merge(query, output, lse, *coarse, selected, scale, together)
 
 
@@ -73,14 +78,29 @@ def _(grad: Tensor, *inputs: Any) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in inputs[:5]]
 
 
+def _plain(
+    query: Tensor, output: Tensor, lse: Tensor, coarse_key: Tensor, coarse_value: Tensor, coarse_bias: Tensor,
+    coarse_group: Tensor, selected: Tensor, scale: float, together: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows, of_rows, of_lse, chosen = (x.flatten(0, 1) for x in (query, output, lse, selected))
+    coarse = CoarseKeys(coarse_key, coarse_value, coarse_bias, coarse_group)
+    merged, whole = plain_merge(rows, of_rows, of_lse, coarse, chosen, scale, together)
+    return merged.unflatten(0, query.shape[:2]), whole.unflatten(0, query.shape[:2])
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:8], *output)
     ctx.mark_non_differentiable(output[1])
     ctx.settings = inputs[8:]
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    return *_merge_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
+def _backward(ctx: Any, grad: Tensor, _lse: Tensor) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        grads = differentiable_grads(lambda *inputs: _plain(*inputs, *ctx.settings)[0], [*saved[:8]], grad)[:5]
+    else:
+        grads = _merge_backward(grad, *saved, *ctx.settings)
+    return *grads, None, None, None, None, None
 
 
 _merge.register_autograd(_backward, setup_context=_save)

@@ -13,6 +13,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from block_masks.precision import without_autocast
+
 MAX_KERNEL_DIM = 256  # of the forms in Triton
 # Scores held at a time: 256 MiB in float32.
 _CHUNK_SCORES = 2**26
@@ -63,7 +65,8 @@ def merge_coarse(
         there = tail != -torch.inf
         own = torch.where(lse[:, part] == -torch.inf, 0, (lse[:, part] - whole).exp())
         p = torch.where(scores == -torch.inf, 0, (scores - whole[..., None]).exp())
-        mixed = own[..., None] * output[:, part] + p @ _of_heads(coarse.value, len(query)).to(p.dtype)
+        with torch.autocast(query.device.type, enabled=False):
+            mixed = own[..., None] * output[:, part] + p @ _of_heads(coarse.value, len(query)).to(p.dtype)
         merged[0][:, part] = torch.where(there[..., None], mixed.to(output.dtype), output[:, part])
         merged[1][:, part] = torch.where(there, whole, lse[:, part])
 
@@ -94,11 +97,12 @@ def coarse_backward(
     for part, scores in _scores(query, coarse, selected, scale, together):
         do = grad[:, part].to(exact)
         p = torch.where(scores == -torch.inf, 0, (scores - lse[:, part, None]).exp())
-        ds = p * (do @ value.mT - delta[:, part, None]) * scale
-        ds = torch.where(scores == -torch.inf, 0, ds)
-        grad_query[:, part] += (ds @ key).to(grad_query.dtype)
-        for total, x in zip(sums, (ds.mT @ query[:, part].to(exact), p.mT @ do), strict=True):
-            total += x
+        with torch.autocast(query.device.type, enabled=False):
+            ds = p * (do @ value.mT - delta[:, part, None]) * scale
+            ds = torch.where(scores == -torch.inf, 0, ds)
+            grad_query[:, part] += (ds @ key).to(grad_query.dtype)
+            for total, x in zip(sums, (ds.mT @ query[:, part].to(exact), p.mT @ do), strict=True):
+                total += x
     grad_key, grad_value = (
         total.unflatten(0, (len(x), -1)).sum(1).to(x.dtype) for total, x in zip(sums, coarse[:2], strict=True)
     )
@@ -136,7 +140,7 @@ def _scores(
         rows = slice(start // together, -(-part.stop // together))
         chosen = selected[:, rows].index_select(-1, coarse.group)
         chosen = chosen.repeat_interleave(together, 1)[:, : part.stop - start]
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query):
             scores = query[:, part].to(exact) @ key.mT * scale + bias
         yield part, scores.masked_fill(chosen, -torch.inf)
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from block_masks.attention.coarse_steps import MAX_KERNEL_DIM, CoarseKeys
+from block_masks.attention.plain import plain_rows
 from block_masks.attention.row_attention import Room, attend_rows
 from block_masks.launching.constant import constant_when_compiled
+from block_masks.launching.transforms import in_transform
 from block_masks.plans.slots import Slots
 
 RowBackend = Literal["auto", "eager", "triton", "flash"]
@@ -103,18 +105,21 @@ def attend_packed(
     if group_lengths is not None:
         selected = selected & (group_lengths > 0).view(batch, 1, 1, -1)  # no row without a key
         group_lengths = group_lengths.repeat_interleave(heads, 0)
-    selected = selected.flatten(0, 1)
-    if bound is None:
-        bound = _read_bound(selected, slots.tile_size)
-    elif selected.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_bound(selected, slots.tile_size, bound)
-    row_bytes = max(head_dim, value.shape[-1]) * query.element_size()
-    rooms = rooms_of(bound, heads, max_row_bytes // row_bytes, slots.tile_size, kernels)
-    output, lse = attend_rows(
-        query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), selected, slots, rooms=rooms,
-        scale=1 / math.sqrt(head_dim) if scale is None else scale, backend=kernels, group_lengths=group_lengths,
-        coarse=coarse,
-    )  # fmt: skip
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    query, key, value, selected = (x.flatten(0, 1) for x in (query, key, value, selected))
+    if in_transform(query, key, value, *(coarse or ())):
+        output, lse = plain_rows(query, key, value, selected, group_lengths, slots, scale, coarse)
+    else:
+        if bound is None:
+            bound = _read_bound(selected, slots.tile_size)
+        elif selected.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_bound(selected, slots.tile_size, bound)
+        row_bytes = max(head_dim, value.shape[-1]) * query.element_size()
+        rooms = rooms_of(bound, heads, max_row_bytes // row_bytes, slots.tile_size, kernels)
+        output, lse = attend_rows(
+            query, key, value, selected, slots, rooms=rooms, scale=scale, backend=kernels, group_lengths=group_lengths,
+            coarse=coarse,
+        )  # fmt: skip
     return output.unflatten(0, (batch, heads)), lse.unflatten(0, (batch, heads))
 
 
@@ -143,6 +148,8 @@ def _read_bound(selected: Tensor, tile_size: int) -> RowBound:
     """The most tiles of rows that any head needs, read from the device and rounded up so that few sizes occur."""
     if torch.compiler.is_compiling():
         raise ValueError("bound must be given inside torch.compile, got None")
+    if selected.is_meta:  # nothing to read, and nothing runs
+        return RowBound(1)
     tiles = int(((selected.sum(1) + tile_size - 1) // tile_size).sum(1).max())
     step = 2 ** max(tiles.bit_length() - 3, 0)  # between powers of two, four sizes
     return RowBound(max(1, -(-tiles // step) * step))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from block_masks.attention import coarse_steps, row_steps
 from block_masks.attention.coarse_steps import CoarseKeys
+from block_masks.attention.plain import plain_rows
 from block_masks.attention.row_steps import Merged
 from block_masks.launching.autograd import grad_of, save_of
 from block_masks.launching.device import on_device
@@ -153,7 +154,18 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> 
     return [x.new_empty(x.shape) for x in (query, key, value, *coarse)]
 
 
-_attend.register_autograd(grad_of(_attend_backward, tensors=9), setup_context=save_of(tensors=9))
+def _plain(
+    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_lengths: Tensor | None,
+    coarse_key: Tensor | None, coarse_value: Tensor | None, coarse_bias: Tensor | None, coarse_group: Tensor | None,
+    slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool,
+    rooms: list[int], scale: float, backend: str,
+) -> Tensor:  # fmt: skip
+    slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
+    coarse = CoarseKeys.given(coarse_key, coarse_value, coarse_bias, coarse_group)
+    return plain_rows(query, key, value, selected, group_lengths, slots, scale, coarse)[0]
+
+
+_attend.register_autograd(grad_of(_attend_backward, tensors=9, plain=_plain), setup_context=save_of(tensors=9))
 
 
 def _valid(group_lengths: Tensor | None, slots: Slots, repeats: int, backend: str) -> ValidSlots | None:

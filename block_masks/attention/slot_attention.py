@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from block_masks.attention.coarse_steps import CoarseKeys
+from block_masks.attention.plain import plain_slots
 from block_masks.launching.autograd import grad_of, save_of
 from block_masks.launching.device import on_device
+from block_masks.launching.transforms import in_transform
 from block_masks.masks.tile_map import tile_lists
 from block_masks.plans.slots import Slots, ValidSlots
 
@@ -70,6 +72,8 @@ def attend_slots(
         raise ValueError(f"query must not be float16 where groups are no whole tiles, got sizes {slots.group_sizes}")
     if query.dtype == torch.float16 and group_lengths is not None:
         raise ValueError("query must not be float16 with group_lengths, got torch.float16")
+    if in_transform(query, key, value, *(coarse or ())):
+        return plain_slots(query, key, value, selected, group_lengths, slots, scale, coarse)
     return _attend(query, key, value, selected, group_lengths, *(coarse or [None] * 4), *slots.flat, scale)
 
 
@@ -148,7 +152,17 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> 
     return [x.new_empty(x.shape) for x in (query, key, value, *coarse)]
 
 
-_attend.register_autograd(grad_of(_attend_backward, tensors=9), setup_context=save_of(tensors=9))
+def _plain(
+    query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_lengths: Tensor | None,
+    coarse_key: Tensor | None, coarse_value: Tensor | None, coarse_bias: Tensor | None, coarse_group: Tensor | None,
+    slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool, scale: float,
+) -> Tensor:  # fmt: skip
+    slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
+    coarse = CoarseKeys.given(coarse_key, coarse_value, coarse_bias, coarse_group)
+    return plain_slots(query, key, value, selected, group_lengths, slots, scale, coarse)[0]
+
+
+_attend.register_autograd(grad_of(_attend_backward, tensors=9, plain=_plain), setup_context=save_of(tensors=9))
 
 
 def _key_tiles(selected: Tensor, slots: Slots, valid: ValidSlots | None = None) -> Tensor:

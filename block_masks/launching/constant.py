@@ -1,4 +1,4 @@
-"""Marks functions whose result ``torch.compile`` takes as a constant, without loading the compiler."""
+"""Functions and sizes that ``torch.compile`` takes as constants, without loading the compiler."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,3 +13,8 @@ def constant_when_compiled(function: _Function) -> _Function:
     """
     function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
     return function
+
+
+def constant_size(size: int) -> int:
+    """The size, at least 0, as a constant of compiled graphs: there is one graph for each value."""
+    return len(range(size))  # int() would leave a symbolic size symbolic

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from block_masks.launching.device import on_device
+from block_masks.launching.transforms import in_transform
 from block_masks.plans.slots import Slots, ValidSlots
 
 
@@ -30,13 +31,19 @@ def from_slots(x: Tensor, slots: Slots) -> Tensor:
     return x if slots.in_place else _gather_slots(x, slots.key_slot, slots.slot_key)
 
 
+def _gather_slots(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    if in_transform(x):
+        return take_slots(x.flatten(0, 1), index).unflatten(0, x.shape[:2])
+    return _gather_op(x, index, inverse)
+
+
 # The adjoint of a gather is the gather by the inverse index: no atomics.
 @torch.library.custom_op("block_masks::gather_slots", mutates_args=())
-def _gather_slots(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+def _gather_op(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     return take_slots(x.flatten(0, 1), index).unflatten(0, x.shape[:2])
 
 
-@_gather_slots.register_kernel("cuda")
+@_gather_op.register_kernel("cuda")
 @on_device
 def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     from block_masks.plans import move_kernels
@@ -44,7 +51,7 @@ def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     return move_kernels.take_slots(x.flatten(0, 1).contiguous(), index).unflatten(0, x.shape[:2])
 
 
-@_gather_slots.register_fake
+@_gather_op.register_fake
 def _(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:2], index.shape[-1], x.shape[3])
 
@@ -58,7 +65,7 @@ def _gather_slots_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return _gather_slots(grad, inverse, index), None, None
 
 
-_gather_slots.register_autograd(_gather_slots_backward, setup_context=_save_slots)
+_gather_op.register_autograd(_gather_slots_backward, setup_context=_save_slots)
 
 
 def take_slots(source: Tensor, index: Tensor, repeats: int = 1) -> Tensor:

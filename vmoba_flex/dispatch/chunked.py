@@ -1,12 +1,14 @@
-"""Exact masked attention in plain PyTorch, for training on a CPU, where FlexAttention has no backward."""
+"""Exact masked attention in plain PyTorch, where FlexAttention cannot run: see ``compiled.has_flex_kernel``."""
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from block_masks.precision import accumulator
+from block_masks.launching.transforms import in_transform
+from block_masks.precision import accumulator, without_autocast
 
 # Scores held at a time, over samples, heads, queries of the chunk and keys: 256 MiB in float32.
 _CHUNK_SCORES = 2**26
@@ -44,8 +46,13 @@ def chunked_attention(
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
     rows = max(1, _CHUNK_SCORES // (batch * heads * tokens))
+    # A checkpoint keeps inputs even where no gradient is wanted, which inference tensors refuse, and stops transforms.
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    attend = _masked_attention
+    if needs_grad and not in_transform(query, key, value):
+        attend = functools.partial(checkpoint, _masked_attention, use_reentrant=False)
     chunks = [
-        checkpoint(_masked_attention, q, key, value, chosen, key_group, scale, key_valid, lse, use_reentrant=False)
+        attend(q, key, value, chosen, key_group, scale, key_valid, lse)
         for q, chosen in zip(query.split(rows, 2), selected.split(rows, 2), strict=True)
     ]
     outputs, sums = zip(*chunks, strict=True)
@@ -63,7 +70,7 @@ def _masked_attention(
     lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     exact = accumulator(query)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         scores = (query.to(exact) @ key.to(exact).mT) * scale
         attended = selected[..., key_group]
         if key_valid is not None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from block_masks.launching.transforms import in_transform
+
 # Shapes, dtypes, scale and grad mode each need a kernel of their own. Past torch's default of 8 a compiled function
 # runs eagerly, and eager flex_attention builds the S x S scores: 137 GiB at 55,296 tokens and 12 heads.
 _MAX_KERNELS = 128
@@ -25,10 +27,13 @@ def _compiled() -> Callable[..., Any]:
 
 
 def has_flex_kernel(query: Tensor, key: Tensor, value: Tensor, lse: bool = False) -> bool:
-    """Whether to run ``flex_attention`` on these inputs: on a GPU always, on a CPU rarely.
+    """Whether to run ``flex_attention`` on these inputs: on a GPU nearly always, on a CPU rarely.
 
     There it has no backward and no float64, and is worth a compilation only as part of a caller that is compiled.
+    Compiled kernels have no derivatives but first ones, and run on no meta tensors.
     """
+    if query.is_meta or in_transform(query, key, value):
+        return False
     if query.device.type != "cpu":
         return True
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))

@@ -4,6 +4,7 @@ import functools
 
 from torch import Tensor
 
+from block_masks.launching.transforms import in_transform
 from vmoba_flex.call import Call, ChosenBackend, Dispatch
 from vmoba_flex.dispatch.dense import dense_attention
 from vmoba_flex.dispatch.packed import packed_attention
@@ -38,9 +39,10 @@ def attend_here(
     attended = functools.partial(Attended, query=query, key=key, call=call, part=part)
     if dispatch == "dense":
         valid = valid_keys(call.partition, call.text_lengths)
-        if call.lse:
+        # Transforms see through our own path, but not through the fused kernels of scaled_dot_product_attention.
+        if call.lse or in_transform(query, key, value):
             output, lse = attend_all(query, key, value, call, valid)
-            return attended(output, lse=lse)
+            return attended(output, lse=lse if call.lse else None)
         return attended(dense_attention(query, key, value, call.scale, call.enable_gqa, valid))
     if dispatch == "shared":
         shared = shared_attention(query, key, value, call, backend, part=part)

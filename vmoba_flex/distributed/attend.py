@@ -42,7 +42,8 @@ def attend_across(
         balance: which heads each rank attends.
 
     Returns:
-        What this rank attended, with the output ``(B, H, tokens of this rank, value dim)``.
+        What this rank attended, with the output ``(B, H, tokens of this rank, value dim)`` and, where the call wants
+        it, the log-sum-exp ``(B, H, tokens of this rank)``.
     """
     ranks, partition = layout.ranks, call.partition
     if dispatch == "auto":
@@ -74,7 +75,10 @@ def attend_across(
     if balance is not None and dispatch != "dense":
         units = of_keys.of_rank(ranks.rank, query.device)
         balance.record(attended.head_density().unflatten(0, (len(units), -1)).mean(1), units)
-    return attended._replace(output=to_tokens(attended.output, layout, heads))
+    lse = attended.lse
+    if call.lse and lse is not None:
+        lse = to_tokens(lse[..., None], layout, heads)[..., 0]
+    return attended._replace(output=to_tokens(attended.output, layout, heads), lse=lse)
 
 
 def by_heads(

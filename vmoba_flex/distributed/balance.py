@@ -55,8 +55,8 @@ class HeadBalance:
         if heads < self.ranks.size:
             raise ValueError(f"heads must be at least the number of ranks, {self.ranks.size}, got {heads}")
         self.order = torch.arange(heads, device=device)
-        self.density = torch.zeros(heads, device=device)
-        self.calls = torch.zeros(heads, device=device)
+        self.density = torch.zeros(heads, dtype=torch.float32, device=device)
+        self.calls = torch.zeros(heads, dtype=torch.float32, device=device)
 
     def order_of(self, heads: int) -> Tensor:
         """The heads of rank 0, of rank 1 and so on, int64.

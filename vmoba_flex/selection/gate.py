@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from block_masks.launching.device import on_device
-from block_masks.precision import accumulator
+from block_masks.precision import accumulator, without_autocast
 from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
 
@@ -68,7 +68,7 @@ def products(queries: Tensor, means: Tensor) -> Tensor:
     """
     grouped = queries.unflatten(1, (means.shape[1], -1)).to(means.dtype)
     # Under autocast the product would be rounded to 16 bits, and close blocks would tie.
-    with torch.autocast(queries.device.type, enabled=False):
+    with without_autocast(queries):
         scores = means[:, :, None] @ grouped.mT
     # Flatten first, so that dims of size 1 get the strides that the fake promises.
     return scores.flatten().view(*queries.shape[:2], means.shape[2], queries.shape[2]).mT

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from block_masks.launching.device import on_device
-from vmoba_flex.inputs import check_query_key
+from vmoba_flex.inputs import check_query_key, under_autocast
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Pool, Rule, Threshold, TopK
@@ -43,7 +43,8 @@ def vmoba_selection(query: Tensor, key: Tensor, partition: BlockPartition, rule:
     Every query's own block is chosen. Pools never span samples. Nothing is read back to the host.
 
     Args:
-        query: ``(B, H, S, D)`` in raster order, prefix and suffix included; floating point.
+        query: ``(B, H, S, D)`` in raster order, prefix and suffix included; floating point. Under autocast both tensors
+            are cast first, as in ``vmoba_attention``.
         key: ``(B, key heads, S, D)``; where it has fewer heads, query head h uses key head ``h // (H // key heads)``.
         partition: the blocks; ``S`` is its ``num_tokens``.
         rule: ``TopK`` or ``Threshold``.
@@ -55,7 +56,8 @@ def vmoba_selection(query: Tensor, key: Tensor, partition: BlockPartition, rule:
         TypeError: if an argument has a wrong type or dtype.
         ValueError: if shapes, devices or ``k`` do not fit, or the selection has 2**31 entries or more.
     """
-    check_query_key(query, key, partition, rule)
+    query, key = under_autocast(query, key)
+    partition = check_query_key(query, key, partition, rule)
     return choose_blocks(query, key, partition, rule)
 
 
