@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from block_masks import CoarseKeys, attend_packed, attend_slots, from_slots, merge_coarse_keys, plan_slots, to_slots
+from block_masks.attention import coarse_attention, coarse_steps
 from tests.strategies import generators
 
 
@@ -143,3 +145,11 @@ def test_registered_ops_are_well_formed():
     torch.library.opcheck(
         torch.ops.block_masks.attend_packed, (*flat, None, *coarse, *slots.flat, [1, 4, 1, 4], 0.5, "eager")
     )
+
+
+def test_wide_values_have_no_kernel():
+    """Kernels hold a whole value in a tile, so those wider than they take are merged by plain PyTorch, on a GPU too."""
+    with FakeTensorMode():
+        query, output = (torch.empty(1, 1, 4, dim, device="cuda") for dim in (64, 512))
+    assert coarse_attention._modules(query, output)[0] is coarse_steps
+    assert coarse_attention._modules(output, query)[0] is coarse_steps
