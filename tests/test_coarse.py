@@ -1,6 +1,7 @@
 """Coarse keys in the softmax of what was chosen, on all eager paths, against dense attention in float64."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -94,6 +95,22 @@ def test_equals_one_softmax_over_keys_and_coarse_keys(path: str, problem: Coarse
     grads = torch.autograd.grad(output, leaves, grad)
     for actual, target in zip(grads, torch.autograd.grad(expected, exact, grad.double()), strict=True):
         torch.testing.assert_close(actual.double(), target, rtol=2e-4, atol=2e-4)
+
+
+@given(problem=coarse_problems())
+def test_chunks_of_queries_change_nothing(problem: CoarseProblem):
+    upstream = torch.randn(problem.packed(*problem.tensors)[0].shape, generator=torch.Generator().manual_seed(0))
+
+    def results() -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in problem.tensors]
+        output, lse = problem.merged(*leaves)
+        return [output.detach(), lse.detach(), *torch.autograd.grad(output, leaves, upstream)]
+
+    whole = results()
+    with mock.patch.object(coarse_steps, "_CHUNK_SCORES", 100):
+        chunked = results()
+    for actual, expected in zip(chunked, whole, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @given(problem=coarse_problems(chosen_always=True))
