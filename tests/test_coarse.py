@@ -1,14 +1,17 @@
 """Coarse keys in the softmax of what was chosen, on all eager paths, against dense attention in float64."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from block_masks import CoarseKeys, attend_packed, attend_slots, from_slots, merge_coarse_keys, plan_slots, to_slots
+from block_masks.attention import coarse_attention, coarse_steps
 from tests.strategies import generators
 
 
@@ -94,6 +97,22 @@ def test_equals_one_softmax_over_keys_and_coarse_keys(path: str, problem: Coarse
         torch.testing.assert_close(actual.double(), target, rtol=2e-4, atol=2e-4)
 
 
+@given(problem=coarse_problems())
+def test_chunks_of_queries_change_nothing(problem: CoarseProblem):
+    upstream = torch.randn(problem.packed(*problem.tensors)[0].shape, generator=torch.Generator().manual_seed(0))
+
+    def results() -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in problem.tensors]
+        output, lse = problem.merged(*leaves)
+        return [output.detach(), lse.detach(), *torch.autograd.grad(output, leaves, upstream)]
+
+    whole = results()
+    with mock.patch.object(coarse_steps, "_CHUNK_SCORES", 100):
+        chunked = results()
+    for actual, expected in zip(chunked, whole, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 @given(problem=coarse_problems(chosen_always=True))
 def test_tiles_of_slots_equal_one_softmax(problem: CoarseProblem):
     slots = plan_slots(problem.key_group, problem.group_sizes, 4)
@@ -143,3 +162,11 @@ def test_registered_ops_are_well_formed():
     torch.library.opcheck(
         torch.ops.block_masks.attend_packed, (*flat, None, *coarse, *slots.flat, [1, 4, 1, 4], 0.5, "eager")
     )
+
+
+def test_wide_values_have_no_kernel():
+    """Kernels hold a whole value in a tile, so those wider than they take are merged by plain PyTorch, on a GPU too."""
+    with FakeTensorMode():
+        query, output = (torch.empty(1, 1, 4, dim, device="cuda") for dim in (64, 512))
+    assert coarse_attention._modules(query, output)[0] is coarse_steps
+    assert coarse_attention._modules(output, query)[0] is coarse_steps

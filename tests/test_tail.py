@@ -269,10 +269,10 @@ def test_about_so_many_tokens_a_cell():
         (0, ValueError, "cell must be at least 1, got 0"),
         ((1, 0, 1), ValueError, "cell must be at least 1 everywhere"),
         ((1, 2), ValueError, "cell must have 3 sizes"),
-        (1.5, TypeError, "cell must be a tuple of 3 ints, got 1.5"),
+        (1.5, TypeError, "cell must be an int or a tuple of 3 ints, got 1.5"),
         ((1, 2.0, 1), TypeError, "cell must hold ints"),
-        (True, TypeError, "cell must be a tuple of 3 ints, got True"),
-        (None, TypeError, "cell must be a tuple of 3 ints, got None"),
+        (True, TypeError, "cell must be an int or a tuple of 3 ints, got True"),
+        (None, TypeError, "cell must be an int or a tuple of 3 ints, got None"),
     ],
 )
 def test_bad_cells(cell: Any, error: type[Exception], message: str):

@@ -1,4 +1,4 @@
-"""The words of the command line, and which exclude one another; free of torch, so that ``--help`` is quick."""
+"""The options of the command line, and which exclude one another; free of torch, so that ``--help`` is quick."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,8 +10,7 @@ from vmoba_flex.version import __version__
 
 _RULE = ("tau", "density", "pool", "normalize", "max_density")
 
-# Where the option of the first column is given, with the value of the second unless that is None, those of the third
-# would have no effect: an error.
+# An option, its value (None for any), and the options that have no effect next to it: giving one of those is an error.
 _EXCLUDES = (
     ("config", None, _RULE),
     ("density", None, ("tau", "normalize", "max_density")),
@@ -20,8 +19,8 @@ _EXCLUDES = (
     ("what", "density", ("layer", "step", "head", "query")),
 )
 
-# Parsing leaves an option of the third column None where it was not given; then it gets its value here. The demo's own
-# default is the rule that its model was trained with.
+# The parser leaves these None where they were not given, so that the check above sees what was; then they get these
+# values. The demo's own default is the rule that its model was trained with.
 _DEFAULTS = {"tau": 0.25, "pool": "head", "normalize": "minmax", "rows": 256, "seed": 0}
 
 
@@ -30,7 +29,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     Raises:
         UserError: if an option would have no effect.
-        SystemExit: after ``--help`` and ``--version``, and if a word is malformed.
+        SystemExit: after ``--help`` and ``--version``, and if an option is malformed.
     """
     arguments = _parser().parse_args(argv)
     given = {name: value for name, value in vars(arguments).items() if value is not None}
@@ -60,15 +59,15 @@ def _parser() -> argparse.ArgumentParser:
 
     reading = argparse.ArgumentParser(add_help=False)
     reading.add_argument("files", nargs="+", type=Path, metavar="FILE", help="written by capture(model).save")
-    reading.add_argument("--rows", type=int, help="sampled queries of a record (default: 256)")
-    reading.add_argument("--seed", type=int, help="of the sample (default: 0)")
+    reading.add_argument("--rows", type=int, help="queries sampled from a record (default: 256)")
+    reading.add_argument("--seed", type=int, help="seed of the sample (default: 0)")
     blocks = argparse.ArgumentParser(add_help=False)
     blocks.add_argument("--config", type=Path, metavar="JSON", help="blocks and rules of a VMoBAConfig")
     rule = argparse.ArgumentParser(add_help=False)
     rule.add_argument("--tau", type=float, help="share that a Threshold reaches (default: 0.25)")
     rule.add_argument("--density", type=float, help="share of the blocks that a TopK keeps, in place of a Threshold")
     rule.add_argument("--pool", choices=("query", "block", "head", "global"), help="what competes (default: head)")
-    rule.add_argument("--normalize", choices=("minmax", "softmax"), help="of a Threshold (default: minmax)")
+    rule.add_argument("--normalize", choices=("minmax", "softmax"), help="of a Threshold's scores (default: minmax)")
     rule.add_argument("--max-density", type=float, help="cap of a Threshold (default: none)")
     outputs = argparse.ArgumentParser(add_help=False)
     outputs.add_argument("--json", type=Path, metavar="JSON", help="write the results to this file")
@@ -115,10 +114,10 @@ def _add_plot(commands: Any, *parents: argparse.ArgumentParser) -> None:
     one = _add(commands, "plot", words, *parents)
     one.add_argument("--what", choices=("mass", "choice", "density"), default="mass", help="default: %(default)s")
     one.add_argument("--output", type=Path, metavar="PNG", default=Path("vmoba_plot.png"), help="default: %(default)s")
-    one.add_argument("--layer", type=int, help="of mass and choice (default: the first recorded)")
-    one.add_argument("--step", type=int, help="of mass and choice (default: the first recorded)")
-    one.add_argument("--head", type=int, help="of choice (default: the first recorded)")
-    one.add_argument("--query", type=_token, metavar="T,Y,X", help="of choice (default: the middle)")
+    one.add_argument("--layer", type=int, help="layer of mass and choice (default: the first recorded)")
+    one.add_argument("--step", type=int, help="step of mass and choice (default: the first recorded)")
+    one.add_argument("--head", type=int, help="head of choice (default: the first recorded)")
+    one.add_argument("--query", type=_token, metavar="T,Y,X", help="query of choice (default: the middle)")
 
 
 def _add_bench(commands: Any, *parents: argparse.ArgumentParser) -> None:

@@ -107,10 +107,10 @@ def vmoba_attention(
         rule: ``TopK`` or ``Threshold``.
         scale: factor on the scores before the softmax; ``1 / sqrt(D)`` by default. The choice of blocks ignores it.
         enable_gqa: allow fewer key heads than query heads; query head h uses key head ``h // (H // key heads)``.
-        dispatch: ``"packed"`` costs what the density says; it reads one number from the device if the rule does not
+        dispatch: The cost of ``"packed"`` follows the density; it reads one number from the device if the rule does not
             bound its pairs. ``"tiles"`` runs each tile that one of its queries wants. ``"shared"`` is an approximation:
             up to 128 neighbouring queries share one choice. ``"dense"`` is full attention, and ignores ``rule``.
-            ``"auto"`` is the fastest exact one by measured times: full attention for short sequences, as stats tell.
+            ``"auto"`` is the fastest exact one by measured times: full attention for short sequences, which stats show.
         backend: kernels of ``"packed"`` and ``"shared"`` on a GPU. ``"triton"`` gives the same bits for the same
             inputs. ``"flash"``, FlashAttention-4, is checked on small problems at its first call. ``"auto"`` is the
             faster one that can run.

@@ -22,7 +22,7 @@ ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class FlexInputs(NamedTuple):
-    """What ``flex_attention`` takes beside query.
+    """What ``flex_attention`` takes next to query.
 
     Attributes:
         key: ``(B, key heads, S + C, D)``: the keys, then the mean of each of C cells.

@@ -48,10 +48,10 @@ def vmoba_mask(
         rule: ``TopK`` or ``Threshold``.
         token_order: the order of the tokens in query, key and value, and so in the mask: ``"raster"`` or ``"block"``
             (see ``BlockPartition.to_block_order``). Block order leaves fewer tiles to run.
-        choice: ``"token"``: each query chooses, as in the paper, and FlexAttention runs each tile that one of its
-            queries wants. ``"tile"``: up to 128 neighbouring queries of a block share one choice, an approximation (see
-            the dispatch ``"shared"``), and in block order FlexAttention runs the density, or a little more where a
-            block is no multiple of 128 tokens.
+        choice: ``"token"``: each query chooses, as in the paper, and FlexAttention runs each tile that at
+            least one of its queries wants. ``"tile"``: up to 128 neighbouring queries of a block share one choice, an
+            approximation (see the dispatch ``"shared"``); in block order the share of tiles that run is then the
+            density, or a little more where a block is no multiple of 128 tokens.
         tile_size: FlexAttention's ``BLOCK_SIZE``, for queries and keys. Compiled kernels on Hopper GPUs need a multiple
             of 128.
         text_lengths: as in ``vmoba_attention``.

@@ -44,6 +44,8 @@ class Tail:
     def __post_init__(self) -> None:
         if is_int(self.cell):
             check_positive("cell", self.cell)
+        elif not isinstance(self.cell, tuple | list):
+            raise TypeError(f"cell must be an int or a tuple of 3 ints, got {self.cell!r}")
         else:
             object.__setattr__(self, "cell", check_sizes("cell", self.cell))
 

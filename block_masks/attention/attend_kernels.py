@@ -2,8 +2,8 @@
 
 A tile of rows holds queries that chose one group of keys, so a program runs a plain dense loop over that group's slots.
 Backward works with the merged output and log-sum-exp of each query: ``p = exp(score - lse)`` already holds the weight
-of a row in its query, so neither the rows' outputs nor their sums are needed again. No atomics: each program owns what
-it writes, and the same bits come out twice.
+of a row in its query, so neither the rows' outputs nor their log-sum-exps are needed again. No atomics: each program
+owns what it writes, and two runs give the same bits.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -40,7 +40,7 @@ def _forward_step(
     BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     PARTIAL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over ``BLOCK_N`` slots, of which the first ``left`` count if ``PARTIAL``; ``factor`` > 0."""
+    """Online softmax over ``BLOCK_N`` slots; if ``PARTIAL``, only the first ``left`` are valid. ``factor`` > 0."""
     k = _load_tile(keys, start, BLOCK_N, D, BLOCK_D, TMA)
     score = tl.dot(q, k.T, input_precision=PRECISION)
     if PARTIAL:
@@ -59,7 +59,7 @@ def _query_backward_step(
     BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     PARTIAL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what ``BLOCK_N`` slots give to the gradient of rows."""
+    """Adds the contribution of ``BLOCK_N`` slots to the gradient of rows."""
     k = _load_tile(keys, start, BLOCK_N, D, BLOCK_D, TMA)
     v = _load_tile(values, start, BLOCK_N, DV, BLOCK_DV, TMA)
     p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * factor - whole_lse)
@@ -89,7 +89,7 @@ def _forward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    # The largest score is taken before the scale, so the sign goes into the query.
+    # The maximum is taken before scaling, so a negative scale negates the query instead.
     factor = tl.abs(scale) * _LOG2E
     if scale < 0:
         q = -q
@@ -230,7 +230,7 @@ _SHAPES = {
 
 def forward(query: Tensor, keys: Tensor, values: Tensor, section: Section, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of a section's rows; see ``row_steps.forward``."""
-    # What is masked is -inf before the scale, and zero times that would be NaN.
+    # Masked scores are -inf before scaling, and a scale of zero would make them NaN.
     scale = scale if abs(scale) > _LEAST_SCALE else _LEAST_SCALE
     rows = len(section.row_query)
     output = query.new_empty(rows, values.shape[-1])

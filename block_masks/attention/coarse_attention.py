@@ -46,7 +46,7 @@ def _merge(
     query, output, lse = (x.contiguous() for x in (query, output, lse))
     merged, merged_lse = torch.empty_like(output), torch.empty_like(lse)
     flat = [x.flatten(0, 1) for x in (query, output, lse, merged, merged_lse)]
-    _modules(query)[0].merge_coarse(
+    _modules(query, output)[0].merge_coarse(
         flat[0], coarse, selected.flatten(0, 1), flat[1], flat[2], (flat[3], flat[4]), scale, together
     )
     return merged, merged_lse
@@ -64,7 +64,7 @@ def _merge_backward(
     coarse_bias: Tensor, coarse_group: Tensor, selected: Tensor, merged: Tensor, merged_lse: Tensor,
     scale: float, together: int,
 ) -> list[Tensor]:  # fmt: skip
-    tail, move = _modules(query)
+    tail, move = _modules(query, output)
     coarse = CoarseKeys(coarse_key, coarse_value, coarse_bias, coarse_group)
     grad, query, output, lse = (x.contiguous() for x in (grad, query, output, lse))
     delta, grad_query = move.delta(grad, merged), torch.zeros_like(query)
@@ -106,9 +106,10 @@ def _backward(ctx: Any, grad: Tensor, _lse: Tensor) -> tuple[Any, ...]:
 _merge.register_autograd(_backward, setup_context=_save)
 
 
-def _modules(query: Tensor) -> tuple[ModuleType, ModuleType]:
+def _modules(query: Tensor, output: Tensor) -> tuple[ModuleType, ModuleType]:
     """What merges coarse keys, and what has ``delta``; Triton is imported on first use."""
-    if not query.is_cuda or query.dtype == torch.float64 or query.shape[-1] > coarse_steps.MAX_KERNEL_DIM:
+    widest = max(query.shape[-1], output.shape[-1])
+    if not query.is_cuda or query.dtype == torch.float64 or widest > coarse_steps.MAX_KERNEL_DIM:
         return coarse_steps, row_steps
     from block_masks.attention import coarse_kernels, row_kernels
 

@@ -1,15 +1,15 @@
-"""Attention of tiles of slots over the groups that they chose, by kernels that know whole tiles alone.
+"""Attention of tiles of slots over the groups that they chose, by kernels that know only whole tiles.
 
 FlashAttention-4 runs tiles with a mask at a third of its speed. A group's last tile would need one, for the slots that
-only fill it. It goes without:
+only pad it. It runs without a mask all the same:
 
 Forward. A padding slot holds a copy of its group's last key, and a value of zero. So it adds nothing to the output, and
 to a query's sum of ``exp(score)`` as much as that key does. What all of them add is known, and taken out again: the
 output is divided by the share that is left, and the logarithm of it added to the log-sum-exp. At least one in
 ``tile_size`` of a group's part in the sum is a key's own, so at least that share is left.
 
-A key that is not there, such as padding of text, is no other: its slot is a padding one. Those of a group stand behind
-its other keys, and tiles that hold no key at all are skipped.
+A key that is not valid, such as padding of text, is treated alike: its slot is a padding slot. A group's padding slots
+come after its valid keys, and tiles without a valid key are skipped.
 
 Backward. With the output and log-sum-exp so corrected, ``p = exp(score - lse)`` is right for each key. A padding slot
 holds a key of zeros here: it adds nothing to the gradient of query, and its own gradients are dropped. Its p is

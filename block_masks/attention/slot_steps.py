@@ -1,4 +1,4 @@
-"""The steps of attention of tiles of slots in plain PyTorch: for a CPU, and what the kernels are held to."""
+"""The steps of attention of tiles of slots in plain PyTorch: for a CPU, and what tests hold the kernels to."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def attend_tiles(
         query: ``(B, H, S, D)``.
         key: ``(B, H, keys, D)``.
         value: ``(B, H, keys, value dim)``.
-        lists: counts and lists of cut tiles, which must be none, and of whole ones; see ``tile_lists``.
+        lists: counts and lists of partial tiles, of which there must be none, and of full tiles; see ``tile_lists``.
         scale: factor on the scores.
         tile_size: queries and keys in a tile.
 
@@ -40,8 +40,8 @@ def attend_tiles_backward(
         query: as there.
         key: as there.
         value: as there.
-        output: what came out.
-        lse: likewise.
+        output: what ``attend_tiles`` returned.
+        lse: what ``attend_tiles`` returned.
         transposed: like ``lists``, but of the tiles of queries that attend each tile of keys.
         scale: as there.
         tile_size: as there.
@@ -62,18 +62,18 @@ def attend_tiles_backward(
 def padding_lse(
     query: Tensor, last_keys: Tensor, padding: Tensor, selected: Tensor, scale: float, together: int
 ) -> Tensor:
-    """What padding slots weigh in the attention of each query, where each slot holds its group's last key.
+    """The log-sum-exp of each query's scores of padding slots, each of which holds its group's last key.
 
     Args:
         query: ``(B, H, S, D)``.
         last_keys: the last key of each group, ``(B, key heads, G, D)``.
-        padding: padding slots of each group, int32 ``(rows, G)``, for as many of the ``B * H`` heads each.
+        padding: number of padding slots of each group, int32 ``(rows, G)``; each row is for ``B * H // rows`` heads.
         selected: bool ``(B, H, rows, G)``: which groups were attended by each ``together`` queries.
         scale: factor on the scores.
         together: queries to a row of ``selected``.
 
     Returns:
-        The natural log-sum-exp of their scores ``(B, H, S)``, in float32 at least; -inf where there are none.
+        The natural log-sum-exp ``(B, H, S)``, in float32 at least; -inf where there are none.
     """
     last_keys = last_keys.repeat_interleave(query.shape[1] // last_keys.shape[1], 1)
     batch, heads = query.shape[:2]
@@ -88,9 +88,9 @@ def remove_padding(output: Tensor, lse: Tensor, padding_lse: Tensor) -> Tensor:
     """Takes padding slots out of attention in which each one had a value of zero.
 
     Args:
-        output: ``(B, H, S, value dim)``, padding slots included; contiguous. They are taken out in place.
+        output: ``(B, H, S, value dim)``, padding slots included; contiguous. Changed in place.
         lse: ``(B, H, S)``, padding slots included; contiguous.
-        padding_lse: ``(B, H, S)``, theirs; contiguous.
+        padding_lse: ``(B, H, S)``, of padding slots only; contiguous.
 
     Returns:
         The log-sum-exp without them.

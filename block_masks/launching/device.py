@@ -11,7 +11,7 @@ _R = TypeVar("_R")
 
 
 def on_device(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Makes the first argument's device the current one: Triton launches there, wherever the tensors lie."""
+    """Makes the first argument's device current: Triton launches on the current device, not on the tensors'."""
 
     @functools.wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:

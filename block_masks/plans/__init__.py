@@ -1,1 +1,1 @@
-"""Where packed rows and slots lie."""
+"""Plans: which row holds which query, and which slot holds which key."""

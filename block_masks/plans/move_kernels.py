@@ -33,12 +33,12 @@ def _take_kernel(
 def take_rows(
     source: Tensor, row_query: Tensor, row_pool: Tensor, fill: float = 0.0, clear_next: bool = False
 ) -> Tensor:
-    """Copies queries ``(H * S, D)``, or numbers of theirs ``(H * S,)``, to their rows.
+    """Copies queries ``(H * S, D)``, or one number for each query ``(H * S,)``, to their rows.
 
     Args:
         source: contiguous.
         row_query: int32 ``(rows,)``, -1 in padding rows; these get ``fill``.
-        row_pool: int32 ``(row tiles,)``, -1 in unused tiles, behind the others; these are left as they are.
+        row_pool: int32 ``(row tiles,)``, -1 in unused tiles, which come last and are not written.
         fill: for padding rows.
         clear_next: whether the first unused tile gets ``fill`` too.
     """

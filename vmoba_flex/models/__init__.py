@@ -1,9 +1,9 @@
 """VMoBA inside video transformers of diffusers, by swapping their attention processors.
 
     steps.py        the denoising step of the pipeline that runs
-    state.py        what belongs to a model, and what to one forward: grid, step, what is dense
+    state.py        the state of a model and of one forward pass: grid, step, which layers are dense
     parallel.py     the ranks that share a layer's tokens
-    step_op.py      attention as an op that reads when it runs whether the step is dense
+    step_op.py      attention as an op that finds out at run time whether the step is dense
     processor.py    a layer's attention: sparse, or dense by the stock processor
     families.py     how a layer of each model family makes query, key and value; the family's grid
     adapters.py     a model's class -> its adapter: processor, layers, grid
@@ -11,7 +11,7 @@
     handle.py       what apply_vmoba returns
     apply.py        apply_vmoba
 
-Models are known by the names of their classes, so diffusers is not imported.
+Models are recognised by their class names, so diffusers is not imported.
 """
 
 from vmoba_flex.models.adapters import Adapter, register_adapter

@@ -6,8 +6,9 @@
     select.py          scores, rule -> selection (B, H, S, N) bool
     sorted_pools.py    scores, targets -> selection, by a sort
     across_ranks.py    scores, targets -> selection, for pools that span ranks
+    tiles.py           the same for tiles of queries that share one choice
 
 ``*_kernels.py`` do the same in Triton: ``gate_kernels`` the gate, ``short_pool_kernels`` the selection in pools of one
-query, ``long_pool_kernels`` in all others, by ``bracket_kernels`` and ``digit_kernels``. ``pair_kernels`` holds what
-these share.
+query, and ``long_pool_kernels`` the selection in all other pools, with ``bracket_kernels`` and ``digit_kernels``.
+``pair_kernels`` holds what these share.
 """

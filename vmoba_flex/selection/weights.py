@@ -13,9 +13,9 @@ class Targets(NamedTuple):
     """What is kept of each pool: own pairs, and of the others, best first, the fewest that reach a target.
 
     Attributes:
-        max_pairs: pairs that a pool keeps, own ones included; None for no cap.
+        max_pairs: the most pairs that a pool keeps, own ones included; None for no cap.
         tau: share of the pool's weights to reach; None for no target.
-        stretch: whether weights are the scores scaled by the pool's minimum and maximum, or as they are, in 0..1.
+        stretch: whether the pool's minimum and maximum scale the scores to 0..1; if not, scores lie in 0..1 already.
     """
 
     max_pairs: int | None
@@ -36,7 +36,7 @@ def scaled_weights(scores: Tensor, least: Tensor, most: Tensor, length: int, str
         least: ``(pools, 1)``, the smallest score of each pool.
         most: ``(pools, 1)``, the largest one. Either is NaN or infinite if the pool has such a score.
         length: entries of a whole pool, of which ``scores`` may be a part.
-        stretch: whether weights are the scores scaled by the pool's minimum and maximum, or as they are, in 0..1.
+        stretch: as in ``Targets``.
 
     Returns:
         int64 ``(pools, entries)``, 0 in pools that are not finite; and bool ``(pools, 1)``, which pools are finite.
