@@ -48,6 +48,10 @@ class TopK:
         if (self.k is None) == (self.density is None):
             raise ValueError(f"exactly one of k and density must be given, got k={self.k!r}, density={self.density!r}")
         if self.k is not None:
+            if isinstance(self.k, float) and 0 < self.k < 1:
+                raise TypeError(
+                    f"k must be an int, got {self.k!r}: for a share of the blocks write TopK(density={self.k!r})"
+                )
             check_int("k", self.k)
             if self.k < 1:
                 raise ValueError(f"k must lie in 1..num_blocks, got {self.k}")

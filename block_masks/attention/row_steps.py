@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from block_masks.plans.move_steps import take_slots
 from block_masks.plans.section import Section
-from block_masks.plans.slots import take_slots
 
 # Scores held at a time, over tiles of rows, their rows and the slots that they may see: 256 MiB in float32.
 _CHUNK_SCORES = 2**26

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from block_masks.attention.row_steps import delta, share_left
-from block_masks.plans.slots import take_slots
+from block_masks.plans.move_steps import take_slots
 
 __all__ = ["attend_tiles", "attend_tiles_backward", "delta", "padding_lse", "remove_padding", "take_slots"]
 

@@ -12,8 +12,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from block_masks.checks import check_positive
 from block_masks.launching.device import on_device
 from block_masks.launching.transforms import in_transform
+from block_masks.plans.move_steps import take_slots
 from block_masks.plans.rows import TILE, plan_rows
 
 
@@ -124,7 +126,17 @@ def plan_slots(key_group: Tensor, group_sizes: list[int], tile_size: int = TILE,
         tile_size: slots in a tile.
         sorted_keys: whether ``key_group`` is known to rise: keys of whole tiles then are in their slots already, and
             need no copies.
+
+    Raises:
+        TypeError: if ``key_group`` is no int64 tensor, or a size no int.
+        ValueError: if a size is below 1.
     """
+    if not isinstance(key_group, Tensor) or key_group.dtype != torch.int64:
+        given = key_group.dtype if isinstance(key_group, Tensor) else type(key_group).__name__
+        raise TypeError(f"key_group must be an int64 tensor, got {given}")
+    check_positive("tile_size", tile_size)
+    for size in group_sizes:
+        check_positive("group_sizes", size)
     tiles = sum(-(-size // tile_size) for size in group_sizes)
     tensors = _plan_slots(key_group, len(group_sizes), tiles, tile_size)
     return Slots(*tensors, tile_size=tile_size, group_sizes=tuple(group_sizes), sorted_keys=sorted_keys)
@@ -225,22 +237,3 @@ def _gather_slots_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 _gather_op.register_autograd(_gather_slots_backward, setup_context=_save_slots)
-
-
-def take_slots(source: Tensor, index: Tensor, repeats: int = 1) -> Tensor:
-    """Reorders the tokens of each head, and adds up ``repeats`` neighbouring heads.
-
-    Args:
-        source: ``(heads * repeats, length, D)``.
-        index: int64 ``(places,)`` or, for as many heads each, ``(rows, places)``; -1 where the result is zero.
-        repeats: neighbouring heads to add up, in float32 at least.
-
-    Returns:
-        ``(heads, places, D)``.
-    """
-    of_head = index.view(-1, index.shape[-1]).repeat_interleave(len(source) // (index.numel() // index.shape[-1]), 0)
-    of_head = of_head[..., None]
-    taken = source.gather(1, of_head.clamp(min=0).expand(-1, -1, source.shape[-1]))
-    taken = torch.where(of_head >= 0, taken, 0)
-    exact = torch.promote_types(source.dtype, torch.float32)
-    return taken.unflatten(0, (-1, repeats)).sum(1, dtype=exact).to(source.dtype)
