@@ -40,8 +40,8 @@ def test_outputs_equal_dense_masked_attention(path: str, problem: Problem):
 
 
 @given(problems())
-def test_auto_is_tiles(problem: Problem):
-    assert torch.equal(through_attention("auto")(problem), through_attention("tiles")(problem))
+def test_auto_is_packed_on_a_cpu(problem: Problem):
+    assert torch.equal(through_attention("auto")(problem), through_attention("packed")(problem))
 
 
 @pytest.mark.parametrize("path", [path for path in SPARSE_PATHS if not path.startswith("mask")])

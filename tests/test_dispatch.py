@@ -46,8 +46,11 @@ def test_full_attention_where_nearly_all_is_chosen():
 
 
 def test_tiles_where_packed_has_no_kernels():
-    assert pick(110_592, device="cpu") == "tiles"
     assert pick(110_592, dtype=torch.float64) == "tiles"
+
+
+def test_packed_on_a_cpu():
+    assert pick(110_592, device="cpu") == "packed"
 
 
 def test_gradients_count_only_where_they_are_wanted():

@@ -21,7 +21,7 @@ MAX_LINES = 250
 # Modules and folders in the order in which data flows: each imports only what stands before it. A package's own name
 # stands for its __init__.py.
 ORDER = {
-    "block_masks": ["precision", "launching", "plans", "masks", "attention", "block_masks"],
+    "block_masks": ["checks", "precision", "launching", "plans", "masks", "attention", "block_masks"],
     "vmoba_flex": [
         *("reference", "version", "user_error"),
         *("checks", "partition", "approx_blocks", "tail", "cell_kernels", "cells", "rules", "warmup"),

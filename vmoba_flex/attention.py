@@ -110,7 +110,8 @@ def vmoba_attention(
         dispatch: The cost of ``"packed"`` follows the density; it reads one number from the device if the rule does not
             bound its pairs. ``"tiles"`` runs each tile that one of its queries wants. ``"shared"`` is an approximation:
             up to 128 neighbouring queries share one choice. ``"dense"`` is full attention, and ignores ``rule``.
-            ``"auto"`` is the fastest exact one by measured times: full attention for short sequences, which stats show.
+            ``"auto"`` is the fastest exact one by measured times: on a GPU full attention for short sequences, as stats
+            tell; on a CPU ``"packed"``, or ``"tiles"`` in compiled calls without gradients.
         backend: kernels of ``"packed"`` and ``"shared"`` on a GPU. ``"triton"`` gives the same bits for the same
             inputs. ``"flash"``, FlashAttention-4, is checked on small problems at its first call. ``"auto"`` is the
             faster one that can run.

@@ -72,5 +72,5 @@ def check_bool(name: str, value: Any) -> None:
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raises ``ValueError`` unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:  # an array compares entry by entry
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")

@@ -1,6 +1,7 @@
 """Checks of tensors and their calls, made once at the public door, before any kernel runs."""
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ def check_query_key(
     _check_tensor("key", key)
     if query.shape[0] < 1 or query.shape[1] < 1 or query.shape[3] < 1:
         raise ValueError(f"query must have no empty dim, got shape {tuple(query.shape)}")
+    if tokens is None and query.shape[1] == partition.num_tokens != query.shape[2]:
+        raise ValueError(
+            f"query must have shape (B, H, S, D) with {partition.num_tokens} tokens S, got {tuple(query.shape)}, which "
+            "looks like (B, S, H, D): pass query.transpose(1, 2), and the same for key and value"
+        )
     if tokens is None:
         partition.check_tokens("query", query, -2)
     elif query.shape[2] != tokens:
@@ -77,9 +83,9 @@ def check_scale(scale: Any) -> float | None:
     if scale is None:
         return None
     number = check_number("scale", scale, "a number or None")
-    if not math.isfinite(number):
+    if abs(number) > sys.float_info.max or math.isnan(number):
         raise ValueError(f"scale must be finite, got {scale!r}")
-    return number
+    return float(number)
 
 
 def check_text_lengths(text_lengths: Any, query: Tensor, partition: BlockPartition) -> None:
@@ -107,6 +113,8 @@ def check_tail(tail: Any, partition: BlockPartition) -> None:
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors, cast as autocast casts them for attention, so that every dispatch sees the same ones."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if any(isinstance(x, Tensor) and (x.layout != torch.strided or x.is_nested) for x in tensors):
+        return tensors  # refused by what checks them
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -121,6 +129,9 @@ def _check_tensor(name: str, x: Any) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if hasattr(x, "to_local"):
         raise TypeError(f"{name} must be a plain tensor, got a {type(x).__name__}: pass its to_local()")
+    if x.layout != torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else x.layout
+        raise TypeError(f"{name} must be a dense tensor (torch.strided), got {kind}")
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name} must be a float16, bfloat16, float32 or float64 tensor, got {x.dtype}")
     if x.dim() != 4:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from block_masks import realize
 from block_masks.launching.constant import constant_size
-from vmoba_flex.checks import check_count, check_sizes
+from vmoba_flex.checks import check_count, check_int, check_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +139,7 @@ class BlockPartition:
             dim: the token dim.
 
         Raises:
+            TypeError: if ``x`` is no dense tensor, or ``dim`` no int.
             ValueError: if ``dim`` is no dim of ``x``, or ``x.shape[dim]`` is not ``num_tokens``.
         """
         self.check_tokens("x", x, dim)
@@ -150,7 +151,12 @@ class BlockPartition:
         return reorder(x, self._block_position(x.device), self._raster_index(x.device), dim)
 
     def check_tokens(self, name: str, x: Tensor, dim: int) -> None:
-        """Raises ``ValueError`` unless ``x.shape[dim]`` is ``num_tokens``."""
+        """Raises ``TypeError`` or ``ValueError`` unless ``x`` is a tensor and ``x.shape[dim]`` is ``num_tokens``."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.layout != torch.strided or x.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, got {'a nested tensor' if x.is_nested else x.layout}")
+        check_int("dim", dim)
         if not -x.dim() <= dim < x.dim():
             raise ValueError(f"dim must be a dim of {name}, which has shape {tuple(x.shape)}, got {dim}")
         if x.shape[dim] != self.num_tokens:

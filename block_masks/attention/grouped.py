@@ -12,6 +12,7 @@ from torch import Tensor
 from block_masks.attention.coarse_steps import MAX_KERNEL_DIM, CoarseKeys
 from block_masks.attention.plain import plain_rows
 from block_masks.attention.row_attention import Room, attend_rows
+from block_masks.checks import check_positive
 from block_masks.launching.constant import constant_when_compiled
 from block_masks.launching.transforms import in_transform
 from block_masks.plans.slots import Slots
@@ -95,6 +96,13 @@ def attend_packed(
         (torch.Size([1, 2, 300, 16]), torch.Size([1, 2, 300]))
     """
     _check(query, key, value, selected, slots, group_lengths, query_group)
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
+        raise TypeError(f"scale must be a number or None, got {scale!r}")
+    check_positive("max_row_bytes", max_row_bytes)
+    if bound is not None and not isinstance(bound, RowBound):
+        raise TypeError(f"bound must be a RowBound or None, got {bound!r}")
+    if coarse is not None and not isinstance(coarse, CoarseKeys):
+        raise TypeError(f"coarse must be CoarseKeys or None, got {type(coarse).__name__}")
     if coarse is not None and query_group is not None:
         raise ValueError("coarse must be None with query_group: a coarse key of a later group would not be masked")
     kernels = _backend(backend, query, key, value)
@@ -156,7 +164,7 @@ def _read_bound(selected: Tensor, tile_size: int) -> RowBound:
 
 
 def _backend(backend: Any, query: Tensor, key: Tensor, value: Tensor) -> str:
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     no_kernels = not query.is_cuda or query.dtype == torch.float64
     no_kernels = no_kernels or max(query.shape[-1], value.shape[-1]) > MAX_KERNEL_DIM

@@ -1,16 +1,24 @@
 """A ``BlockMask`` in which each query attends the keys of the groups that it chose."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from block_masks.checks import check_positive
 from block_masks.masks.pairs import pair_lookup
 from block_masks.masks.realize import realize
 from block_masks.masks.tile_map import TileMap, block_mask_from_tiles
 
+_MAX_TILE = 2**16  # far more than any kernel takes; the last tile is padded to it
 
-def _check(selected: Tensor, key_group: Tensor, tile_size: int) -> None:
+
+def _check(selected: Any, key_group: Any, tile_size: Any, key_valid: Any) -> None:
+    for name, x in (("selected", selected), ("key_group", key_group)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if selected.dtype != torch.bool:
         raise TypeError(f"selected must be a bool tensor, got {selected.dtype}")
     if key_group.dtype not in (torch.int32, torch.int64):
@@ -21,14 +29,21 @@ def _check(selected: Tensor, key_group: Tensor, tile_size: int) -> None:
         raise ValueError(f"key_group must have 1 dim (keys,), got shape {tuple(key_group.shape)}")
     if key_group.device != selected.device:
         raise ValueError(f"key_group must be on selected's device {selected.device}, got {key_group.device}")
-    if isinstance(tile_size, bool) or not isinstance(tile_size, int):
-        raise TypeError(f"tile_size must be an int, got {tile_size!r}")
-    if tile_size < 1:
-        raise ValueError(f"tile_size must be at least 1, got {tile_size}")
+    check_positive("tile_size", tile_size)
+    if tile_size > _MAX_TILE:
+        raise ValueError(f"tile_size must be at most {_MAX_TILE}, got {tile_size}")
     if not selected.numel() or not key_group.numel():
         raise ValueError(
             f"selected and key_group must not be empty, got shapes {tuple(selected.shape)} and {tuple(key_group.shape)}"
         )
+    if key_valid is None:
+        return
+    if not isinstance(key_valid, Tensor) or key_valid.dtype != torch.bool:
+        given = key_valid.dtype if isinstance(key_valid, Tensor) else type(key_valid).__name__
+        raise TypeError(f"key_valid must be a bool tensor or None, got {given}")
+    expected = (selected.shape[0], key_group.shape[0])
+    if tuple(key_valid.shape) != expected:
+        raise ValueError(f"key_valid must have shape {expected}, got {tuple(key_valid.shape)}")
 
 
 def group_tiles(selected: Tensor, key_group: Tensor, tile_size: int = 128, key_valid: Tensor | None = None) -> TileMap:
@@ -47,7 +62,7 @@ def group_tiles(selected: Tensor, key_group: Tensor, tile_size: int = 128, key_v
         TypeError: as ``group_mask``.
         ValueError: as ``group_mask``.
     """
-    _check(selected, key_group, tile_size)
+    _check(selected, key_group, tile_size, key_valid)
     queries, groups = selected.shape[-2:]
     keys = key_group.shape[0]
     padded = F.pad(selected, (0, 0, 0, -queries % tile_size)).unflatten(-2, (-1, tile_size))

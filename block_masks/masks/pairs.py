@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,15 @@ def pack_bits(selected: Tensor) -> Tensor:
     Returns:
         int64 ``(..., ceil(G / 64))``; unused bits are 0.
     """
+    _check(selected)
     return _pack_bits(selected)
+
+
+def _check(selected: Any) -> None:
+    if not isinstance(selected, Tensor):
+        raise TypeError(f"selected must be a bool tensor, got {type(selected).__name__}")
+    if selected.dtype != torch.bool:
+        raise TypeError(f"selected must be a bool tensor, got {selected.dtype}")
 
 
 # Opaque to Inductor, which on torch 2.11 cannot read the sum of bytes as words.
@@ -52,6 +61,7 @@ def pair_lookup(selected: Tensor) -> PairLookup:
     Raises:
         ValueError: if the words would have 2**31 entries or more, which compiled kernels index wrongly.
     """
+    _check(selected)
     *rows, groups = selected.shape
     num_words = math.prod(rows) * -(-groups // WORD_BITS)
     if num_words >= 2**31:

@@ -77,7 +77,7 @@ def _slots_kernel(
 
 
 def take_slots(source: Tensor, index: Tensor, repeats: int = 1) -> Tensor:
-    """See ``slots.take_slots``."""
+    """See ``moves.take_slots``."""
     heads, length, dim = source.shape[0] // repeats, source.shape[1], source.shape[2]
     places = index.shape[-1]
     target = source.new_empty(heads, places, dim)

@@ -8,6 +8,7 @@ from torch import Tensor
 from block_masks.launching.constant import constant_when_compiled
 from block_masks.plans.rows import TILE
 from vmoba_flex.call import Backend, ChosenBackend, Dispatch
+from vmoba_flex.dispatch.compiled import has_flex_kernel
 from vmoba_flex.groups import group_sizes
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK
@@ -36,13 +37,17 @@ def choose_dispatch(
     Returns:
         ``"tiles"``, ``"packed"`` or ``"dense"``.
     """
-    if not query.is_cuda or query.dtype == torch.float64 or max(query.shape[-1], value.shape[-1]) > 256:
+    unbounded = isinstance(rule, Threshold) and rule.max_density is None
+    compiled = torch.compiler.is_compiling()
+    if not query.is_cuda:
+        # FlexAttention's kernel for CPUs is the fastest, where it runs.
+        return "tiles" if compiled and (unbounded or has_flex_kernel(query, key, value)) else "packed"
+    if query.dtype == torch.float64 or max(query.shape[-1], value.shape[-1]) > 256:
         return "tiles"
     dense, backward = _dense_seconds(query, key, value, partition)
     if not packed_wins(dense / ranks, backward, rule, partition.num_blocks):
         return "dense"
-    unbounded = isinstance(rule, Threshold) and rule.max_density is None
-    return "tiles" if unbounded and torch.compiler.is_compiling() else "packed"
+    return "tiles" if unbounded and compiled else "packed"
 
 
 def _dense_seconds(query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition) -> tuple[float, bool]:

@@ -2,6 +2,7 @@
 
 import functools
 
+import torch
 from torch import Tensor
 
 from block_masks.launching.transforms import in_transform
@@ -36,6 +37,8 @@ def attend_here(
         backend: what ``choose_backend`` returns.
         part: the part of the call on this rank; None for all.
     """
+    if call.text_lengths is not None:
+        key, value = _without_padding(key, value, call)
     attended = functools.partial(Attended, query=query, key=key, call=call, part=part)
     if dispatch == "dense":
         valid = valid_keys(call.partition, call.text_lengths)
@@ -54,3 +57,10 @@ def attend_here(
         queries = part.queries if part is not None and part.dim == 2 else None
         output, lse = tiles_attention(query, key, value, selection, call, queries)
     return attended(output, lse=lse, selection=selection)
+
+
+def _without_padding(key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, ...]:
+    """Key and value with zeros at padding: a weight of zero times NaN is NaN."""
+    valid = valid_keys(call.partition, call.text_lengths)
+    assert valid is not None
+    return tuple(torch.where(valid[:, None, :, None], x, 0) for x in (key, value))
