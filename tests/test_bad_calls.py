@@ -190,7 +190,7 @@ def test_there_are_many():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: TopK(0.25), r"k must be an int, got 0\.25: .* write TopK\(density=0\.25\)"),  # pyright: ignore
+        (lambda: TopK(0.25), r"k must be an int, got 0\.25: .* TopK\(density=0\.25\)"),  # pyright: ignore
         (
             lambda: vmoba_selection(X.transpose(1, 2), X.transpose(1, 2), P, TopK(1)),
             r"query must have .* got \(1, 26, 4, 8\), .* pass query\.transpose\(1, 2\)",
