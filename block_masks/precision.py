@@ -16,6 +16,6 @@ def accumulator(x: Tensor) -> torch.dtype:
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Turns autocast off on the device of ``x``, if it has any: it would round products to 16 bits."""
     device = x.device.type
-    if not torch.amp.is_autocast_available(device):
+    if device == "meta":  # which autocast does not know
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False)

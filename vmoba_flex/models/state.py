@@ -58,7 +58,10 @@ class LayerPlan:
 
 
 class _ThreadLocal(threading.local):
-    """Copies and pickles of a model take none of it."""
+    """Copies and pickles of a model take none of it.
+
+    Attributes are made in ``__init__``, which runs in each thread: Dynamo would take a class's default for the value.
+    """
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
@@ -67,7 +70,8 @@ class _ThreadLocal(threading.local):
 class LayerNow(_ThreadLocal):
     """The plan of the forward that is under way on this thread."""
 
-    plan: LayerPlan | None = None
+    def __init__(self) -> None:
+        self.plan: LayerPlan | None = None
 
 
 class ModelNow(_ThreadLocal):
@@ -81,10 +85,11 @@ class ModelNow(_ThreadLocal):
         settings: of the compiler, which hold until the forward's end.
     """
 
-    forward: "Forward | None" = None
-    step: Step | Literal["first"] | None = None
-    schedule: Tensor | None = None
-    settings: AbstractContextManager[Any] | None = None
+    def __init__(self) -> None:
+        self.forward: Forward | None = None
+        self.step: Step | Literal["first"] | None = None
+        self.schedule: Tensor | None = None
+        self.settings: AbstractContextManager[Any] | None = None
 
 
 @dataclasses.dataclass(eq=False)
