@@ -18,6 +18,13 @@ from vmoba_flex.tail import Cells
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flash_at_any_size")]
 
+
+@pytest.fixture(autouse=True)
+def _graphs_of_one_test_only() -> None:
+    """A worker may get more cases of one path than PyTorch keeps graphs of a function."""
+    torch.compiler.reset()
+
+
 TAILS = {
     "temporal-gqa": Tail((1, 5, 7)),
     "spatial": Tail((2, 3, 2)),
