@@ -78,4 +78,4 @@ def test_rules_with_numbers_of_numpy_compile(make):
 def test_a_scale_of_numpy_becomes_a_plain_one():
     attended = attend(*TENSORS, Call(PARTITION, TopK(2), np.float64(0.3)), "tiles", "auto")
     assert type(attended.call.scale) is float
-    assert torch.equal(attended.output, vmoba_attention(*TENSORS, PARTITION, TopK(2), scale=0.3))
+    assert torch.equal(attended.output, vmoba_attention(*TENSORS, PARTITION, TopK(2), scale=0.3, dispatch="tiles"))

@@ -27,7 +27,6 @@ class VMoBAAttention(nn.Module):
     Example:
         >>> import torch
         >>> from vmoba_flex.config import VMoBAConfig
-    from vmoba_flex.checks import check_count, check_positive
         >>> attention = VMoBAAttention(VMoBAConfig.paper("training"), layer=1, num_layers=30)
         >>> q, k, v = torch.randn(3, 1, 2, 4 * 8 * 8 + 5, 16)
         >>> attention(q, k, v, (4, 8, 8), suffix=5).shape
