@@ -10,10 +10,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from block_masks import group_mask, realize
 from vmoba_flex.cells import coarse_keys
-from vmoba_flex.checks import check_choice, check_positive
-from vmoba_flex.groups import key_groups, valid_keys
+from vmoba_flex.groups import valid_keys
 from vmoba_flex.inputs import check_query_key, check_tail, check_text_lengths, check_value, under_autocast
-from vmoba_flex.mask import CHOICES, CHOOSE, TOKEN_ORDERS, Choice, TokenOrder
+from vmoba_flex.mask import CHOOSE, Choice, TokenOrder, check_mask_options, ordered_groups
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.tail import Tail
@@ -82,9 +81,7 @@ def vmoba_inputs(
         >>> flex_attention(q, key, value, block_mask=mask, score_mod=score_mod).shape
         torch.Size([1, 2, 256, 16])
     """
-    check_choice("token_order", token_order, TOKEN_ORDERS)
-    check_choice("choice", choice, CHOICES)
-    check_positive("tile_size", tile_size)
+    check_mask_options(token_order, choice, tile_size)
     query, key, value = under_autocast(query, key, value)
     partition = check_query_key(query, key, partition, rule)
     check_value(value, query, key)
@@ -92,9 +89,7 @@ def vmoba_inputs(
     check_tail(tail, partition)
     q, k, v = (x if token_order == "raster" else partition.to_raster_order(x) for x in (query, key, value))
     selection, coarse = CHOOSE[choice](q, k, partition, rule), coarse_keys(k, v, partition, tail)
-    selected, groups = key_groups(selection, partition)
-    if token_order == "block":
-        selected, groups = partition.to_block_order(selected), partition.to_block_order(groups, dim=0)
+    selected, groups = ordered_groups(selection, partition, token_order)
     # The cells of a block are one more group, which a query attends where it did not choose the block.
     others = ~selected[..., : partition.num_blocks]
     key_group = torch.cat([groups, coarse.group + selected.shape[-1]])

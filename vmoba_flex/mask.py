@@ -16,9 +16,9 @@ from vmoba_flex.selection.select import choose_blocks
 from vmoba_flex.selection.tiles import choose_by_tiles
 
 TokenOrder = Literal["raster", "block"]
-TOKEN_ORDERS: tuple[TokenOrder, ...] = get_args(TokenOrder)
+_TOKEN_ORDERS: tuple[TokenOrder, ...] = get_args(TokenOrder)
 Choice = Literal["token", "tile"]
-CHOICES: tuple[Choice, ...] = get_args(Choice)
+_CHOICES: tuple[Choice, ...] = get_args(Choice)
 CHOOSE: dict[Choice, Callable[[Tensor, Tensor, BlockPartition, Rule], Tensor]] = {
     "token": choose_blocks,
     "tile": choose_by_tiles,
@@ -72,9 +72,7 @@ def vmoba_mask(
         >>> flex_attention(q, k, v, block_mask=vmoba_mask(q, k, partition, TopK(2))).shape
         torch.Size([1, 2, 256, 16])
     """
-    check_choice("token_order", token_order, TOKEN_ORDERS)
-    check_choice("choice", choice, CHOICES)
-    check_positive("tile_size", tile_size)
+    check_mask_options(token_order, choice, tile_size)
     query, key = under_autocast(query, key)
     partition = check_query_key(query, key, partition, rule)
     check_text_lengths(text_lengths, query, partition)
@@ -94,7 +92,7 @@ def selection_mask(
     """Turns a selection ``(B, H, video tokens, N)`` in raster order into a mask for tokens in ``token_order``."""
     # The same in both orders: prefix and suffix do not move, and all video keys are valid.
     valid = valid_keys(partition, text_lengths)
-    return group_mask(*_ordered_groups(selection, partition, token_order), tile_size=tile_size, key_valid=valid)
+    return group_mask(*ordered_groups(selection, partition, token_order), tile_size=tile_size, key_valid=valid)
 
 
 def selection_tiles(
@@ -105,10 +103,18 @@ def selection_tiles(
     key_valid: Tensor | None = None,
 ) -> TileMap:
     """The tiles of that mask, without the mask; ``key_valid``: bool ``(B, S)``, False at padding."""
-    return group_tiles(*_ordered_groups(selection, partition, token_order), tile_size, key_valid)
+    return group_tiles(*ordered_groups(selection, partition, token_order), tile_size, key_valid)
 
 
-def _ordered_groups(selection: Tensor, partition: BlockPartition, token_order: TokenOrder) -> tuple[Tensor, Tensor]:
+def check_mask_options(token_order: str, choice: str, tile_size: int) -> None:
+    """Checks what ``vmoba_mask`` and ``vmoba_inputs`` take alike."""
+    check_choice("token_order", token_order, _TOKEN_ORDERS)
+    check_choice("choice", choice, _CHOICES)
+    check_positive("tile_size", tile_size)
+
+
+def ordered_groups(selection: Tensor, partition: BlockPartition, token_order: TokenOrder) -> tuple[Tensor, Tensor]:
+    """``key_groups`` of a selection in raster order, both results in ``token_order``."""
     selection, groups = key_groups(selection, partition)
     if token_order == "block":
         return partition.to_block_order(selection), partition.to_block_order(groups, dim=0)
