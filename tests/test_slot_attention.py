@@ -1,4 +1,4 @@
-"""Attention of tiles of slots by whole tiles alone: padding slots are taken out of the sums again."""
+"""Attention of tiles of slots by whole tiles only: padding slots are taken out of the sums again."""
 
 import pytest
 import torch

@@ -185,7 +185,7 @@ def _chunks(query: Tensor, keys: Tensor, values: Tensor, section: Section, scale
 
 
 def _listed(query_rows: Tensor, query_count: Tensor) -> Tensor:
-    """The rows of each query ``(H, G, S)``, -1 behind the last."""
+    """The rows of each query ``(H, G, S)``, -1 past the last."""
     place = torch.arange(query_rows.shape[1], device=query_rows.device)[:, None]
     return torch.where(place < query_count[:, None], query_rows, -1).long()
 

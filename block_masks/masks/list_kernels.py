@@ -11,7 +11,7 @@ from block_masks.launching.launch import QuickLaunch
 
 @triton.jit
 def _there(row, column, columns, column_step):
-    """1 where a column is True, 0 where it is False or behind the last one."""
+    """1 where a column is True, 0 where it is False or past the last one."""
     there = tl.load(row + column.to(tl.int64) * column_step, mask=column < columns, other=0)
     return (there != 0).to(tl.int32)
 
@@ -31,7 +31,7 @@ def _list_kernel(tiles, counts, listed, rows, columns, step, row_step, column_st
     for start in range(0, columns, CHUNK):
         column = start + tl.arange(0, CHUNK)
         seen = before + tl.cumsum(chunk, 0)
-        # A False column goes behind all True ones, after the False columns to its left.
+        # A False column goes after all True ones, after the False columns to its left.
         place = tl.where(chunk != 0, seen - 1, count + column - seen)
         tl.store(listed + program * columns + place, column, mask=column < columns)
         before += tl.sum(chunk, 0)

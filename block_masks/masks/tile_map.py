@@ -47,7 +47,7 @@ def _tile_lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
     seen = tiles.cumsum(-1)
     counts = seen[..., -1:]
     columns = torch.arange(tiles.shape[-1], device=tiles.device)
-    # A False column goes behind all True ones, after the False columns to its left.
+    # A False column goes after all True ones, after the False columns to its left.
     place = torch.where(tiles, seen - 1, counts + columns - seen)
     listed = torch.zeros(tiles.shape, dtype=torch.int32, device=tiles.device)
     listed.scatter_(-1, place, columns.to(torch.int32).expand(tiles.shape))
