@@ -70,7 +70,8 @@ class WarmedThreshold(Threshold):
         return self._flat(self.now)
 
     def __repr__(self) -> str:
-        return repr(Threshold(self.now.item(), pool=self.pool, max_density=self.max_density, normalize=self.normalize))
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Threshold)}
+        return repr(Threshold(**(fields | {"tau": self.now.item()})))
 
 
 def rule_of_flat(words: str, counts: list[int], shares: list[float], now: Tensor | None) -> Rule:
