@@ -8,6 +8,7 @@ B batch, H heads, S tokens, N blocks, D head dim; P places for the cells of a bl
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from block_masks.launching.launch import QuickLaunch
-from vmoba_flex.selection.cell_places import LEAST_VARIANCE, TILE_CELLS, CellStats, places_of_block
+from vmoba_flex.selection.cell_places import LEAST_VARIANCE, CellStats, places_of_block
 from vmoba_flex.tail import Cells
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -171,16 +172,38 @@ def cell_stats(key: Tensor, cells: Cells) -> CellStats:
     return stats
 
 
-def cell_scores(query: Tensor, stats: CellStats, blocks: int, before: int, count: int, spread: bool) -> Tensor:
-    """``cell_gate.cell_scores`` of a 16-bit query of at most 256 dims, any strides."""
+class Launch(NamedTuple):
+    """Queries of a program, cells that it multiplies at once, warps, and stages."""
+
+    tile: int
+    cells: int
+    warps: int
+    stages: int
+
+
+# HOPPER to be chosen by bench/attention/masses.py.
+HOPPER, SMALL, WIDE = Launch(128, 64, 8, 2), Launch(64, 64, 4, 2), Launch(64, 32, 4, 1)
+
+
+def launch_of(query: Tensor) -> Launch:
+    """How the kernel of scores is launched for such queries."""
+    if query.shape[-1] > 128:
+        return WIDE
+    return HOPPER if query.is_cuda and torch.cuda.get_device_capability(query.device)[0] == 9 else SMALL
+
+
+def cell_scores(
+    query: Tensor, stats: CellStats, blocks: int, before: int, count: int, spread: bool, launch: Launch | None = None
+) -> Tensor:
+    """``cell_gate.cell_scores`` of a 16-bit query of at most 256 dims, any strides; ``launch``: None for the best."""
     batch, heads, _, dim = query.shape
     scores = torch.empty(batch, heads, blocks, count, dtype=torch.float32, device=query.device)
     padded = max(16, triton.next_power_of_2(dim))
-    tile, warps, stages = (128, 8, 3) if padded <= 128 else (64, 4, 2)
+    tile, at_once, warps, stages = launch or launch_of(query)
     token_tiles = triton.cdiv(count, tile)
     _score_kernel[batch * heads * token_tiles,](
         query, *stats, scores, *query.stride(), heads, heads // stats.mean.shape[1], before, count, blocks, token_tiles,
         1 / math.sqrt(dim), torch.finfo(query.dtype).max, P=len(stats.bias) // blocks, SPREAD=spread,
-        D=dim, BLOCK_D=padded, TILE=tile, CELLS=TILE_CELLS, WIDE=_FLOAT32_PRODUCTS, num_warps=warps, num_stages=stages,
+        D=dim, BLOCK_D=padded, TILE=tile, CELLS=at_once, WIDE=_FLOAT32_PRODUCTS, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return scores.mT

@@ -32,7 +32,7 @@ def _block_lse_kernel(
     MASK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of a tile of one head's queries over each group of keys."""
+    """Log-sum-exp of a tile of one head's queries over each group of keys; ``scale`` > 0."""
     head = (tl.program_id(0) // token_tiles).to(tl.int64)
     first = (tl.program_id(0) % token_tiles).to(tl.int64) * BLOCK_M
     row, dim = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -40,10 +40,7 @@ def _block_lse_kernel(
     start = query + head // heads * stride_batch + head % heads * stride_head + (before + first) * stride_token
     at = start + row[:, None].to(tl.int64) * stride_token + dim[None, :] * stride_dim
     q = tl.load(at, mask=inside[:, None] & (dim < D)[None, :], other=0.0)
-    # The maximum is taken before scaling, so a negative scale negates the query instead.
-    factor = tl.abs(scale) * _LOG2E
-    if scale < 0:
-        q = -q
+    factor = scale * _LOG2E
     # Counting heads over all samples gives the right key head, since each sample has the same number.
     slot = (head // repeats * head_slots).to(tl.int32)
     tile_keys += head // heads * keys_stride
@@ -108,6 +105,8 @@ def group_lse(
 ) -> Tensor:  # fmt: skip
     """``exact_gate.group_lse`` of inputs of at most 32 bit and 256 dims, any strides; ``launch``: None for the best."""
     m, n, warps, stages, tma = launch or launch_of(query)
+    if scale < 0:  # the maximum is taken before scaling
+        query, scale = -query, -scale
     slots = block_slots(partition, key.device, n)
     batch, heads, _, dim = query.shape
     lse = torch.empty(batch, heads, groups, count, dtype=torch.float32, device=query.device)
@@ -126,7 +125,7 @@ def group_lse(
     _block_lse_kernel[batch * heads * token_tiles,](
         query, keys, F.pad(slots.tile_group.int(), (0, 1), value=-1), tile_keys, lse, *query.stride(),
         heads, heads // key.shape[1], before, count, groups, token_tiles, tiles, in_slots.shape[2],
-        tile_keys.stride(0) if len(tile_keys) > 1 else 0, scale if abs(scale) > _LEAST_SCALE else _LEAST_SCALE,
+        tile_keys.stride(0) if len(tile_keys) > 1 else 0, max(scale, _LEAST_SCALE),
         MASK=masked, D=dim, BLOCK_D=padded, BLOCK_M=m, BLOCK_N=n, TMA=tma,
         PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee", num_warps=warps, num_stages=stages,
     )  # fmt: skip
