@@ -1,4 +1,6 @@
-"""How a layer of each model family of diffusers makes query, key and value, and where its grid comes from.
+"""How a layer makes query, key and value, in families whose stock processors the hook does not serve.
+
+CogVideoX and Mochi call ``scaled_dot_product_attention`` themselves; HunyuanVideo-1.5 makes an S x S mask first.
 
 B batch, H heads, S tokens, D head dim.
 """
@@ -10,8 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from vmoba_flex.models.processor import VMoBAProcessor
-
-Grid = tuple[int, int, int]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -50,37 +50,10 @@ def _project_out(attn: Any, x: Tensor) -> Tensor:
     return dropout(linear(x))
 
 
-class WanProcessor(VMoBAProcessor):
-    """Wan 2.1 and 2.2, SkyReels-V2: normalised over all heads, then rotated; text in a layer of its own."""
-
-    def sparse(self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any) -> Tensor:
-        """See ``VMoBAProcessor.sparse``."""
-        if mask is not None:
-            raise ValueError("attention_mask must be None with VMoBA applied (no block-causal mode), got a mask")
-        query, key, value = _project(attn, video, attn.fused_projections)
-        query, key, value = (_split_heads(attn, x) for x in (attn.norm_q(query), attn.norm_k(key), value))
-        # Cosines stand at even, sines at odd channels of (1, tokens, 1, D).
-        cos, sin = (x.transpose(1, 2)[..., i::2].repeat_interleave(2, -1) for i, x in enumerate(rotary))
-        return _project_out(attn, self.attend(rotate(query, cos, sin), rotate(key, cos, sin), value))
-
-
-class LTXProcessor(VMoBAProcessor):
-    """LTX: rotated before the heads are split; text in a layer of its own."""
-
-    def sparse(self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any) -> Tensor:
-        """See ``VMoBAProcessor.sparse``."""
-        if mask is not None:
-            raise ValueError("attention_mask must be None in self-attention with VMoBA applied, got a mask")
-        query, key, value = _project(attn, video)
-        query, key = rotate(attn.norm_q(query), *rotary), rotate(attn.norm_k(key), *rotary)
-        query, key, value = (_split_heads(attn, x) for x in (query, key, value))
-        return _project_out(attn, self.attend(query, key, value))
-
-
 class CogVideoXProcessor(VMoBAProcessor):
     """CogVideoX: text before the video, through the same projections."""
 
-    joint: ClassVar[bool] = True
+    joint = True
 
     def sparse(
         self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any
@@ -101,7 +74,7 @@ class CogVideoXProcessor(VMoBAProcessor):
 class _SuffixProcessor(VMoBAProcessor):
     """Text after the video, some of it padding, which is never attended."""
 
-    joint: ClassVar[bool] = True
+    joint = True
 
     def sparse(
         self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any
@@ -141,28 +114,6 @@ def _reorder(text: Tensor, order: Tensor) -> Tensor:
     return text.gather(1, order[..., None].expand_as(text))
 
 
-class HunyuanVideoProcessor(_SuffixProcessor):
-    """HunyuanVideo: two streams in dual layers, one in single layers; the mask is over video and text."""
-
-    def project(self, attn: Any, video: Tensor, text: Tensor, rotary: Any) -> list[Tensor]:
-        """See ``_SuffixProcessor``; single layers project both streams as one, and rotate the video's tokens."""
-        if attn.add_q_proj is not None:
-            return super().project(attn, video, text, rotary)
-        tokens, length = torch.cat([video, text], 1), video.shape[1]
-        query, key, value = _normalized_heads(attn, _project(attn, tokens), attn.norm_q, attn.norm_k)
-        query, key = (torch.cat([rotate(x[:, :, :length], *rotary), x[:, :, length:]], 2) for x in (query, key))
-        return [query, key, value]
-
-    def text_mask(self, mask: Tensor, length: int) -> Tensor:
-        """The end of the model's mask ``(B, 1, 1, S)``."""
-        return mask[:, 0, 0, -length:].bool()
-
-    def finish(self, attn: Any, video: Tensor, text: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Single layers have no projections here."""
-        out, add_out = getattr(attn, "to_out", None), getattr(attn, "to_add_out", None)
-        return video if out is None else _project_out(attn, video), text if add_out is None else add_out(text)
-
-
 class HunyuanVideo15Processor(_SuffixProcessor):
     """HunyuanVideo-1.5: two streams; the mask is over the text. The stock processor makes an S x S mask of it."""
 
@@ -180,36 +131,3 @@ class MochiProcessor(_SuffixProcessor):
         """The last layer projects no text."""
         text = text * valid[..., None]
         return _project_out(attn, video), attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
-
-
-def patched_grid(model: Any, arguments: dict[str, Any]) -> Grid:
-    """The grid of latents ``(B, C, frames, height, width)``."""
-    frames, height, width = arguments["hidden_states"].shape[2:]
-    patch = model.config.patch_size
-    if isinstance(patch, int):
-        patch = (getattr(model.config, "patch_size_t", 1), patch, patch)
-    return frames // patch[0], height // patch[1], width // patch[2]
-
-
-def cogvideox_grid(model: Any, arguments: dict[str, Any]) -> Grid:
-    """The grid of latents ``(B, frames, C, height, width)``."""
-    _, frames, _, height, width = arguments["hidden_states"].shape
-    patch, patch_t = model.config.patch_size, model.config.patch_size_t or 1
-    return -(-frames // patch_t), height // patch, width // patch
-
-
-def ltx_grid(model: Any, arguments: dict[str, Any]) -> Grid:
-    """The grid as the caller gives it, since latents come as tokens."""
-    sizes: list[Any] = [arguments.get(name) for name in ("num_frames", "height", "width")]
-    if None in sizes:
-        raise ValueError(
-            f"num_frames, height and width must be given with VMoBA applied to LTX, got {sizes}: LTXPipeline and "
-            "LTXImageToVideoPipeline give them"
-        )
-    return int(sizes[0]), int(sizes[1]), int(sizes[2])
-
-
-def refuse_block_causal(model: Any) -> str | None:
-    """Why a block-causal model cannot take VMoBA; None for any other."""
-    count = model.config.num_frame_per_block
-    return f"num_frame_per_block must be 1 (no block-causal mode), got {count}" if count > 1 else None

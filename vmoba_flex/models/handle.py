@@ -36,7 +36,7 @@ class VMoBAHandle:
         """
         applied = {}
         for name, model in models_of(pipe_or_model).items():
-            found = [layer.processor for _, layer in find_adapter(model).layers(model)]
+            found = [layer.processor for _, layer in find_adapter(model).layers_of(model)]
             states = [processor.state for processor in found if isinstance(processor, VMoBAProcessor)]
             if not states:
                 raise ValueError(f"{name} must have VMoBA applied, got none")
