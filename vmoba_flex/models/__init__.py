@@ -7,9 +7,10 @@
     processor.py    a layer's attention: sparse, or dense by the stock processor
     hook.py         processors whose stock one runs up to the attention, and hands query, key and value over
     families.py     processors of families that do not use diffusers' dispatcher
-    grids.py        a forward's arguments -> the grid
+    grids.py        a forward's arguments -> the grid, and tokens before it
     adapter.py      what an adapter is: layers, grid, other tokens
-    adapters.py     a model's class -> its adapter
+    table.py        the models of diffusers, each with its adapter
+    adapters.py     a model's class -> its adapter, of the table or registered
     applied.py      VMoBA on one model: its processors, and the hooks around each forward
     handle.py       what apply_vmoba returns
     apply.py        apply_vmoba

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from vmoba_flex.models.hook import HookedProcessor, Rest, check_hands_over, hooked
+from vmoba_flex.models.hook import HookedProcessor, Padding, Rest, check_hands_over, hooked
 from vmoba_flex.models.processor import VMoBAProcessor
 from vmoba_flex.models.state import Grid, ModelState
 from vmoba_flex.rules import Rule
@@ -18,8 +18,7 @@ _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 class Adapter:
     """How a model takes VMoBA.
 
-    The processors of its layers call diffusers' ``dispatch_attention_fn``, or there is a ``processor`` for them. Give
-    module-level functions, without which a model with VMoBA applied cannot be pickled.
+    The processors of its layers call diffusers' ``dispatch_attention_fn``, or there is a ``processor`` for them.
 
     Attributes:
         layers: paths of its self-attention layers, in order; ``*`` stands for each entry of a list of blocks, as in
@@ -27,8 +26,10 @@ class Adapter:
         grid: ``(model, forward's arguments by name)`` -> latent video size after patching.
         rest: where tokens lie that are not the grid's, as text does: before the video, after it, or nowhere. They
             attend all, and all attend them.
-        padded: whether some of these may be padding, which comes after the valid ones. The layers' mask says so, bool
-            ``(B, 1, 1, S)``; without ``padded`` there must be no mask.
+        prefix: ``(model, forward's arguments by name)`` -> tokens before the grid's, of a model that has some on both
+            sides; ``rest`` is then ``"suffix"``.
+        padding: where padding lies among these tokens: after the valid ones, anywhere, or nowhere. The layers' mask
+            says so, bool ``(B, 1, 1, S)``; with ``"none"`` there must be no mask.
         processor: of layers whose stock processors do not use the dispatcher.
         stock: names of the classes that ``processor`` can replace.
         refuse: why a model cannot take VMoBA, or None if it can.
@@ -38,7 +39,8 @@ class Adapter:
     layers: tuple[str, ...]
     grid: Callable[[Any, dict[str, Any]], Grid]
     rest: Rest = "none"
-    padded: bool = False
+    prefix: Callable[[Any, dict[str, Any]], int] = lambda model, arguments: 0
+    padding: Padding = "none"
     processor: type[VMoBAProcessor] | None = None
     stock: tuple[str, ...] = ()
     refuse: Callable[[Any], str | None] = lambda model: None
@@ -77,7 +79,7 @@ class Adapter:
         if self.processor is not None:
             return self.processor(stock, state, kind, rule)
         made: type[HookedProcessor] = hooked(type(stock))
-        return made(stock, state, kind, rule, rest=self.rest, padded=self.padded)
+        return made(stock, state, kind, rule, rest=self.rest, padding=self.padding)
 
 
 def _at(path: list[str], module: nn.Module, name: str = "") -> Iterable[tuple[str, nn.Module]]:

@@ -8,45 +8,9 @@ import torch
 from torch import nn
 
 from vmoba_flex.models.adapter import Adapter, inside
-from vmoba_flex.models.families import CogVideoXProcessor, HunyuanVideo15Processor, MochiProcessor
-from vmoba_flex.models.grids import cogvideox_grid, given_grid, patched_grid
+from vmoba_flex.models.table import ADAPTERS, REFUSED
 
-_DUAL = "transformer_blocks.*.attn"
-_DUAL_AND_SINGLE = (_DUAL, "single_transformer_blocks.*.attn")
-_FIRST = "transformer_blocks.*.attn1"
-
-
-def _refuse_block_causal(model: Any) -> str | None:
-    count = model.config.num_frame_per_block
-    return f"num_frame_per_block must be 1 (no block-causal mode), got {count}" if count > 1 else None
-
-
-_ADAPTERS: dict[str, Adapter] = {
-    "WanTransformer3DModel": Adapter(("blocks.*.attn1",), patched_grid),
-    "SkyReelsV2Transformer3DModel": Adapter(("blocks.*.attn1",), patched_grid, refuse=_refuse_block_causal),
-    "HunyuanVideoTransformer3DModel": Adapter(_DUAL_AND_SINGLE, patched_grid, "suffix", padded=True),
-    "HunyuanVideo15Transformer3DModel": Adapter(
-        (_DUAL,), patched_grid, processor=HunyuanVideo15Processor, stock=("HunyuanVideo15AttnProcessor2_0",)
-    ),
-    "CogVideoXTransformer3DModel": Adapter(
-        (_FIRST,),
-        cogvideox_grid,
-        processor=CogVideoXProcessor,
-        stock=("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
-    ),
-    "LTXVideoTransformer3DModel": Adapter(
-        (_FIRST,),
-        given_grid,
-        refused_pipelines=dict.fromkeys(
-            ("LTXConditionPipeline", "LTXI2VLongMultiPromptPipeline"),
-            "it gives its transformer coordinates in place of a grid. Use LTXPipeline.from_pipe(pipe) or "
-            "LTXImageToVideoPipeline.from_pipe(pipe)",
-        ),
-    ),
-    "MochiTransformer3DModel": Adapter(
-        (_FIRST,), patched_grid, processor=MochiProcessor, stock=("MochiAttnProcessor2_0",)
-    ),
-}
+_ADAPTERS = dict(ADAPTERS)
 
 
 def register_adapter(class_name: str, adapter: Adapter) -> None:
@@ -77,6 +41,8 @@ def find_adapter(model: object) -> Adapter:
     """
     if (adapter := _known(model)) is not None:
         return adapter
+    if reason := REFUSED.get(type(model).__name__):
+        raise TypeError(f"pipe_or_model must not be a {type(model).__name__}: {reason}")
     raise TypeError(
         f"pipe_or_model must be one of {', '.join(sorted(_ADAPTERS))}, or of a class given to register_adapter, got "
         f"{type(model).__name__}"

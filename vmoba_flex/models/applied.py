@@ -52,7 +52,8 @@ class Applied:
         if reason := adapter.refuse(model):
             raise ValueError(reason)
         arguments = forward_arguments(model, args, kwargs)
-        forward = self.state.plan(adapter.grid(model, arguments), [_skips_scores(layer) for _, layer in layers])
+        grid, prefix = adapter.grid(model, arguments), adapter.prefix(model, arguments)
+        forward = self.state.plan(grid, [_skips_scores(layer) for _, layer in layers], prefix)
         device = device_of(arguments)
         for processor, plan in zip(self.processors, forward.plans, strict=True):
             processor.ready(plan, device)

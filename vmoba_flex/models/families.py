@@ -1,6 +1,7 @@
 """How a layer makes query, key and value, in families whose stock processors the hook does not serve.
 
-CogVideoX and Mochi call ``scaled_dot_product_attention`` themselves; HunyuanVideo-1.5 makes an S x S mask first.
+Those of CogVideoX, EasyAnimate, Allegro and Mochi call ``scaled_dot_product_attention`` themselves, Cosmos' names no
+backend, and HunyuanVideo-1.5's makes an S x S mask first.
 
 B batch, H heads, S tokens, D head dim.
 """
@@ -27,6 +28,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos + turned.float() * sin).to(x.dtype)
 
 
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same for pairs of a channel in the first half and one in the second."""
+    first, second = x.chunk(2, -1)
+    return (x.float() * cos + torch.cat([-second, first], -1).float() * sin).to(x.dtype)
+
+
+def _rotate_after(length: int, x: Tensor, rotary: Any) -> Tensor:
+    """Rotates all tokens of ``(B, H, S, D)`` but the first ``length``, which are text."""
+    return torch.cat([x[:, :, :length], rotate(x[:, :, length:], *rotary)], 2)
+
+
 def _split_heads(attn: Any, x: Tensor) -> Tensor:
     """``(B, tokens, H * D)`` -> ``(B, H, tokens, D)``."""
     return x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
@@ -45,9 +57,40 @@ def _normalized_heads(
     return query if norm_q is None else norm_q(query), key if norm_k is None else norm_k(key), value
 
 
+def _text_heads(attn: Any, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of text that has projections of its own."""
+    added = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
+    return _normalized_heads(attn, added, attn.norm_added_q, attn.norm_added_k)
+
+
 def _project_out(attn: Any, x: Tensor) -> Tensor:
     linear, dropout = attn.to_out
     return dropout(linear(x))
+
+
+class CosmosProcessor(VMoBAProcessor):
+    """Cosmos: rotated by halves of the channels; text in a layer of its own."""
+
+    def sparse(self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any) -> Tensor:
+        """See ``VMoBAProcessor.sparse``."""
+        query, key, value = _normalized_heads(attn, _project(attn, video), attn.norm_q, attn.norm_k)
+        return _project_out(attn, self.attend(rotate_halves(query, *rotary), rotate_halves(key, *rotary), value))
+
+
+class AllegroProcessor(VMoBAProcessor):
+    """Allegro: thirds of the channels rotated by halves, for frame, row and column; text in a layer of its own."""
+
+    def sparse(self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any) -> Tensor:
+        """See ``VMoBAProcessor.sparse``; ``rotary``: cosines and sines by position, and the positions of each token."""
+        if mask is not None:
+            raise ValueError("attention_mask must be None with VMoBA applied to Allegro, got a mask")
+        waves = [[x[at][:, None] for x in axis] for axis, at in zip(*rotary, strict=True)]
+        query, key, value = (_split_heads(attn, x) for x in _project(attn, video))
+        query, key = (
+            torch.cat([rotate_halves(third, *wave) for third, wave in zip(x.chunk(3, -1), waves, strict=True)], -1)
+            for x in (query, key)
+        )
+        return _project_out(attn, self.attend(query, key, value))
 
 
 class CogVideoXProcessor(VMoBAProcessor):
@@ -66,9 +109,33 @@ class CogVideoXProcessor(VMoBAProcessor):
         projected = _project(attn, torch.cat([text, video], 1), fused)
         query, key, value = _normalized_heads(attn, projected, attn.norm_q, attn.norm_k)
         if rotary is not None:
-            query, key = (torch.cat([x[:, :, :length], rotate(x[:, :, length:], *rotary)], 2) for x in (query, key))
+            query, key = (_rotate_after(length, x, rotary) for x in (query, key))
         output = _project_out(attn, self.attend(query, key, value, prefix=length))
         return output[:, length:], output[:, :length]
+
+
+class EasyAnimateProcessor(VMoBAProcessor):
+    """EasyAnimate: text before the video; only its first layers have projections of text, and project it out."""
+
+    joint = True
+
+    def sparse(
+        self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See ``VMoBAProcessor.sparse``."""
+        if text is None or mask is not None:
+            raise ValueError("attention_mask must be None, and text given, with VMoBA applied to EasyAnimate")
+        length, one_stream = text.shape[1], attn.add_q_proj is None
+        video = torch.cat([text, video], 1) if one_stream else video
+        parts = _normalized_heads(attn, _project(attn, video), attn.norm_q, attn.norm_k)
+        if not one_stream:
+            query, key, value = (torch.cat(pair, 2) for pair in zip(_text_heads(attn, text), parts, strict=True))
+        else:
+            query, key, value = parts
+        query, key = _rotate_after(length, query, rotary), _rotate_after(length, key, rotary)
+        output = self.attend(query, key, value, prefix=length)
+        text = output[:, :length]
+        return _project_out(attn, output[:, length:]), text if one_stream else attn.to_add_out(text)
 
 
 class _SuffixProcessor(VMoBAProcessor):
@@ -96,9 +163,7 @@ class _SuffixProcessor(VMoBAProcessor):
         query, key, value = _normalized_heads(attn, _project(attn, video), attn.norm_q, attn.norm_k)
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
-        added = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
-        added = _normalized_heads(attn, added, attn.norm_added_q, attn.norm_added_k)
-        return [torch.cat(pair, 2) for pair in zip((query, key, value), added, strict=True)]
+        return [torch.cat(pair, 2) for pair in zip((query, key, value), _text_heads(attn, text), strict=True)]
 
     def text_mask(self, mask: Tensor, length: int) -> Tensor:
         """Which text tokens are valid, bool ``(B, text tokens)``."""

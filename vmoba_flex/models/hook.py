@@ -11,9 +11,11 @@ B batch, H heads, S tokens, D head dim.
 
 import copy
 import functools
+import math
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vmoba_flex.models.processor import VMoBAProcessor
@@ -22,6 +24,8 @@ from vmoba_flex.rules import Rule
 
 # Where the tokens lie that are not the grid's.
 Rest = Literal["none", "prefix", "suffix"]
+# Where padding lies among these tokens.
+Padding = Literal["none", "last", "anywhere"]
 
 
 class HookedProcessor(VMoBAProcessor):
@@ -29,13 +33,14 @@ class HookedProcessor(VMoBAProcessor):
 
     Attributes:
         rest: where tokens lie that are neither the grid's nor of the plan's prefix.
-        padded: whether the layer may have a mask, of padding.
+        padding: where padding lies among these, if the layer has a mask.
         handing_over: the copy of the stock processor that calls ``attend_call``.
     """
 
-    def __init__(self, stock: Any, state: ModelState, kind: str, rule: Rule, *, rest: Rest, padded: bool) -> None:
+    def __init__(self, stock: Any, state: ModelState, kind: str, rule: Rule, *, rest: Rest, padding: Padding) -> None:
         self.rest: Rest = rest
-        self.padded, self.joint = padded, rest != "none"
+        self.padding: Padding = padding
+        self.joint = rest != "none"
         super().__init__(stock, state, kind, rule)
         self.handing_over = self._handing_over()
 
@@ -81,26 +86,47 @@ class HookedProcessor(VMoBAProcessor):
 
             options |= {"backend": self._attention_backend, "parallel_config": self._parallel_config}
             return dispatch_attention_fn(query, key, value, attn_mask=mask, is_causal=True, **options)
-        plan, tokens = self.plan(), query.shape[1]
-        frames, height, width = plan.grid
-        video, prefix, suffix = frames * height * width, 0, 0
+        plan, tokens = self.plan(), key.shape[1]
+        video, prefix, suffix = math.prod(plan.grid), plan.prefix, 0
         if self.rest != "none":
-            rest = tokens - video
+            rest = tokens - video - prefix
             if rest < 0:
-                raise ValueError(f"grid must have no more than the {tokens} tokens that arrive, got {plan.grid}")
-            prefix = rest if self.rest == "prefix" else 0
-            suffix = rest - prefix
-        lengths = None
+                raise ValueError(
+                    f"grid must have no more than the {tokens - prefix} tokens that arrive, got {plan.grid}"
+                )
+            prefix, suffix = (prefix + rest, 0) if self.rest == "prefix" else (prefix, rest)
+        lengths = order = None
         if mask is not None:
-            if not self.padded or mask.dtype != torch.bool or mask.shape[1:3] != (1, 1):
-                raise ValueError(f"attention_mask must be None{self._or_padding()} with VMoBA applied, got a mask")
+            if self.padding == "none" or mask.dtype != torch.bool or mask.shape[1:3] != (1, 1):
+                raise ValueError(f"attention_mask must be {self._masks()} with VMoBA applied, got a mask")
             lengths = mask[:, 0, 0].sum(1) - video
+            if self.padding == "anywhere":
+                order = _around(mask[:, 0, 0], prefix, suffix).sort(dim=1, descending=True, stable=True).indices
+        # Queries may be fewer, where tokens before the video have a call of their own.
+        without = tokens - query.shape[1]
+        query = F.pad(query, (0, 0, 0, 0, without, 0)) if without else query
+        if order is not None:
+            query, key, value = (_reordered(x, order, prefix, suffix) for x in (query, key, value))
         turned = (x.transpose(1, 2) for x in (query, key, value))
         output = self.attend(*turned, prefix=prefix, suffix=suffix, text_lengths=lengths)
-        return output.unflatten(2, (query.shape[2], -1))
+        output = output.unflatten(2, (query.shape[2], -1))
+        output = output if order is None else _reordered(output, order.argsort(1), prefix, suffix)
+        return output[:, without:] if without else output
 
-    def _or_padding(self) -> str:
-        return " or bool (B, 1, 1, S)" if self.padded else ""
+    def _masks(self) -> str:
+        return "None" if self.padding == "none" else "None or bool (B, 1, 1, S)"
+
+
+def _around(x: Tensor, prefix: int, suffix: int) -> Tensor:
+    """What stands before and after the video ``(B, S, ...)``, together."""
+    return torch.cat([x[:, :prefix], x[:, x.shape[1] - suffix :]], 1)
+
+
+def _reordered(x: Tensor, order: Tensor, prefix: int, suffix: int) -> Tensor:
+    """``(B, S, H, D)`` with the tokens around the video in ``order``, int64 ``(B, prefix + suffix)``."""
+    around = _around(x, prefix, suffix)
+    around = around.gather(1, order[..., None, None].expand_as(around))
+    return torch.cat([around[:, :prefix], x[:, prefix : x.shape[1] - suffix], around[:, prefix:]], 1)
 
 
 @functools.cache

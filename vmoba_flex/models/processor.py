@@ -126,8 +126,8 @@ class VMoBAProcessor:
 
         Args:
             query: ``(B, H, S, D)``, video tokens in raster order.
-            key: ``(B, H, S, D)``.
-            value: ``(B, H, S, D)``.
+            key: ``(B, key heads, S, D)``.
+            value: ``(B, key heads, S, D)``.
             prefix: text tokens before the video's.
             suffix: text tokens after the video's.
             text_lengths: as in ``vmoba_attention``.
@@ -156,7 +156,8 @@ class VMoBAProcessor:
         elif plan.dense:
             output = attend_everything(query, key, value, text_lengths, partition, dense_backend)
         else:
-            call = Call(partition, plan.rule, text_lengths=text_lengths, tail=tail)
+            gqa = key.shape[1] != query.shape[1]
+            call = Call(partition, plan.rule, enable_gqa=gqa, text_lengths=text_lengths, tail=tail)
             attended = attend(query, key, value, call, dispatch, backend, layout_of(self.ranks, partition))
             output = attended.output
             record_density(self.density, attended.density())

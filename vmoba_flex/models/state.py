@@ -42,6 +42,7 @@ class LayerPlan:
         dense: whether the layer attends everything.
         flag: ``dense`` as a bool scalar on the CPU, which a compiled graph without gradients reads as it runs.
         skips_scores: whether the layer's output is its value, as diffusers' layer skipping can ask for.
+        prefix: tokens before the grid's that the adapter counts.
     """
 
     grid: Grid
@@ -50,11 +51,12 @@ class LayerPlan:
     dense: bool
     flag: Tensor
     skips_scores: bool
+    prefix: int = 0
 
     def facts(self) -> tuple[Any, ...]:
         """All that decides what the layer computes."""
         tau = self.rule.now.item() if isinstance(self.rule, WarmedThreshold) else self.rule
-        return self.grid, self.block, tau, self.dense, self.skips_scores
+        return self.grid, self.block, tau, self.dense, self.skips_scores, self.prefix
 
 
 class _ThreadLocal(threading.local):
@@ -134,12 +136,13 @@ class ModelState:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, alive=weakref.WeakSet())
 
-    def plan(self, grid: Grid, skips_scores: Iterable[bool]) -> Forward:
+    def plan(self, grid: Grid, skips_scores: Iterable[bool], prefix: int = 0) -> Forward:
         """Plans a forward.
 
         Args:
             grid: latent video size after patching.
             skips_scores: of each layer; see ``LayerPlan``.
+            prefix: of all layers; see ``LayerPlan``.
 
         Raises:
             ValueError: if a block exceeds the grid, or the config needs the step and nobody says it.
@@ -162,7 +165,7 @@ class ModelState:
                 rule = processor.rule
                 if isinstance(rule, WarmedThreshold):
                     rule = WarmedThreshold.of(rule, self.warmup)
-                plans.append(LayerPlan(grid, blocks[processor.kind], rule, dense, flags[dense], skips))
+                plans.append(LayerPlan(grid, blocks[processor.kind], rule, dense, flags[dense], skips, prefix))
         return Forward(tuple(plans), step)
 
     def enter(self, forward: Forward | None) -> Forward | None:
