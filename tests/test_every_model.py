@@ -161,3 +161,67 @@ def test_a_class_that_cannot_take_it_says_why(name: str):
     model = type(name, (nn.Module,), {})()
     with pytest.raises(TypeError, match=f"must not be a {name}: .*(linear|mask of its own|separate layers)"):
         apply_vmoba(model, config_of(MODELS["vace"], TopK(1)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["minimax-h3", "framepack", "cosmos-3", "qwen-image"])
+def test_compiled_whole_is_eager_in_dense_and_sparse_steps(name: str):
+    """Prefix, suffix, both, fewer queries than keys, and gaps in the text's mask; in one graph."""
+    model_of = MODELS[name]
+    model, inputs = model_of.build(), model_of.inputs()
+    handle = apply_vmoba(model, config_of(model_of, TopK(1)))
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    for enabled in (True, False):
+        handle.set_enabled(enabled)
+        for actual, expected in zip(outputs(compiled, inputs), outputs(model, inputs), strict=True):
+            assert_close(actual, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rest", ["prefix", "suffix"])
+def test_conditioning_tokens_around_a_grid_set_by_hand(rest: Any):
+    """As LTX's condition pipeline adds them, which gives coordinates in place of a grid."""
+    family = FAMILIES["ltx"]
+    model, inputs, z = family.build(), family.inputs(), torch.Generator().manual_seed(1)
+    for name in ("num_frames", "height", "width"):
+        inputs.pop(name)
+    grid = torch.Size((3, 4, 6))
+    inputs["hidden_states"] = torch.cat([inputs["hidden_states"], torch.randn(2, 8, 4, generator=z)], 1)
+    inputs["video_coords"] = torch.rand(2, 3, grid.numel() + 8, generator=z)
+    model_of = Model(
+        family.class_name, {}, lambda z: {}, tuple(f"transformer_blocks.{i}.attn1" for i in range(3)), tuple(grid),
+        prefix=8 if rest == "prefix" else 0,
+    )  # fmt: skip
+    config = config_of(model_of, TopK(1))
+    with reference(model_of, model, config):
+        expected = outputs(model, inputs)
+    handle = apply_vmoba(model, config)
+    handle.set_grid((3, 4, 6), rest=rest)
+    assert_close(outputs(model, inputs)[0], expected[0])
+    handle.set_grid((4, 6, 6))
+    with pytest.raises(ValueError, match=r"no more than the 80 tokens that arrive, got \(4, 6, 6\)"):
+        outputs(model, inputs)
+    handle.set_grid(None)
+    with pytest.raises(ValueError, match="num_frames, height and width must be given"):
+        outputs(model, inputs)
+
+
+MODES: dict[str, tuple[dict[str, Any], str]] = {
+    "kandinsky-5": ({"sparse_params": {"to_fractal": True}}, "sparse_params must be None"),
+    "flux-2": ({"kv_cache_mode": "extract"}, "kv_cache_mode must be None"),
+    "z-image": ({"x": [torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 4)]}, "images of one size"),
+    "cosmos-3": ({"vision_token_shapes": [(1, 4, 4), (1, 4, 4)]}, "those of one video"),
+    "minimax-h3": ({"audio_indices": torch.arange(9, 14)}, "position ids must be those of a grid"),
+    "ltx-2": ({"video_self_attention_mask": torch.rand(2, 48, 48)}, "attention_mask must be None"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODES)
+def test_modes_that_cannot_be_sparse_say_why(name: str):
+    arguments, said = MODES[name]
+    model, inputs = MODELS[name].build(), MODELS[name].inputs() | arguments
+    apply_vmoba(model, config_of(MODELS[name], TopK(1)))
+    with pytest.raises(ValueError, match=said):
+        model(**inputs)

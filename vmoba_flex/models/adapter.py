@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from vmoba_flex.models.hook import HookedProcessor, Padding, Rest, check_hands_over, hooked
+from vmoba_flex.models.hook import HookedProcessor, Padding, check_hands_over, hooked
 from vmoba_flex.models.processor import VMoBAProcessor
-from vmoba_flex.models.state import Grid, ModelState
+from vmoba_flex.models.state import Grid, ModelState, Rest
 from vmoba_flex.rules import Rule
 
 _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_model", "model")
@@ -69,17 +69,18 @@ class Adapter:
                 f"{type(processor).__name__}"
             )
 
-    @property
-    def joint(self) -> bool:
-        """Whether other tokens attend together with the video."""
-        return self.rest != "none" if self.processor is None else self.processor.joint
+    def joint(self, model: nn.Module) -> bool:
+        """Whether ranks cannot share a model's tokens, because others attend with the video and nobody planned it."""
+        if self.processor is not None:
+            return self.processor.joint
+        return self.rest != "none" and getattr(model, "_cp_plan", None) is None
 
-    def processor_for(self, stock: Any, state: ModelState, kind: str, rule: Rule) -> VMoBAProcessor:
+    def processor_for(self, model: nn.Module, stock: Any, state: ModelState, kind: str, rule: Rule) -> VMoBAProcessor:
         """The processor that replaces a layer's stock one."""
         if self.processor is not None:
             return self.processor(stock, state, kind, rule)
         made: type[HookedProcessor] = hooked(type(stock))
-        return made(stock, state, kind, rule, rest=self.rest, padding=self.padding)
+        return made(stock, state, kind, rule, padding=self.padding, joint=self.joint(model))
 
 
 def _at(path: list[str], module: nn.Module, name: str = "") -> Iterable[tuple[str, nn.Module]]:

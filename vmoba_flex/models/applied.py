@@ -31,7 +31,7 @@ class Applied:
         for i, (_, layer) in enumerate(layers):
             # The step matters to no kind and no rule.
             plan = state.config.layer(i, len(layers), step=0, num_steps=1)
-            layer.processor = adapter.processor_for(layer.processor, state, plan.kind, plan.rule)
+            layer.processor = adapter.processor_for(model, layer.processor, state, plan.kind, plan.rule)
             self.processors.append(layer.processor)
             _register_for_layer_skipping(type(layer.processor))
         # Methods of an instance and no closures: they can be pickled, and a copy of the model has copies of them.
@@ -52,8 +52,11 @@ class Applied:
         if reason := adapter.refuse(model):
             raise ValueError(reason)
         arguments = forward_arguments(model, args, kwargs)
-        grid, prefix = adapter.grid(model, arguments), adapter.prefix(model, arguments)
-        forward = self.state.plan(grid, [_skips_scores(layer) for _, layer in layers], prefix)
+        if self.state.given is not None:
+            (grid, rest), prefix = self.state.given, 0
+        else:
+            grid, prefix, rest = adapter.grid(model, arguments), adapter.prefix(model, arguments), adapter.rest
+        forward = self.state.plan(grid, [_skips_scores(layer) for _, layer in layers], prefix, rest)
         device = device_of(arguments)
         for processor, plan in zip(self.processors, forward.plans, strict=True):
             processor.ready(plan, device)

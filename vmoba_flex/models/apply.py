@@ -68,5 +68,5 @@ def _check(name: str, model: nn.Module, config: VMoBAConfig, pipeline: type) -> 
             )
         adapter.check(processor, f"{name}: {layer_name}")
         # Raises if it must not be parallel as it is.
-        ranks_of(getattr(processor, "_parallel_config", None), adapter.joint, type(processor).__name__)
+        ranks_of(getattr(processor, "_parallel_config", None), adapter.joint(model), type(processor).__name__)
     config.layer(0, len(layers), step=0, num_steps=1)  # dense_layers fits

@@ -22,9 +22,7 @@ from vmoba_flex.models.processor import VMoBAProcessor
 from vmoba_flex.models.state import ModelState
 from vmoba_flex.rules import Rule
 
-# Where the tokens lie that are not the grid's.
-Rest = Literal["none", "prefix", "suffix"]
-# Where padding lies among these tokens.
+# Where padding lies among tokens that are not the grid's.
 Padding = Literal["none", "last", "anywhere"]
 
 
@@ -32,15 +30,13 @@ class HookedProcessor(VMoBAProcessor):
     """A layer whose stock processor runs as it is, up to the attention itself; made by ``hooked``.
 
     Attributes:
-        rest: where tokens lie that are neither the grid's nor of the plan's prefix.
-        padding: where padding lies among these, if the layer has a mask.
+        padding: where padding lies among tokens that are not the grid's, if the layer has a mask.
         handing_over: the copy of the stock processor that calls ``attend_call``.
     """
 
-    def __init__(self, stock: Any, state: ModelState, kind: str, rule: Rule, *, rest: Rest, padding: Padding) -> None:
-        self.rest: Rest = rest
+    def __init__(self, stock: Any, state: ModelState, kind: str, rule: Rule, *, padding: Padding, joint: bool) -> None:
         self.padding: Padding = padding
-        self.joint = rest != "none"
+        self.joint = joint
         super().__init__(stock, state, kind, rule)
         self.handing_over = self._handing_over()
 
@@ -79,42 +75,51 @@ class HookedProcessor(VMoBAProcessor):
             ``(B, S, H, D)``.
 
         Raises:
-            ValueError: if the mask is not of padding, or the grid does not match the tokens.
+            ValueError: if the call has dropout, a scale or a mask of other than padding, or the grid does not match the
+                tokens.
         """
         if is_causal:
             from diffusers.models.attention_dispatch import dispatch_attention_fn
 
             options |= {"backend": self._attention_backend, "parallel_config": self._parallel_config}
             return dispatch_attention_fn(query, key, value, attn_mask=mask, is_causal=True, **options)
-        plan, tokens = self.plan(), key.shape[1]
-        video, prefix, suffix = math.prod(plan.grid), plan.prefix, 0
-        if self.rest != "none":
-            rest = tokens - video - prefix
-            if rest < 0:
-                raise ValueError(
-                    f"grid must have no more than the {tokens - prefix} tokens that arrive, got {plan.grid}"
-                )
-            prefix, suffix = (prefix + rest, 0) if self.rest == "prefix" else (prefix, rest)
-        lengths = order = None
-        if mask is not None:
-            if self.padding == "none" or mask.dtype != torch.bool or mask.shape[1:3] != (1, 1):
-                raise ValueError(f"attention_mask must be {self._masks()} with VMoBA applied, got a mask")
-            lengths = mask[:, 0, 0].sum(1) - video
-            if self.padding == "anywhere":
-                order = _around(mask[:, 0, 0], prefix, suffix).sort(dim=1, descending=True, stable=True).indices
+        if options["dropout_p"] or options["scale"] is not None:
+            raise ValueError(f"dropout_p must be 0 and scale None with VMoBA applied, got {options}")
+        tokens, order = key.shape[1], None
+        prefix, suffix = self._others(tokens)
+        valid = None if mask is None else self._valid(mask)
         # Queries may be fewer, where tokens before the video have a call of their own.
         without = tokens - query.shape[1]
         query = F.pad(query, (0, 0, 0, 0, without, 0)) if without else query
-        if order is not None:
+        if valid is not None and self.padding == "anywhere":
+            order = _around(valid, prefix, suffix).sort(dim=1, descending=True, stable=True).indices
             query, key, value = (_reordered(x, order, prefix, suffix) for x in (query, key, value))
+        lengths = None if valid is None else valid.sum(1) - (tokens - prefix - suffix)
         turned = (x.transpose(1, 2) for x in (query, key, value))
         output = self.attend(*turned, prefix=prefix, suffix=suffix, text_lengths=lengths)
         output = output.unflatten(2, (query.shape[2], -1))
         output = output if order is None else _reordered(output, order.argsort(1), prefix, suffix)
         return output[:, without:] if without else output
 
-    def _masks(self) -> str:
-        return "None" if self.padding == "none" else "None or bool (B, 1, 1, S)"
+    def _others(self, tokens: int) -> tuple[int, int]:
+        """How many tokens lie before and after the video's."""
+        plan, ranks = self.plan(), 1 if self.ranks is None else self.ranks.size
+        if plan.rest == "none":
+            return plan.prefix, 0
+        rest = tokens * ranks - math.prod(plan.grid) - plan.prefix
+        if rest < 0 or (rest and ranks > 1):
+            which = "no more than the" if ranks == 1 else "all"
+            raise ValueError(
+                f"grid must have {which} {tokens * ranks - plan.prefix} tokens that arrive, got {plan.grid}"
+            )
+        return (plan.prefix + rest, 0) if plan.rest == "prefix" else (plan.prefix, rest)
+
+    def _valid(self, mask: Tensor) -> Tensor:
+        """Which tokens are valid, bool ``(B, S)``."""
+        if self.padding == "none" or mask.dtype != torch.bool or mask.shape[1:3] != (1, 1):
+            masks = "None" if self.padding == "none" else "None or bool (B, 1, 1, S)"
+            raise ValueError(f"attention_mask must be {masks} with VMoBA applied and enabled, got a mask")
+        return mask[:, 0, 0]
 
 
 def _around(x: Tensor, prefix: int, suffix: int) -> Tensor:
