@@ -11,7 +11,9 @@ from vmoba_flex.call import Backend, ChosenBackend, Dispatch
 from vmoba_flex.dispatch.compiled import has_flex_kernel
 from vmoba_flex.groups import group_sizes
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule, Threshold, TopK
+from vmoba_flex.rules import Rule, Threshold
+from vmoba_flex.selection.bounds import largest_density
+from vmoba_flex.selection.kept import Selection
 
 # What "auto" decides by, measured on an H200 or H100 (bench/NOTES.md). Pairs: forward, and forward + backward.
 _DENSE_RATE = 6.5e14  # operations per second of the fastest dense peer
@@ -22,8 +24,8 @@ _FLASH_FROM = (10e-3, 18e-3)  # dense seconds from which FlashAttention-4 gains 
 
 
 def choose_dispatch(
-    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Rule, ranks: int = 1
-) -> Literal["tiles", "packed", "dense"]:
+    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Rule | Selection, ranks: int = 1
+) -> Literal["tiles", "packed", "shared", "dense"]:
     """What ``dispatch="auto"`` runs; see ``vmoba_attention``.
 
     Args:
@@ -31,13 +33,18 @@ def choose_dispatch(
         key: ``(B, key heads, S, D)``.
         value: ``(B, key heads, S, value dim)``.
         partition: the blocks.
-        rule: ``TopK`` or ``Threshold``.
+        rule: ``TopK`` or ``Threshold``, or what was chosen before.
         ranks: how many share the call. All make the same choice.
 
     Returns:
-        ``"tiles"``, ``"packed"`` or ``"dense"``.
+        ``"tiles"``, ``"packed"`` or ``"dense"``; ``"shared"`` for what query tiles chose.
     """
-    unbounded = isinstance(rule, Threshold) and rule.max_density is None
+    if isinstance(rule, Selection):
+        if rule.choice == "tile":
+            return "shared"
+        unbounded = rule.bound is None
+    else:
+        unbounded = isinstance(rule, Threshold) and rule.max_density is None
     compiled = torch.compiler.is_compiling()
     if not query.is_cuda:
         # FlexAttention's kernel for CPUs is the fastest, where it runs.
@@ -61,22 +68,16 @@ def dense_seconds(heads: int, tokens: int, head_dim: int, backward: bool) -> flo
     return 4 * heads * tokens**2 * head_dim / _DENSE_RATE * (_BACKWARD if backward else 1)
 
 
-def packed_share(rule: Rule, num_blocks: int) -> float:
+def packed_share(rule: Rule | Selection, num_blocks: int) -> float:
     """Estimated time of ``"packed"`` as a share of the dense peer's, at the largest density that the rule allows."""
     constant, factor = _SHARE
-    return constant + factor * _largest_density(rule, num_blocks)
+    density = rule.max_density if isinstance(rule, Selection) else largest_density(rule, num_blocks)
+    return constant + factor * density
 
 
-def packed_wins(dense: float, backward: bool, rule: Rule, num_blocks: int) -> bool:
+def packed_wins(dense: float, backward: bool, rule: Rule | Selection, num_blocks: int) -> bool:
     """Whether ``"auto"`` expects ``"packed"`` to beat a dense peer that takes ``dense`` seconds."""
     return max(_LAUNCHES[int(backward)], packed_share(rule, num_blocks) * dense) < dense
-
-
-def _largest_density(rule: Rule, blocks: int) -> float:
-    """A bound on the density: the best pairs hold more of the scores than their share, and own blocks come on top."""
-    if isinstance(rule, TopK):
-        return rule.blocks_per_query(blocks) / blocks
-    return min(rule.tau + 1 / blocks, rule.max_density or 1.0)
 
 
 def choose_backend(
