@@ -70,14 +70,15 @@ class WarmedThreshold(Threshold):
         return self._flat(self.now)
 
     def __repr__(self) -> str:
-        return repr(Threshold(self.now.item(), pool=self.pool, max_density=self.max_density, normalize=self.normalize))
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Threshold)}
+        return repr(Threshold(**fields | {"tau": self.now.item()}))
 
 
 def rule_of_flat(words: str, counts: list[int], shares: list[float], now: Tensor | None) -> Rule:
     """The rule with this ``flat`` form."""
     if words.startswith("topk"):
         return TopK.of_flat(words, counts, shares)
-    rule = Threshold.of_flat(words, shares)
+    rule = Threshold.of_flat(words, counts, shares)
     return rule if now is None else WarmedThreshold(**vars(rule), now=now)
 
 

@@ -73,10 +73,12 @@ def packed_wins(dense: float, backward: bool, rule: Rule, num_blocks: int) -> bo
 
 
 def _largest_density(rule: Rule, blocks: int) -> float:
-    """A bound on the density: the best pairs hold more of the scores than their share, and own blocks come on top."""
+    """A bound on the density: the best pairs hold more of the scores than their share, and kept blocks come on top."""
+    kept = min(1 + len(rule.always), blocks) / blocks
     if isinstance(rule, TopK):
-        return rule.blocks_per_query(blocks) / blocks
-    return min(rule.tau + 1 / blocks, rule.max_density or 1.0)
+        return max(kept, rule.blocks_per_query(blocks) / blocks)
+    cap = 1.0 if rule.max_density is None else max(kept, rule.max_density)
+    return min(rule.tau + kept, cap)
 
 
 def choose_backend(

@@ -77,17 +77,19 @@ def max_row_tiles(
     """The most tiles of rows that the queries of ``heads`` of a sample's ``all_heads`` can need; None without a cap."""
     queries = queries or Queries.of(partition)
     tokens, blocks = partition.num_video_tokens, partition.num_blocks
-    # Entries of a pool, pools, and own pairs, which a pool keeps even beyond its cap.
+    always = len(rule.always)
+    # Entries of a pool, pools, and own pairs and those of always, which a pool keeps even beyond its cap.
     entries, pools, own = {
-        "query": (blocks, heads * queries.video, 1),
-        "head": (tokens * blocks, heads, tokens),
-        "block": (all_heads * tokens, blocks, max(group_sizes(partition)[:blocks]) * all_heads),
-        "global": (all_heads * tokens * blocks, 1, all_heads * tokens),
+        "query": (blocks, heads * queries.video, 1 + always),
+        "head": (tokens * blocks, heads, tokens * (1 + always)),
+        "block": (all_heads * tokens, blocks - always, max(group_sizes(partition)[:blocks]) * all_heads),
+        "global": (all_heads * tokens * blocks, 1, all_heads * tokens * (1 + always)),
     }[rule.pool]
     cap = rule.max_pairs(entries, blocks)
     if cap is None:
         return None
-    pairs = min(pools * max(cap, own), heads * queries.video * blocks)
+    whole = always if rule.pool == "block" else 0  # pools whose pairs are all kept
+    pairs = min(pools * max(cap, own) + whole * heads * queries.video, heads * queries.video * blocks)
     groups = blocks
     if partition.prefix + partition.suffix:
         groups += 1
