@@ -121,7 +121,7 @@ class ModelState:
         recorder: called with each layer's query and key, while these are captured.
         now: the forward under way.
         alive: forwards whose graphs may still need a recomputation.
-        blocks: each grid with each block shape so far, as many as each layer has graphs.
+        shapes: each grid with each block shape and numbers of text tokens so far, as many as each layer has graphs.
     """
 
     config: VMoBAConfig
@@ -134,7 +134,7 @@ class ModelState:
     recorder: Callable[..., None] | None = None
     now: ModelNow = dataclasses.field(default_factory=ModelNow)
     alive: "weakref.WeakSet[Forward]" = dataclasses.field(default_factory=weakref.WeakSet)
-    blocks: set[tuple[Grid, Grid]] = dataclasses.field(default_factory=set)
+    shapes: set[tuple[Grid, Grid, tuple[int, ...]]] = dataclasses.field(default_factory=set)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "alive"}
