@@ -74,7 +74,7 @@ def _mean_shares(lse: Tensor, valid: Tensor, tile_size: int) -> Tensor:
     """The log of the mean over each tile's queries of their shares; ``lse``: ``(B, H, slots, N)``, a slot a query."""
     shares = (lse - lse.logsumexp(-1, keepdim=True)).masked_fill_(~valid[:, None], -torch.inf)
     counts = valid.unflatten(0, (-1, tile_size)).sum(1, dtype=lse.dtype)
-    return shares.unflatten(2, (-1, tile_size)).logsumexp(3) - counts.log()[:, None]
+    return (shares.unflatten(2, (-1, tile_size)).logsumexp(3) - counts.log()[:, None]).contiguous()
 
 
 @_mean_shares.register_fake
