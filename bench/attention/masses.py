@@ -43,7 +43,15 @@ EXACT = (
     (128, 64, 4, 3, False),
 )
 # Queries of a program, cells at once, warps, and stages.
-CELLS = ((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 1), (128, 128, 8, 2), (64, 64, 4, 2), (64, 128, 4, 2))
+CELLS = (
+    (128, 64, 8, 2),
+    (128, 64, 8, 1),
+    (128, 128, 8, 1),
+    (128, 128, 8, 2),
+    (64, 64, 4, 2),
+    (64, 64, 4, 1),
+    (64, 128, 4, 2),
+)
 SAMPLE = 96  # queries that are checked
 Row = dict[str, Any]
 
@@ -110,8 +118,8 @@ def _launches(query: Tensor, key: Tensor, partition: BlockPartition) -> Iterator
             run = functools.partial(exact_kernels.group_lse, q, k, *inputs, launch=launch)
             yield f"{name} {tuple(launch)}", run, functools.partial(_error, lambda run=run: run().mT, q, k, p, "exact")
     stats = cell_stats(key, gate_cells(partition))
-    for launch in CELLS:
-        launch = cell_gate_kernels.Launch(*launch)
+    for each in CELLS:
+        launch = cell_gate_kernels.Launch(*each)
         run = functools.partial(cell_gate_kernels.cell_scores, query, stats, blocks, 0, count, True, launch)
         yield f"spread {tuple(launch)}", run, functools.partial(_error, run, query, key, partition, "spread")
 
