@@ -1,4 +1,4 @@
-"""What each query attends, as bits and back, and what is read from it where no rule is known.
+"""What each query attends, as bits and back.
 
 B batch, H heads, N blocks, R what chooses: video tokens, or the query tiles of ``dispatch="shared"``.
 """
@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from block_masks import RowBound
 from block_masks.plans.rows import TILE
 from vmoba_flex.checks import check_choice
 from vmoba_flex.groups import block_slots, group_sizes
@@ -65,16 +64,3 @@ def _choosers(partition: BlockPartition, choice: Choice) -> int:
     if choice == "token":
         return partition.num_video_tokens
     return sum([-(-size // TILE) for size in group_sizes(partition)[: partition.num_blocks]])
-
-
-def read_bounds(selected: Tensor, partition: BlockPartition, choice: Choice) -> tuple[RowBound | None, float]:
-    """The bound and the density of a selection whose rule is not known, read from the device together."""
-    needed = torch.zeros((), dtype=torch.int64, device=selected.device)
-    if choice == "token":
-        queries, text = selected.sum(2), partition.prefix + partition.suffix
-        tiles = (queries + (text + TILE - 1)) // TILE
-        needed = tiles.sum(2).max() + (-(-partition.num_tokens // TILE) if text else 0)
-    tiles, pairs, least = torch.stack([needed, selected.sum(), selected.sum(3).min()]).tolist()
-    if not least:
-        raise ValueError("selected must hold at least one block for each query, got a query without one")
-    return RowBound.rounded(tiles) if choice == "token" else None, pairs / selected.numel()
