@@ -68,14 +68,15 @@ def shared_attention(
         part: the heads of the call on this rank; None for all.
     """
     partition, scale, text_lengths = call.partition, call.scale, call.text_lengths
-    kept = call.rule if isinstance(call.rule, Selection) else None
-    plan = None if kept is None else kept.plan_of_call(text_lengths, part)
+    rule, plan = call.rule, None
+    if isinstance(rule, Selection):
+        plan = rule.plan_of_call(text_lengths, part)
     slots = block_slots(partition, query.device, tile_size) if plan is None else plan.slots
     query_slots = to_slots(query, slots)
-    if kept is not None:
-        selected = kept.tiles(part)
+    if isinstance(rule, Selection):
+        selected = rule.tiles(part) if plan is None or plan.of_tiles is None else plan.of_tiles
     else:
-        selected = choose_tiles(query_slots, key, partition, call.rule, slots, part)
+        selected = choose_tiles(query_slots, key, partition, rule, slots, part)
     coarse = None if call.tail is None else coarse_keys(key, value, partition, call.tail)
     wants_lse = call.lse or coarse is not None
     if not has_flex_kernel(query, key, value, wants_lse):

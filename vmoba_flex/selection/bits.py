@@ -21,13 +21,15 @@ CHOICES: tuple[Choice, ...] = get_args(Choice)
 def pack_bits(selected: Tensor) -> Tensor:
     """Bools ``(B, H, R, N)`` as uint8 ``(B, H, ceil(N / 8), R)``: bit ``n % 8`` of byte ``n // 8``; the rest is 0."""
     octets = F.pad(selected.mT, (0, 0, 0, -selected.shape[-1] % 8)).unflatten(2, (-1, 8))
-    return torch.where(octets, _places(selected)[:, None], 0).sum(3, dtype=torch.uint8)
+    place = torch.arange(8, dtype=torch.uint8, device=selected.device)[:, None]
+    return (octets.byte() << place).sum(3, dtype=torch.uint8)
 
 
 def unpack_bits(bits: Tensor, num_blocks: int) -> Tensor:
     """The inverse: bool ``(B, H, R, N)``, block by block in memory."""
-    octets = (bits[:, :, :, None] & _places(bits)[:, None]) != 0
-    return octets.flatten(2, 3)[:, :, :num_blocks].mT
+    place = torch.arange(8, dtype=torch.uint8, device=bits.device)[:, None]
+    octets = (bits[:, :, :, None] >> place).bitwise_and_(1)  # in place: a call with a plan waits for its launches
+    return octets.view(torch.bool).flatten(2, 3)[:, :, :num_blocks].mT
 
 
 def of_tokens(of_tiles: Tensor, partition: BlockPartition) -> Tensor:
@@ -35,11 +37,6 @@ def of_tokens(of_tiles: Tensor, partition: BlockPartition) -> Tensor:
     slots = block_slots(partition, of_tiles.device)
     video = slots.key_slot[partition.prefix : partition.prefix + partition.num_video_tokens]
     return of_tiles.index_select(2, video // TILE)
-
-
-def _places(like: Tensor) -> Tensor:
-    """The eight bits of a byte, uint8 ``(8,)``."""
-    return (1 << torch.arange(8, device=like.device)).to(torch.uint8)
 
 
 def check_bits(name: str, x: Any, dtype: torch.dtype, partition: Any, choice: Any) -> None:

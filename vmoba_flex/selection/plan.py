@@ -26,18 +26,21 @@ class Plan(NamedTuple):
         rows: of ``dispatch="packed"``.
         tiles: of ``dispatch="shared"`` on FlexAttention's kernels.
         lists: of ``dispatch="shared"`` on FlashAttention-4.
+        of_tiles: bool ``(B, H, tiles, G)``, what each tile of ``"shared"`` attends, prefix and suffix included.
     """
 
     slots: Slots
     rows: RowPlan | None = None
     tiles: SlotLists | None = None
     lists: tuple[Tensor, Tensor] | None = None
+    of_tiles: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
         of_rows = [] if self.rows is None else self.rows.tensors
         of_tiles = [] if self.tiles is None else [self.tiles.words, *self.tiles.lists]
+        of_tiles += [] if self.of_tiles is None else [self.of_tiles]
         return sum(x.nbytes for x in (*self.slots.flat[0], *of_rows, *of_tiles, *(self.lists or ())))
 
 
@@ -65,8 +68,8 @@ def plan_shared(of_tiles: Tensor, partition: BlockPartition, backend: str) -> Pl
     """The plan of what each tile chose, bool ``(B, H, tiles, G)``, for a backend."""
     slots = block_slots(partition, of_tiles.device)
     if backend == "flash":
-        return Plan(slots, lists=key_lists(of_tiles, slots))
-    return Plan(slots, tiles=slot_lists(of_tiles, slots))
+        return Plan(slots, lists=key_lists(of_tiles, slots), of_tiles=of_tiles)
+    return Plan(slots, tiles=slot_lists(of_tiles, slots), of_tiles=of_tiles)
 
 
 @functools.cache
