@@ -1,4 +1,9 @@
-"""A rule -> how much it can choose, known on the host: rows of ``packed``, and a bound on the density."""
+"""How much is chosen at most, known on the host: by a rule, or read once from what was chosen."""
+
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
 
 from block_masks import RowBound
 from block_masks.plans.rows import TILE
@@ -6,6 +11,65 @@ from vmoba_flex.groups import group_sizes
 from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, TopK
+from vmoba_flex.selection.bits import Choice
+
+
+class Bounds(NamedTuple):
+    """How much is chosen at most.
+
+    Attributes:
+        density: a bound on it; for query tiles, over these.
+        rows: of ``packed``; None without a bound.
+        blocks: of any query, or query tile; None without a bound.
+    """
+
+    density: float = 1.0
+    rows: RowBound | None = None
+    blocks: int | None = None
+
+    @property
+    def flat(self) -> tuple[float, list[int], int | None]:
+        """As a file holds it; ``of_flat`` takes it back."""
+        return self.density, [*(self.rows or ())], self.blocks
+
+    @classmethod
+    def of_flat(cls, flat: tuple[float, list[int], int | None]) -> Self:
+        """Those that a file holds."""
+        density, rows, blocks = flat
+        return cls(density, RowBound(*rows) if rows else None, blocks)
+
+
+UNBOUNDED = Bounds()
+
+
+def bounds_of(selected: Tensor, partition: BlockPartition, choice: Choice, rule: Rule | None) -> Bounds:
+    """How much was chosen at most.
+
+    Without a rule, or if it does not bound the rows of tokens, numbers are read from the device, but not in a graph.
+
+    Args:
+        selected: bool ``(B, H, R, N)``.
+        partition: the blocks.
+        choice: what chose.
+        rule: by which it chose, if by one.
+
+    Raises:
+        ValueError: if a query attends no block, where this is read.
+    """
+    bounds = UNBOUNDED if rule is None else _allowed(rule, partition, selected.shape[1], choice)
+    if (rule is None or (choice == "token" and bounds.rows is None)) and not torch.compiler.is_compiling():
+        found = _read(selected, partition, choice)
+        return found if rule is None else bounds._replace(rows=found.rows)
+    return bounds
+
+
+def _allowed(rule: Rule, partition: BlockPartition, heads: int, choice: Choice) -> Bounds:
+    blocks = partition.num_blocks
+    most = rule.max_pairs(blocks, blocks) if rule.pool == "query" else None
+    rows = row_bound(partition, rule, heads, heads) if choice == "token" else None
+    return Bounds(
+        largest_density(rule, blocks), rows, None if most is None else min(blocks, max(1 + len(rule.always), most))
+    )
 
 
 def row_bound(
@@ -53,3 +117,19 @@ def largest_density(rule: Rule, num_blocks: int) -> float:
         return max(kept, rule.blocks_per_query(num_blocks) / num_blocks)
     cap = 1.0 if rule.max_density is None else max(kept, rule.max_density)
     return min(rule.tau + kept, cap)
+
+
+def _read(selected: Tensor, partition: BlockPartition, choice: Choice) -> Bounds:
+    if selected.is_meta:
+        return UNBOUNDED
+    needed = torch.zeros((), dtype=torch.int64, device=selected.device)
+    if choice == "token":
+        queries, text = selected.sum(2), partition.prefix + partition.suffix
+        tiles = (queries + (text + TILE - 1)) // TILE
+        needed = tiles.sum(2).max() + (-(-partition.num_tokens // TILE) if text else 0)
+    of_each = selected.sum(3)
+    numbers = torch.stack([needed, of_each.sum(), of_each.min(), of_each.max()])
+    tiles, pairs, least, most = numbers.tolist()
+    if not least:
+        raise ValueError("selected must hold at least one block for each query, got a query without one")
+    return Bounds(pairs / selected.numel(), RowBound.rounded(tiles) if choice == "token" else None, most)
