@@ -1,9 +1,10 @@
 """VMoBA inside video transformers of diffusers, by swapping their attention processors.
 
     steps.py        the denoising step of the pipeline that runs
+    plan.py         what one forward asks of each layer, and how a compiled graph finds it
     state.py        the state of a model and of one forward pass: grid, step, which layers are dense
     parallel.py     the ranks that share a layer's tokens
-    step_op.py      attention as an op that finds out at run time whether the step is dense
+    step_op.py      attention as an op that reads at run time what the step asks of a layer
     processor.py    a layer's attention: sparse, or dense by the stock processor
     families.py     how a layer of each model family makes query, key and value; the family's grid
     adapters.py     a model's class -> its adapter: processor, layers, grid
