@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import threading
 import weakref
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from vmoba_flex.tail import Tail
 from vmoba_flex.warmup import WarmedThreshold
 
 Grid = tuple[int, int, int]
+# Where tokens lie that are not the grid's.
+Rest = Literal["none", "prefix", "suffix"]
 
 _numbers = itertools.count()
 _plans: "weakref.WeakValueDictionary[int, LayerPlan]" = weakref.WeakValueDictionary()
@@ -32,6 +34,8 @@ class LayerPlan:
         tail: how skipped blocks take part; None if they do not.
         dense: whether the layer attends everything.
         skips_scores: whether the layer's output is its value, as diffusers' layer skipping can ask for.
+        prefix: tokens before the grid's that the adapter counts.
+        rest: where tokens lie that are neither.
         handle: the plan's number, int64 ``(1,)`` on the CPU.
     """
 
@@ -41,6 +45,8 @@ class LayerPlan:
     tail: Tail | None
     dense: bool
     skips_scores: bool
+    prefix: int = 0
+    rest: Rest = "none"
     handle: Tensor = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,7 +64,7 @@ class LayerPlan:
     def facts(self) -> tuple[Any, ...]:
         """All that decides what the layer computes."""
         tau = self.rule.now.item() if isinstance(self.rule, WarmedThreshold) else self.rule
-        return self.grid, self.block, tau, self.tail, self.dense, self.skips_scores
+        return self.grid, self.block, tau, self.tail, self.dense, self.skips_scores, self.prefix, self.rest
 
 
 @dataclasses.dataclass(eq=False)

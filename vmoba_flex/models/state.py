@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.config import VMoBAConfig
-from vmoba_flex.models.plan import Forward, Grid, LayerPlan, ThreadLocal
+from vmoba_flex.models.plan import Forward, Grid, LayerPlan, Rest, ThreadLocal
 from vmoba_flex.models.steps import Step, StepSource, counted_step, first_call, running_pipeline, schedule_of, step_at
 from vmoba_flex.warmup import warmed
 
@@ -53,6 +53,7 @@ class ModelState:
     Attributes:
         config: what was applied.
         source: the pipeline that it was applied to, if it was one.
+        given: the grid that was set by hand, and where other tokens lie; None where each forward brings its own.
         enabled: whether layers may be sparse at all.
         warmup: share of the way from full attention to the config's thresholds; None until one is set.
         processors: of the layers, in order.
@@ -65,6 +66,7 @@ class ModelState:
 
     config: VMoBAConfig
     source: StepSource | None = None
+    given: tuple[Grid, Rest] | None = None
     enabled: bool = True
     warmup: float | None = None
     processors: list[Any] = dataclasses.field(default_factory=list)
@@ -80,12 +82,14 @@ class ModelState:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, alive=weakref.WeakSet())
 
-    def plan(self, grid: Grid, skips_scores: Iterable[bool]) -> Forward:
+    def plan(self, grid: Grid, skips_scores: Iterable[bool], prefix: int = 0, rest: Rest = "none") -> Forward:
         """Plans a forward.
 
         Args:
             grid: latent video size after patching.
             skips_scores: of each layer; see ``LayerPlan``.
+            prefix: of all layers; see ``LayerPlan``.
+            rest: of all layers; see ``LayerPlan``.
 
         Raises:
             ValueError: if a block exceeds the grid, or the config needs the step and nobody says it.
@@ -104,7 +108,8 @@ class ModelState:
         for i, skips in enumerate(skips_scores):
             layer = self.config.layer(i, count, *(step or (0, 1)))  # layers are all dense where the step is not known
             rule = layer.rule if self.warmup is None else warmed(layer.rule, self.warmup)
-            plans.append(LayerPlan(grid, blocks[layer.kind], rule, layer.tail, all_dense or layer.dense, skips))
+            dense = all_dense or layer.dense
+            plans.append(LayerPlan(grid, blocks[layer.kind], rule, layer.tail, dense, skips, prefix, rest))
         return Forward(tuple(plans), step)
 
     def enter(self, forward: Forward | None) -> Forward | None:
