@@ -242,10 +242,10 @@ def test_calibrate_finds_a_rule_for_each_layer_and_each_of_its_steps():
     config = dataclasses.replace(CONFIG, rule=dict.fromkeys(CONFIG.cycle, falling), dense_layers=[-1], dense_steps=1)
     facts: Any = [{"layer": layer, "step": step} for layer in range(4) for step in (1, 4, 6)]
     records = [record(**fact, num_steps=8, num_layers=5, seed=i) for i, fact in enumerate(facts)]
-    records[6] = dataclasses.replace(records[6], query=5 * records[6].query)  # a peaked one needs fewer blocks
+    records[6] = dataclasses.replace(records[6], query=0.3 * records[6].query)  # a flat one needs more blocks
     found, parts = calibrate(records, config, recall=0.7, by="layer")
     assert [(one.layer, one.start, one.records) for one in parts[:3]] == [(0, 0, 1), (0, 0.5, 2), (1, 0, 1)]
-    assert len(parts) == 8 and parts[4].density < parts[5].density
+    assert len(parts) == 8 and parts[4].density > parts[5].density
     for i, one in enumerate(parts):
         assert found.layer(i // 2, 5, 6 if i % 2 else 1, 8).rule == one.rule
     assert found.layer(4, 5, 6, 8).rule == TopK(2)  # dense, and left as it was
