@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from vmoba_flex.module import VMoBAAttention
     from vmoba_flex.partition import BlockPartition
     from vmoba_flex.rules import Threshold, TopK
+    from vmoba_flex.selection.choose import vmoba_selection
     from vmoba_flex.selection.exact_gate import block_masses
-    from vmoba_flex.selection.select import vmoba_selection
+    from vmoba_flex.selection.kept import Selection
     from vmoba_flex.stats import AttentionStats
     from vmoba_flex.tail import Tail
     from vmoba_flex.warmup import Warmup
@@ -37,6 +38,7 @@ __all__ = [
     "BlockPartition",
     "FlexInputs",
     "Layer",
+    "Selection",
     "Tail",
     "Threshold",
     "TopK",
@@ -60,6 +62,7 @@ _MODULES = {
     "BlockPartition": "partition",
     "FlexInputs": "flex_inputs",
     "Layer": "config",
+    "Selection": "selection.kept",
     "Tail": "tail",
     "Threshold": "rules",
     "TopK": "rules",
@@ -73,7 +76,7 @@ _MODULES = {
     "vmoba_attention": "attention",
     "vmoba_inputs": "flex_inputs",
     "vmoba_mask": "mask",
-    "vmoba_selection": "selection.select",
+    "vmoba_selection": "selection.choose",
 }
 
 
