@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.test_insight import CONFIG, record
-from vmoba_flex import Threshold, VMoBAConfig
+from vmoba_flex import Tail, Threshold, VMoBAConfig
 from vmoba_flex.cli import main
 from vmoba_flex.insight import save
 
@@ -45,6 +45,25 @@ def test_inspect(here: Path, capsys: pytest.CaptureFixture[str]):
         0 < head["density"] <= 1 and 0 < head["recall"] <= head["best_recall"] + 1e-6 for head in results["heads"]
     )
     assert matplotlib.image.imread(here / "i.png").shape[1] == 1320
+
+
+def test_what_a_tail_adds_is_told(here: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["ok.safetensors", "--density", "0.2", "--pool", "query", "--tail", "4"]
+    assert main(["inspect", *options, "--json", "i.json", "--plot", "i.png"]) == 0
+    results = json.loads((here / "i.json").read_text())
+    assert results["tail"] == "Tail(cell=4)"
+    assert all(head["recall"] < head["overlap"] < 1 for head in results["heads"])
+    config = ["--output", "c.json", "--tail", "4", "--rows", "16"]
+    assert main(["calibrate", "ok.safetensors", "--overlap", "0.8", *config]) == 0
+    assert VMoBAConfig.from_json((here / "c.json").read_text()).tail == Tail(4)
+    for what, wide in (("choice", 1), ("density", 1400)):  # a panel more
+        rule = ["--density", "0.2", "--pool", "query", "--tail", "4"]
+        assert main(["plot", "ok.safetensors", "--output", f"{what}.png", "--what", what, *rule]) == 0
+        assert matplotlib.image.imread(here / f"{what}.png").shape[1] > wide
+    capsys.readouterr()
+    sizes = ["--tokens", "512", "--heads", "1", "--head-dim", "8", "--density", "0.25", "--pool", "query"]
+    assert main(["bench", *sizes, "--tail", "16", "--json", "b.json"]) == 0
+    assert json.loads((here / "b.json").read_text())["tail"] == "Tail(cell=16)"
 
 
 @pytest.mark.parametrize("base", [[], ["--config", "ok.json"]])
@@ -99,6 +118,8 @@ OK = "ok.safetensors"
         ("inspect keys.safetensors", "keys.safetensors holds records that do not fit together"),
         ("inspect new.safetensors", "has version 2 of its format, not 1"),
         (f"inspect {OK} --rows 0", "rows must be at least 1, got 0"),
+        (f"inspect {OK} --tail 0", "cell must be at least 1, got 0"),
+        (f"inspect {OK} --config ok.json --tail 4", "--tail 4 has no effect with --config ok.json"),
         (f"inspect {OK} --tau 1.5", "tau must lie in (0, 1], got 1.5"),
         (f"inspect {OK} --config missing.json", "cannot read missing.json"),
         (f"inspect {OK} --config text.json", "text.json is no VMoBAConfig"),

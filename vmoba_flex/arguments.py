@@ -12,9 +12,9 @@ _RULE = ("tau", "density", "pool", "normalize", "max_density")
 
 # An option, its value (None for any), and the options that have no effect next to it: giving one of those is an error.
 _EXCLUDES = (
-    ("config", None, _RULE),
+    ("config", None, (*_RULE, "tail")),
     ("density", None, ("tau", "normalize", "max_density")),
-    ("what", "mass", ("config", *_RULE, "head", "query")),
+    ("what", "mass", ("config", *_RULE, "tail", "head", "query")),
     ("what", "choice", ("rows", "seed")),
     ("what", "density", ("layer", "step", "head", "query")),
 )
@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     reading.add_argument("--seed", type=int, help="seed of the sample (default: 0)")
     blocks = argparse.ArgumentParser(add_help=False)
     blocks.add_argument("--config", type=Path, metavar="JSON", help="blocks and rules of a VMoBAConfig")
+    tail = argparse.ArgumentParser(add_help=False)
+    words = "skipped blocks take part by cells of about this many tokens (default: they do not)"
+    tail.add_argument("--tail", type=int, metavar="TOKENS", help=words)
     rule = argparse.ArgumentParser(add_help=False)
     rule.add_argument("--tau", type=float, help="share that a Threshold reaches (default: 0.25)")
     rule.add_argument("--density", type=float, help="share of the blocks that a TopK keeps, in place of a Threshold")
@@ -73,10 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     outputs.add_argument("--json", type=Path, metavar="JSON", help="write the results to this file")
     outputs.add_argument("--plot", type=Path, metavar="PNG", help="draw the results in this file")
 
-    _add(commands, "inspect", "density, recall and entropy of each head", reading, blocks, rule, outputs)
-    _add_calibrate(commands, reading, blocks)
-    _add_plot(commands, reading, blocks, rule)
-    _add_bench(commands, rule, outputs)
+    _add(commands, "inspect", "density, recall, overlap and entropy of each head", reading, blocks, rule, tail, outputs)
+    _add_calibrate(commands, reading, blocks, tail)
+    _add_plot(commands, reading, blocks, rule, tail)
+    _add_bench(commands, rule, tail, outputs)
     return parser
 
 
@@ -102,9 +105,11 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_calibrate(commands: Any, *parents: argparse.ArgumentParser) -> None:
-    one = _add(commands, "calibrate", "find the rules that reach a wanted recall or density", *parents)
+    one = _add(commands, "calibrate", "find the rules that reach a wanted recall, overlap or density", *parents)
     wanted = one.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--recall", type=float, help="wanted share of attention")
+    wanted.add_argument("--recall", type=float, help="wanted share of attention on chosen blocks")
+    words = "wanted share of attention weight on the same keys as full attention's: counts what a tail adds"
+    wanted.add_argument("--overlap", type=float, help=words)
     wanted.add_argument("--density", type=float, dest="wanted_density", help="wanted share of the pairs")
     one.add_argument("--by", choices=("kind", "layer"), default="kind", help="what has a rule of its own: %(default)s")
     one.add_argument("--output", type=Path, metavar="JSON", default=Path("vmoba.json"), help="default: %(default)s")
