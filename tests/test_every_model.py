@@ -225,3 +225,17 @@ def test_modes_that_cannot_be_sparse_say_why(name: str):
     apply_vmoba(model, config_of(MODELS[name], TopK(1)))
     with pytest.raises(ValueError, match=said):
         model(**inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["minimax-h3", "helios"])
+def test_ranks_cannot_share_other_tokens(name: str):
+    """There are plans for these models, so only the forward can tell."""
+    model, inputs = MODELS[name].build(), MODELS[name].inputs()
+    handle = apply_vmoba(model, config_of(MODELS[name], TopK(1)))
+    for processor in handle.states()["model"].processors:
+        processor.ranks = types.SimpleNamespace(size=2)
+    with pytest.raises(
+        ValueError, match=r"context parallelism must be off .* where other tokens attend with the video"
+    ):
+        model(**inputs)
