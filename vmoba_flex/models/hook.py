@@ -189,9 +189,10 @@ def our_backend() -> Any:
         RuntimeError: if the dispatcher of the installed diffusers does not do what the hook needs.
     """
     import diffusers
-    from diffusers.models import attention_dispatch
 
     try:
+        from diffusers.models import attention_dispatch
+
         backend = str.__new__(attention_dispatch.AttentionBackendName, "vmoba")
         backend._name_, backend._value_ = "VMOBA", "vmoba"
         attention_dispatch._AttentionBackendRegistry.register(backend)(_attend)
