@@ -213,6 +213,10 @@ MODES: dict[str, tuple[dict[str, Any], str]] = {
     "z-image": ({"x": [torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 4)]}, "images of one size"),
     "cosmos-3": ({"vision_token_shapes": [(1, 4, 4), (1, 4, 4)]}, "those of one video"),
     "minimax-h3": ({"audio_indices": torch.arange(9, 14)}, "position ids must be those of a grid"),
+    "allegro": (
+        {"attention_mask": torch.ones(2, 3, 8, 8)},
+        "attention_mask must be None with VMoBA applied to Allegro",
+    ),
     "ltx-2": ({"video_self_attention_mask": torch.rand(2, 48, 48)}, "attention_mask must be None"),
 }
 
