@@ -35,7 +35,8 @@ class Applied:
             rule = rule_of_layer(state.config.rule, kind, i, len(layers))
             layer.processor = adapter.processor_for(model, layer.processor, state, kind, rule)
             self.processors.append(layer.processor)
-            _register_for_layer_skipping(type(layer.processor))
+        for made in {type(processor) for processor in self.processors}:
+            _register_for_layer_skipping(made)
         # Methods of an instance and no closures: they can be pickled, and a copy of the model has copies of them.
         self.hooks = [
             model.register_forward_pre_hook(self.begin, with_kwargs=True),
