@@ -9,18 +9,11 @@ from block_masks.launching.constant import constant_when_compiled
 from block_masks.plans.rows import TILE
 from vmoba_flex.call import Backend, ChosenBackend, Dispatch
 from vmoba_flex.dispatch.compiled import has_flex_kernel
+from vmoba_flex.dispatch.machine import HOPPER, Machine, machine_of
 from vmoba_flex.groups import group_sizes
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK
 from vmoba_flex.tail import Cells, Tail
-
-# What "auto" decides by, measured on an H200 or H100 (bench/NOTES.md). Pairs: forward, and forward + backward.
-_DENSE_RATE = 6.5e14  # operations per second of the fastest dense peer
-_BACKWARD = 3.5  # its forward + backward takes so many times its forward
-_SHARE = (0.12, 1.3)  # "packed" takes this constant plus this factor times the density, as a share of the dense time
-_TAIL_SHARE = (2.75, 2.97)  # a tail adds this factor times its cells per token: both grow with heads, tokens and dim
-_LAUNCHES = (3.5e-3, 8e-3)  # but at least these seconds, in which the host launches it
-_FLASH_FROM = (10e-3, 18e-3)  # dense seconds from which FlashAttention-4 gains more than its launches cost
 
 
 def choose_dispatch(
@@ -31,6 +24,7 @@ def choose_dispatch(
     rule: Rule,
     tail: Tail | None = None,
     ranks: int = 1,
+    machine: Machine | None = None,
 ) -> Literal["tiles", "packed", "dense"]:
     """What ``dispatch="auto"`` runs; see ``vmoba_attention``.
 
@@ -42,6 +36,7 @@ def choose_dispatch(
         rule: ``TopK`` or ``Threshold``.
         tail: how skipped blocks take part; None if they do not.
         ranks: how many share the call. All make the same choice.
+        machine: whose times count; None for those of query's device.
 
     Returns:
         ``"tiles"``, ``"packed"`` or ``"dense"``.
@@ -53,35 +48,45 @@ def choose_dispatch(
         return "tiles" if compiled and (unbounded or has_flex_kernel(query, key, value)) else "packed"
     if query.dtype == torch.float64 or max(query.shape[-1], value.shape[-1]) > 256:
         return "tiles"
-    dense, backward = _dense_seconds(query, key, value, partition)
-    if not packed_wins(dense / ranks, backward, rule, partition, tail):
+    machine = machine or machine_of(query.device, ranks)
+    dense, backward = _dense_seconds(query, key, value, partition, machine)
+    if not packed_wins(dense / ranks, backward, rule, partition, tail, machine):
         return "dense"
     return "tiles" if unbounded and compiled else "packed"
 
 
-def _dense_seconds(query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition) -> tuple[float, bool]:
+def _dense_seconds(
+    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, machine: Machine
+) -> tuple[float, bool]:
     """Seconds of the fastest dense peer for all tokens and these heads, and whether they include backward."""
     backward = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    return dense_seconds(query.shape[0] * query.shape[1], partition.num_tokens, query.shape[-1], backward), backward
+    heads = query.shape[0] * query.shape[1]
+    return dense_seconds(heads, partition.num_tokens, query.shape[-1], backward, machine), backward
 
 
-def dense_seconds(heads: int, tokens: int, head_dim: int, backward: bool) -> float:
+def dense_seconds(heads: int, tokens: int, head_dim: int, backward: bool, machine: Machine = HOPPER) -> float:
     """Estimated seconds of the fastest dense peer on a GPU; ``heads`` are those of all samples."""
-    return 4 * heads * tokens**2 * head_dim / _DENSE_RATE * (_BACKWARD if backward else 1)
+    return 4 * heads * tokens**2 * head_dim / machine.dense_rate * (machine.backward if backward else 1)
 
 
-def packed_share(rule: Rule, partition: BlockPartition, tail: Tail | None, backward: bool = False) -> float:
+def packed_share(
+    rule: Rule, partition: BlockPartition, tail: Tail | None, backward: bool = False, machine: Machine = HOPPER
+) -> float:
     """Estimated time of ``"packed"`` as a share of the dense peer's, at the largest density that the rule allows."""
-    constant, factor = _SHARE
+    constant, factor = machine.packed_share
     share = constant + factor * _largest_density(rule, partition.num_blocks)
     if tail is None:
         return share
-    return share + _TAIL_SHARE[int(backward)] * Cells(partition, tail.cell_of(partition)).total / partition.num_tokens
+    cells = Cells(partition, tail.cell_of(partition)).total
+    return share + machine.tail_share[int(backward)] * cells / partition.num_tokens
 
 
-def packed_wins(dense: float, backward: bool, rule: Rule, partition: BlockPartition, tail: Tail | None) -> bool:
+def packed_wins(
+    dense: float, backward: bool, rule: Rule, partition: BlockPartition, tail: Tail | None, machine: Machine = HOPPER
+) -> bool:
     """Whether ``"auto"`` expects ``"packed"`` to beat a dense peer that takes ``dense`` seconds."""
-    return max(_LAUNCHES[int(backward)], packed_share(rule, partition, tail, backward) * dense) < dense
+    share = packed_share(rule, partition, tail, backward, machine)
+    return max(machine.launches[int(backward)], share * dense) < dense
 
 
 def _largest_density(rule: Rule, blocks: int) -> float:
@@ -99,8 +104,19 @@ def choose_backend(
     value: Tensor,
     partition: BlockPartition,
     padded: bool = False,
+    ranks: int = 1,
 ) -> ChosenBackend:
-    """The backend that a dispatch runs on; ``padded``: whether the call has text lengths.
+    """The backend that a dispatch runs on.
+
+    Args:
+        backend: as in ``vmoba_attention``.
+        dispatch: as in ``vmoba_attention``, but for ``"auto"``.
+        query: as in ``choose_dispatch``.
+        key: as in ``choose_dispatch``.
+        value: as in ``choose_dispatch``.
+        partition: the blocks.
+        padded: whether the call has text lengths.
+        ranks: how many share the call.
 
     Raises:
         ValueError: if ``backend`` cannot run here.
@@ -113,8 +129,11 @@ def choose_backend(
         if backend != "auto":
             raise ValueError(f"backend must be 'auto' for dispatch='packed' and dtype torch.float64, got {backend!r}")
         return "eager"
-    dense, backward = _dense_seconds(query, key, value, partition)
-    if backend == "triton" or (backend == "auto" and dense < _FLASH_FROM[int(backward)]):
+    if backend == "triton":
+        return "triton"
+    machine = machine_of(query.device, ranks)
+    dense, backward = _dense_seconds(query, key, value, partition, machine)
+    if backend == "auto" and dense < machine.flash_from[int(backward)]:
         return "triton"
     refusal = _flash_refusal(dispatch, query, key, value, partition, padded, backward)
     if backend == "flash" and refusal:

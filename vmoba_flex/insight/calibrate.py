@@ -10,6 +10,7 @@ import torch
 from vmoba_flex.checks import check_positive
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.dispatch.choose import dense_seconds, packed_share, packed_wins
+from vmoba_flex.dispatch.machine import HOPPER, machine_of
 from vmoba_flex.insight.measure import choose, layer_of, recall_of, sample_rows, true_mass
 from vmoba_flex.insight.records import Record
 from vmoba_flex.partition import BlockPartition
@@ -161,8 +162,9 @@ def _rule_at(start: Rule, share: float) -> Rule:
 def _auto_is_packed(record: Record, partition: BlockPartition, rule: Rule, tail: Tail | None) -> bool:
     """Whether ``dispatch="auto"`` takes ``packed`` on a GPU, forward, for one sample and the layer's heads."""
     heads = max(record.heads) + 1  # capture records the last head, if it records more than one
-    dense = dense_seconds(heads, partition.num_tokens, record.query.shape[-1], backward=False)
-    return packed_wins(dense, False, rule, partition, tail)
+    machine = machine_of(record.query.device) if record.query.is_cuda else HOPPER
+    dense = dense_seconds(heads, partition.num_tokens, record.query.shape[-1], False, machine)
+    return packed_wins(dense, False, rule, partition, tail, machine)
 
 
 def _measure_of(records: list[Record], config: VMoBAConfig, rows: int, seed: int) -> _Measure:
