@@ -58,7 +58,7 @@ def _check(name: str, model: nn.Module, config: VMoBAConfig, pipeline: type) -> 
             raise ValueError(f"pipe_or_model must not be a {cls.__name__}, got one: {way_out}")
     if reason := adapter.refuse(model):
         raise ValueError(f"{name}: {reason}")
-    layers = adapter.layers(model)
+    layers = adapter.layers_of(model)
     for layer_name, layer in layers:
         processor = layer.processor
         if isinstance(processor, VMoBAProcessor):
@@ -66,11 +66,7 @@ def _check(name: str, model: nn.Module, config: VMoBAConfig, pipeline: type) -> 
                 f"{name} must not have VMoBA applied yet, got it in {layer_name}: call remove() on its "
                 "handle, or on VMoBAHandle.of(...)"
             )
-        if type(processor).__name__ not in adapter.stock:
-            raise ValueError(
-                f"{name} must have a processor of its own ({' or '.join(adapter.stock)}) in each layer, got "
-                f"{type(processor).__name__} in {layer_name}"
-            )
-        joint = adapter.processor.joint
-        ranks_of(getattr(processor, "_parallel_config", None), joint, type(processor).__name__)  # raises if it must not
+        adapter.check(processor, f"{name}: {layer_name}")
+        # Raises if it must not be parallel as it is.
+        ranks_of(getattr(processor, "_parallel_config", None), adapter.joint(model), type(processor).__name__)
     config.layer(0, len(layers), step=0, num_steps=1)  # dense_layers fits
