@@ -18,6 +18,7 @@ from torch import Tensor
 
 from block_masks.attention.row_attention import Room, attend_rows
 from block_masks.attention.slot_attention import attend_slots
+from block_masks.launching.architecture import is_hopper
 from block_masks.plans.moves import from_slots, to_slots
 from block_masks.plans.slots import Slots, plan_slots
 
@@ -67,7 +68,7 @@ def _reason(
         return "flash-attn-4 is not installed"
     if version != VERSION:
         return f"flash-attn-4 must be {VERSION}, found {version}"
-    if torch.cuda.get_device_capability(device)[0] != 9:
+    if not is_hopper(device):
         return f"the device must be a Hopper GPU, got {torch.cuda.get_device_name(device)}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the dtype must be float16 or bfloat16, got {dtype}"

@@ -5,6 +5,8 @@ from typing import Literal
 
 import torch
 
+from block_masks.launching.constant import constant_when_compiled
+
 # NVIDIA's by compute capability: data centre and consumer parts of one generation differ in shared memory. AMD's by
 # family: matrix cores of CDNA, wave instructions of RDNA.
 Architecture = Literal["sm80", "sm86", "sm90", "sm100", "sm120", "cdna", "rdna"]
@@ -16,29 +18,22 @@ def architecture_of(device: torch.device) -> Architecture:
     Raises:
         ValueError: if it is a GPU that the kernels do not fit.
     """
-    return (
-        _of_gpu(torch.cuda.current_device() if device.index is None else device.index)
-        if device.type == "cuda"
-        else "sm80"
-    )
+    if device.type != "cuda":
+        return "sm80"
+    return _of_gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @functools.cache
 def _of_gpu(index: int) -> Architecture:
-    properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
-        return amd(properties.gcnArchName)
-    return nvidia((properties.major, properties.minor), properties.name)
+        return amd(torch.cuda.get_device_properties(index).gcnArchName)
+    if reason := refusal(index):
+        raise ValueError(reason)
+    return nvidia(*torch.cuda.get_device_capability(index))
 
 
-def nvidia(capability: tuple[int, int], name: str = "this GPU") -> Architecture:
-    """The architecture with this compute capability; of later ones, the nearest that has no more shared memory."""
-    major, minor = capability
-    if major < 8:
-        raise ValueError(
-            f"device must have compute capability 8.0 (Ampere) or later for the Triton kernels, got {major}.{minor} "
-            f"({name}): take dispatch='dense' there"
-        )
+def nvidia(major: int, minor: int) -> Architecture:
+    """The architecture with a compute capability of at least 8.0; of unknown ones, the nearest that is no larger."""
     if major == 8:
         return "sm80" if minor in (0, 7) else "sm86"
     return {9: "sm90", 10: "sm100", 11: "sm100"}.get(major, "sm120")
@@ -47,3 +42,22 @@ def nvidia(capability: tuple[int, int], name: str = "this GPU") -> Architecture:
 def amd(name: str) -> Architecture:
     """The architecture of a GPU by AMD's name of it, as in ``gfx942:sramecc+:xnack-``."""
     return "cdna" if name.startswith("gfx9") else "rdna"
+
+
+@constant_when_compiled
+def refusal(index: int) -> str | None:
+    """Why the Triton kernels do not run on a GPU; None if they do."""
+    if torch.version.hip or torch.cuda.device_count() == 0:  # fake tensors may be on a GPU that is not there
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    if major >= 8:
+        return None
+    return (
+        "the device must have compute capability 8.0 (Ampere) or later, unless dispatch='dense', "
+        f"got {torch.cuda.get_device_name(index)} with {major}.{minor}"
+    )
+
+
+def is_hopper(index: int) -> bool:
+    """Whether a GPU is NVIDIA's Hopper. AMD's have capabilities too, which mean something else."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(index)[0] == 9

@@ -1,10 +1,13 @@
 """Shapes, dtypes and devices -> the dispatch and the backend of a call, without reading the device."""
 
+import functools
+import logging
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from block_masks.launching import architecture
 from block_masks.launching.constant import constant_when_compiled
 from block_masks.plans.rows import TILE
 from vmoba_flex.call import Backend, ChosenBackend, Dispatch
@@ -14,6 +17,8 @@ from vmoba_flex.groups import group_sizes
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK
 from vmoba_flex.tail import Cells, Tail
+
+_LOG = logging.getLogger(__name__)
 
 
 def choose_dispatch(
@@ -48,11 +53,26 @@ def choose_dispatch(
         return "tiles" if compiled and (unbounded or has_flex_kernel(query, key, value)) else "packed"
     if query.dtype == torch.float64 or max(query.shape[-1], value.shape[-1]) > 256:
         return "tiles"
+    if _no_kernels(query.device.index or 0):
+        return "dense"
     machine = machine or machine_of(query.device, ranks)
     dense, backward = _dense_seconds(query, key, value, partition, machine)
     if not packed_wins(dense / ranks, backward, rule, partition, tail, machine):
         return "dense"
     return "tiles" if unbounded and compiled else "packed"
+
+
+@functools.cache
+def _log_dense(reason: str) -> None:
+    _LOG.warning("dispatch='auto' is full attention: %s", reason)
+
+
+@constant_when_compiled
+def _no_kernels(index: int) -> bool:
+    """Whether a GPU is too old for the kernels, so that ``"auto"`` is full attention whatever the rule; logged once."""
+    if reason := architecture.refusal(index):
+        _log_dense(reason)
+    return reason is not None
 
 
 def _dense_seconds(
@@ -129,7 +149,9 @@ def choose_backend(
         if backend != "auto":
             raise ValueError(f"backend must be 'auto' for dispatch='packed' and dtype torch.float64, got {backend!r}")
         return "eager"
-    if backend == "triton":
+    if dispatch != "dense" and (reason := architecture.refusal(query.device.index or 0)):
+        raise ValueError(reason)
+    if backend == "triton" or (backend == "auto" and dispatch not in ("packed", "shared")):
         return "triton"
     machine = machine_of(query.device, ranks)
     dense, backward = _dense_seconds(query, key, value, partition, machine)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from block_masks.launching.architecture import is_hopper
 from block_masks.launching.constant import constant_when_compiled
 from vmoba_flex.dispatch.machine_file import folder, read, write
 from vmoba_flex.dispatch.machine_probe import probe
@@ -148,10 +149,10 @@ def _of_file(index: int) -> Machine | None:
     try:
         return Machine(**read(path)["machine"])
     except FileNotFoundError:
-        return HOPPER if torch.cuda.get_device_capability(index)[0] == 9 and not torch.version.hip else None
+        return HOPPER if is_hopper(index) else None
     except (OSError, ValueError, TypeError, KeyError) as error:
         _log_once(f"{path} is ignored, for it cannot be read ({error})")
-        return HOPPER if torch.cuda.get_device_capability(index)[0] == 9 and not torch.version.hip else None
+        return HOPPER if is_hopper(index) else None
 
 
 def _measured(index: int) -> Machine:
