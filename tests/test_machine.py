@@ -176,6 +176,14 @@ def test_a_user_chooses_or_forbids(gpu: mock.Mock, choose: str, tmp_path: Path, 
         take("missing.json")
 
 
+def test_what_is_no_machine():
+    with pytest.raises(TypeError, match="machine must be a Machine, a str, a Path or None, got int"):
+        use_machine(3)  # pyright: ignore[reportArgumentType]
+    for name, value in (("dense_rate", -1.0), ("backward", float("nan")), ("launches", (1.0,)), ("flash_from", "no")):
+        with pytest.raises(ValueError, match=f"{name} must be .* finite"):
+            dataclasses.replace(HOPPER, **{name: value})
+
+
 def timings(density: float, seconds: Callable[[int, float, bool], tuple[float, float]]) -> list[Timing]:
     return [Timing(n, each, *seconds(n, density, each), density) for n in (1024, 32768) for each in (False, True)]
 

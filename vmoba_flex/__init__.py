@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vmoba_flex.approx_blocks import ApproxBlocks
     from vmoba_flex.attention import vmoba_attention
     from vmoba_flex.config import Layer, VMoBAConfig
+    from vmoba_flex.dispatch.machine import Machine, use_machine
     from vmoba_flex.flex_inputs import FlexInputs, vmoba_inputs
     from vmoba_flex.mask import vmoba_mask
     from vmoba_flex.models import VMoBAHandle, apply_vmoba, register_adapter
@@ -37,6 +38,7 @@ __all__ = [
     "BlockPartition",
     "FlexInputs",
     "Layer",
+    "Machine",
     "Tail",
     "Threshold",
     "TopK",
@@ -48,6 +50,7 @@ __all__ = [
     "apply_vmoba",
     "block_masses",
     "register_adapter",
+    "use_machine",
     "vmoba_attention",
     "vmoba_inputs",
     "vmoba_mask",
@@ -60,6 +63,7 @@ _MODULES = {
     "BlockPartition": "partition",
     "FlexInputs": "flex_inputs",
     "Layer": "config",
+    "Machine": "dispatch.machine",
     "Tail": "tail",
     "Threshold": "rules",
     "TopK": "rules",
@@ -70,6 +74,7 @@ _MODULES = {
     "apply_vmoba": "models",
     "block_masses": "selection.exact_gate",
     "register_adapter": "models",
+    "use_machine": "dispatch.machine",
     "vmoba_attention": "attention",
     "vmoba_inputs": "flex_inputs",
     "vmoba_mask": "mask",

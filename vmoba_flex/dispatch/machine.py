@@ -57,8 +57,9 @@ class Machine:
 
 # Measured on an H200 or H100 (bench/NOTES.md).
 HOPPER = Machine(6.5e14, 3.5, (0.12, 1.3), (2.75, 2.97), (3.5e-3, 8e-3), (10e-3, 18e-3))
-# Seconds in which the host that HOPPER's launches are of launches one operation.
-_HOPPER_LAUNCH = 5e-6
+# Seconds in which a host with HOPPER's launches launches one operation, by machine_probe.py: an assumption, which
+# bench/attention/auto.py checks.
+HOPPER_LAUNCH = 5e-6
 
 _chosen: Machine | None = None
 _known: dict[int, Machine] = {}
@@ -75,10 +76,15 @@ def use_machine(machine: Machine | str | Path | None) -> None:
             measuring and reading files; None for each GPU's own, as without this call.
 
     Raises:
+        TypeError: if it is none of these.
         ValueError: if the file is not one.
     """
     global _chosen
-    _chosen = machine if machine is None or isinstance(machine, Machine) else named(str(machine))
+    if isinstance(machine, (str, Path)):
+        machine = named(str(machine))
+    elif not isinstance(machine, (Machine, type(None))):
+        raise TypeError(f"machine must be a Machine, a str, a Path or None, got {type(machine).__name__}")
+    _chosen = machine
 
 
 def named(name: str) -> Machine:
@@ -179,7 +185,7 @@ def scaled(dense_rate: float, launch: float, machine: Machine = HOPPER) -> Machi
         launch: seconds in which the host launches one operation.
         machine: whose other times it has.
     """
-    one, both = (seconds * launch / _HOPPER_LAUNCH for seconds in machine.launches)
+    one, both = (seconds * launch / HOPPER_LAUNCH for seconds in machine.launches)
     return dataclasses.replace(machine, dense_rate=dense_rate, launches=(one, both))
 
 
