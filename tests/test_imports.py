@@ -25,8 +25,8 @@ ORDER = {
     "vmoba_flex": [
         *("reference_gates", "reference", "version", "user_error"),
         *("checks", "partition", "approx_blocks", "tail", "cell_kernels", "cells", "rules", "warmup"),
-        *("call", "part", "groups", "inputs", "collectives"),
-        *("selection", "mask", "flex_inputs", "stats", "dispatch", "distributed", "attention"),
+        *("part", "groups", "inputs", "collectives"),
+        *("selection", "call", "mask", "flex_inputs", "stats", "dispatch", "distributed", "attention"),
         *("paper", "dense_schedule", "config_fields", "config_json", "config", "module", "models", "vmoba_flex"),
         *("insight", "demo", "arguments", "cli"),
     ],

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from vmoba_flex.module import VMoBAAttention
     from vmoba_flex.partition import BlockPartition
     from vmoba_flex.rules import Threshold, TopK
+    from vmoba_flex.selection.choose import vmoba_selection
     from vmoba_flex.selection.exact_gate import block_masses
-    from vmoba_flex.selection.select import vmoba_selection
+    from vmoba_flex.selection.kept import Selection
     from vmoba_flex.stats import AttentionStats
     from vmoba_flex.tail import Tail
     from vmoba_flex.warmup import Warmup
@@ -39,6 +40,7 @@ __all__ = [
     "FlexInputs",
     "Layer",
     "Machine",
+    "Selection",
     "Tail",
     "Threshold",
     "TopK",
@@ -64,6 +66,7 @@ _MODULES = {
     "FlexInputs": "flex_inputs",
     "Layer": "config",
     "Machine": "dispatch.machine",
+    "Selection": "selection.kept",
     "Tail": "tail",
     "Threshold": "rules",
     "TopK": "rules",
@@ -78,7 +81,7 @@ _MODULES = {
     "vmoba_attention": "attention",
     "vmoba_inputs": "flex_inputs",
     "vmoba_mask": "mask",
-    "vmoba_selection": "selection.select",
+    "vmoba_selection": "selection.choose",
 }
 
 

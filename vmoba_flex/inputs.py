@@ -17,7 +17,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_query_key(
-    query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, tokens: int | None = None, ranks: int = 1
+    query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule | None, tokens: int | None = None, ranks: int = 1
 ) -> BlockPartition:
     """The partition, with constant sizes; raises unless a selection can be made from these.
 
@@ -25,7 +25,7 @@ def check_query_key(
         query: ``(B, H, S, D)``.
         key: ``(B, key heads, S, D)``.
         partition: the blocks.
-        rule: chooses blocks.
+        rule: chooses blocks; None where they have been chosen.
         tokens: how many this rank holds, where ranks share the call; None for all tokens of the partition.
         ranks: how many share the call.
 
@@ -38,8 +38,8 @@ def check_query_key(
     """
     if not isinstance(partition, BlockPartition):
         raise TypeError(f"partition must be a BlockPartition, got {type(partition).__name__}")
-    if not isinstance(rule, TopK | Threshold):
-        raise TypeError(f"rule must be a TopK or a Threshold, got {type(rule).__name__}")
+    if rule is not None:
+        check_rule(rule)
     partition = partition.constant()
     _check_tensor("query", query)
     _check_tensor("key", key)
@@ -70,6 +70,12 @@ def check_query_key(
             f" got {query.shape[0]} * {heads} * {partition.num_video_tokens} * {partition.num_blocks} = {entries}"
         )
     return partition
+
+
+def check_rule(rule: Any) -> None:
+    """Raises ``TypeError`` unless ``rule`` is one."""
+    if not isinstance(rule, TopK | Threshold):
+        raise TypeError(f"rule must be a TopK or a Threshold, got {type(rule).__name__}")
 
 
 def check_value(value: Tensor, query: Tensor, key: Tensor) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vmoba_flex.attention import vmoba_attention
 from vmoba_flex.checks import check_count, check_positive
 from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.selection.kept import Selection
 from vmoba_flex.warmup import check_warmup, warmed
 
 
@@ -75,6 +76,7 @@ class VMoBAAttention(nn.Module):
         suffix: int = 0,
         text_lengths: Tensor | None = None,
         dense: bool = False,
+        selection: Selection | None = None,
     ) -> Tensor:
         """Attention in raster order; see ``vmoba_attention``.
 
@@ -88,6 +90,7 @@ class VMoBAAttention(nn.Module):
             text_lengths: int64 ``(B,)``: the first so many of each sample's prefix and suffix tokens are valid, the
                 others padding that no query attends. All are valid by default.
             dense: attend everything in this call, as layers that are dense in the config always do.
+            selection: what was chosen before, instead of the config's rule; not in a call that is dense.
 
         Returns:
             ``(B, H, S, value dim)``.
@@ -105,12 +108,13 @@ class VMoBAAttention(nn.Module):
             key,
             value,
             partition,
-            self.plan.rule,
+            self.plan.rule if selection is None else None,
             # Full attention takes torch's kernels, and would refuse a backend by name.
             dispatch="dense" if dense else self.config.dispatch,
             backend="auto" if dense else self.config.backend,
             text_lengths=text_lengths,
             tail=None if dense else self.config.tail,
+            selection=selection,
         )
 
     if TYPE_CHECKING:

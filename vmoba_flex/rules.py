@@ -166,8 +166,8 @@ class Threshold:
         """The rule with this ``flat`` form."""
         _, pool, normalize, gate = words.split()
         cap = shares[1] if shares[1:] else None
-        of_words = {"pool": cast(Pool, pool), "normalize": cast(Normalize, normalize), "gate": cast(Gate, gate)}
-        return cls(shares[0], max_density=cap, **of_words)
+        rule = cls(shares[0], pool=cast(Pool, pool), max_density=cap, normalize=cast(Normalize, normalize))
+        return dataclasses.replace(rule, gate=cast(Gate, gate))
 
     @property
     def flat(self) -> FlatRule:

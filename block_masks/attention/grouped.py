@@ -4,7 +4,7 @@ Shapes: ``B`` batch, ``H`` query heads, ``S`` queries, ``K`` keys, ``G`` groups,
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -38,6 +38,12 @@ class RowBound(NamedTuple):
 
     row_tiles: int
     heads: int = 1
+
+    @classmethod
+    def rounded(cls, row_tiles: int) -> Self:
+        """A bound of any one head, rounded up so that few sizes occur: between powers of two, four."""
+        step = 2 ** max(row_tiles.bit_length() - 3, 0)
+        return cls(max(1, -(-row_tiles // step) * step))
 
 
 def attend_packed(
@@ -155,14 +161,12 @@ def _check_bound(selected: Tensor, tile_size: int, bound: RowBound) -> None:
 
 
 def _read_bound(selected: Tensor, tile_size: int) -> RowBound:
-    """The most tiles of rows that any head needs, read from the device and rounded up so that few sizes occur."""
+    """The most tiles of rows that any head needs, read from the device."""
     if torch.compiler.is_compiling():
         raise ValueError("bound must be given inside torch.compile, got None")
     if selected.is_meta:  # nothing to read, and nothing runs
         return RowBound(1)
-    tiles = int(((selected.sum(1) + tile_size - 1) // tile_size).sum(1).max())
-    step = 2 ** max(tiles.bit_length() - 3, 0)  # between powers of two, four sizes
-    return RowBound(max(1, -(-tiles // step) * step))
+    return RowBound.rounded(int(((selected.sum(1) + tile_size - 1) // tile_size).sum(1).max()))
 
 
 def _backend(backend: Any, query: Tensor, key: Tensor, value: Tensor) -> str:

@@ -15,7 +15,9 @@ from vmoba_flex.dispatch.compiled import has_flex_kernel
 from vmoba_flex.dispatch.machine import HOPPER, Machine, machine_of
 from vmoba_flex.groups import group_sizes
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule, Threshold, TopK
+from vmoba_flex.rules import Rule, Threshold
+from vmoba_flex.selection.bounds import largest_density
+from vmoba_flex.selection.kept import Selection
 from vmoba_flex.tail import Cells, Tail
 
 _LOG = logging.getLogger(__name__)
@@ -26,11 +28,11 @@ def choose_dispatch(
     key: Tensor,
     value: Tensor,
     partition: BlockPartition,
-    rule: Rule,
+    rule: Rule | Selection,
     tail: Tail | None = None,
     ranks: int = 1,
     machine: Machine | None = None,
-) -> Literal["tiles", "packed", "dense"]:
+) -> Literal["tiles", "packed", "shared", "dense"]:
     """What ``dispatch="auto"`` runs; see ``vmoba_attention``.
 
     Args:
@@ -38,15 +40,20 @@ def choose_dispatch(
         key: ``(B, key heads, S, D)``.
         value: ``(B, key heads, S, value dim)``.
         partition: the blocks.
-        rule: ``TopK`` or ``Threshold``.
+        rule: ``TopK`` or ``Threshold``, or what was chosen before.
         tail: how skipped blocks take part; None if they do not.
         ranks: how many share the call. All make the same choice.
         machine: whose times count; None for those of query's device.
 
     Returns:
-        ``"tiles"``, ``"packed"`` or ``"dense"``.
+        ``"tiles"``, ``"packed"`` or ``"dense"``; ``"shared"`` for what query tiles chose.
     """
-    unbounded = isinstance(rule, Threshold) and rule.max_density is None
+    if isinstance(rule, Selection):
+        if rule.choice == "tile":
+            return "shared"
+        unbounded = rule.bound is None
+    else:
+        unbounded = isinstance(rule, Threshold) and rule.max_density is None
     compiled = torch.compiler.is_compiling()
     if not query.is_cuda:
         # FlexAttention's kernel for CPUs is the fastest, where it runs.
@@ -90,11 +97,16 @@ def dense_seconds(heads: int, tokens: int, head_dim: int, backward: bool, machin
 
 
 def packed_share(
-    rule: Rule, partition: BlockPartition, tail: Tail | None, backward: bool = False, machine: Machine = HOPPER
+    rule: Rule | Selection,
+    partition: BlockPartition,
+    tail: Tail | None,
+    backward: bool = False,
+    machine: Machine = HOPPER,
 ) -> float:
     """Estimated time of ``"packed"`` as a share of the dense peer's, at the largest density that the rule allows."""
     constant, factor = machine.packed_share
-    share = constant + factor * _largest_density(rule, partition.num_blocks)
+    density = rule.max_density if isinstance(rule, Selection) else largest_density(rule, partition.num_blocks)
+    share = constant + factor * density
     if tail is None:
         return share
     cells = Cells(partition, tail.cell_of(partition)).total
@@ -102,18 +114,16 @@ def packed_share(
 
 
 def packed_wins(
-    dense: float, backward: bool, rule: Rule, partition: BlockPartition, tail: Tail | None, machine: Machine = HOPPER
+    dense: float,
+    backward: bool,
+    rule: Rule | Selection,
+    partition: BlockPartition,
+    tail: Tail | None,
+    machine: Machine = HOPPER,
 ) -> bool:
     """Whether ``"auto"`` expects ``"packed"`` to beat a dense peer that takes ``dense`` seconds."""
     share = packed_share(rule, partition, tail, backward, machine)
     return max(machine.launches[int(backward)], share * dense) < dense
-
-
-def _largest_density(rule: Rule, blocks: int) -> float:
-    """A bound on the density: the best pairs hold more of the scores than their share, and own blocks come on top."""
-    if isinstance(rule, TopK):
-        return rule.blocks_per_query(blocks) / blocks
-    return min(rule.tau + 1 / blocks, rule.max_density or 1.0)
 
 
 def choose_backend(

@@ -23,6 +23,7 @@ from vmoba_flex.dispatch.chunked import chunked_attention
 from vmoba_flex.dispatch.compiled import compiled_flex_attention, has_flex_kernel
 from vmoba_flex.groups import block_slots, group_of_key, valid_group_lengths, valid_keys
 from vmoba_flex.part import Part
+from vmoba_flex.selection.kept import Selection
 from vmoba_flex.selection.tiles import choose_tiles
 
 
@@ -67,7 +68,10 @@ def shared_attention(
     partition, scale, text_lengths = call.partition, call.scale, call.text_lengths
     slots = block_slots(partition, query.device, tile_size)
     query_slots = to_slots(query, slots)
-    selected = choose_tiles(query_slots, key, partition, call.rule, slots, part)
+    if isinstance(call.rule, Selection):
+        selected = call.rule.tiles(part)
+    else:
+        selected = choose_tiles(query_slots, key, partition, call.rule, slots, part)
     coarse = None if call.tail is None else coarse_keys(key, value, partition, call.tail)
     wants_lse = call.lse or coarse is not None
     if not has_flex_kernel(query, key, value, wants_lse):

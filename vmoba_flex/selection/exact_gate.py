@@ -21,7 +21,7 @@ from vmoba_flex.rules import TopK
 from vmoba_flex.selection.gate import num_blocks
 
 _LOG = logging.getLogger(__name__)
-_KERNEL_MAX_DIM = 256
+_KERNEL_MAX_DIM = {2: 256, 4: 128}  # by bytes of a number
 _CHUNK_SCORES = 2**26  # in memory at a time: 256 MiB in float32
 
 
@@ -136,11 +136,11 @@ def group_lse(
         float32 or float64 ``(B, H, groups, count)``; -inf for a group without valid keys.
     """
     if query.is_cuda and count:
-        if query.dtype != torch.float64 and query.shape[-1] <= _KERNEL_MAX_DIM:
+        if query.shape[-1] <= _KERNEL_MAX_DIM.get(query.element_size(), 0):
             from vmoba_flex.selection import exact_kernels
 
             return exact_kernels.group_lse(query, key, partition, before, count, scale, groups, text_lengths)
-        _log_eager(f"the kernel takes 16 and 32 bit and at most {_KERNEL_MAX_DIM} dims", query.dtype, query.shape[-1])
+        _log_eager(query.dtype, query.shape[-1])
     (batch, heads, _, _), sizes = query.shape, group_sizes(partition)[:groups]
     ordered = partition.to_block_order(key)
     first, end = partition.prefix, partition.prefix + partition.num_video_tokens
@@ -164,9 +164,12 @@ def group_lse(
 
 
 @functools.cache
-def _log_eager(reason: str, dtype: torch.dtype, dim: int) -> None:
-    """Logs each reason once."""
-    _LOG.warning("exact masses are made in plain PyTorch, which is slow: %s, got %s and %d dims", reason, dtype, dim)
+def _log_eager(dtype: torch.dtype, dim: int) -> None:
+    """Logs once for each kind of inputs."""
+    _LOG.warning(
+        "exact masses are made in plain PyTorch, which is slow: the kernel takes 16 bit with head dims up to 256 and "
+        "float32 with up to 128, got %s and %d", dtype, dim,
+    )  # fmt: skip
 
 
 def _masses_dtype(query: Tensor) -> torch.dtype:

@@ -105,7 +105,7 @@ def group_lse(
     query: Tensor, key: Tensor, partition: BlockPartition, before: int, count: int, scale: float, groups: int,
     text_lengths: Tensor | None = None, launch: Launch | None = None,
 ) -> Tensor:  # fmt: skip
-    """``exact_gate.group_lse`` of inputs of at most 32 bit and 256 dims, any strides; ``launch``: None for the best."""
+    """``exact_gate.group_lse``, any strides; ``launch``: None for the best."""
     m, n, warps, stages, tma = launch or launch_of(query)
     if scale < 0:  # the maximum is taken before scaling
         query, scale = -query, -scale
