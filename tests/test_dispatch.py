@@ -9,9 +9,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from block_masks.launching import architecture
-from vmoba_flex import BlockPartition, Tail, Threshold, TopK, vmoba_attention
+from block_masks.plans.rows import TILE
+from vmoba_flex import BlockPartition, Tail, Threshold, TopK, vmoba_attention, vmoba_selection
 from vmoba_flex.dispatch.choose import choose_backend, choose_dispatch, dense_seconds, packed_share
-from vmoba_flex.rules import Rule
+from vmoba_flex.groups import with_text
+from vmoba_flex.part import Queries
+from vmoba_flex.rules import POOLS, Pool, Rule
+from vmoba_flex.selection.bounds import row_bound
 
 ROOT = Path(__file__).parent.parent
 CAPPED = Threshold(0.25, max_density=0.25)
@@ -175,3 +179,17 @@ def test_amds_capabilities_are_none_of_nvidias():
     with mock.patch("torch.version.hip", "7.0"), mock.patch("torch.cuda.get_device_capability", return_value=(9, 4)):
         assert not architecture.is_hopper(0)
         assert architecture.refusal(0) is None
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_the_bound_on_rows_holds_where_kept_blocks_exceed_the_cap(pool: Pool):
+    partition = BlockPartition((4, 8, 16), (1, 8, 16), suffix=3)
+    query, key = torch.randn(2, 1, 2, partition.num_tokens, 8, generator=torch.Generator().manual_seed(0))
+    rules: list[Rule] = [Threshold(0.01, pool=pool, max_density=0.01, always=always) for always in ((), (1,), (1, 2))]
+    rules += [] if pool == "block" else [TopK(k, pool=pool, always=(1, 2)) for k in (1, 4)]
+    for rule in rules:
+        bound = row_bound(partition, rule, 2, 2)
+        assert bound is not None
+        selection = with_text(vmoba_selection(query, key, partition, rule), partition, Queries.of(partition))
+        tiles = (-(-selection.sum(2) // TILE)).sum(2).view(-1, bound.heads).sum(1)
+        assert tiles.max() <= bound.row_tiles

@@ -18,9 +18,11 @@ from vmoba_flex.version import __version__
 if TYPE_CHECKING:
     from vmoba_flex.approx_blocks import ApproxBlocks
     from vmoba_flex.attention import vmoba_attention
-    from vmoba_flex.config import Layer, VMoBAConfig
+    from vmoba_flex.by_steps import BySteps
+    from vmoba_flex.config import VMoBAConfig
     from vmoba_flex.dispatch.machine import Machine, use_machine
     from vmoba_flex.flex_inputs import FlexInputs, vmoba_inputs
+    from vmoba_flex.layer import Layer
     from vmoba_flex.mask import vmoba_mask
     from vmoba_flex.models import VMoBAHandle, apply_vmoba, register_adapter
     from vmoba_flex.module import VMoBAAttention
@@ -37,6 +39,7 @@ __all__ = [
     "ApproxBlocks",
     "AttentionStats",
     "BlockPartition",
+    "BySteps",
     "FlexInputs",
     "Layer",
     "Machine",
@@ -63,8 +66,9 @@ _MODULES = {
     "ApproxBlocks": "approx_blocks",
     "AttentionStats": "stats",
     "BlockPartition": "partition",
+    "BySteps": "by_steps",
     "FlexInputs": "flex_inputs",
-    "Layer": "config",
+    "Layer": "layer",
     "Machine": "dispatch.machine",
     "Selection": "selection.kept",
     "Tail": "tail",

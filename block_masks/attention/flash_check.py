@@ -22,9 +22,9 @@ from block_masks.launching.architecture import is_hopper
 from block_masks.plans.moves import from_slots, to_slots
 from block_masks.plans.slots import Slots, plan_slots
 
-VERSION = "4.0.0b36"
-
 _LOG = logging.getLogger(__name__)
+
+VERSION = "4.0.0b36"
 
 T = TypeVar("T")
 Ways = dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]
@@ -119,10 +119,10 @@ def _worst_error(
                     output = way(*leaves)
                     gradients = torch.autograd.grad(output, leaves, grad.to(output.dtype)) if backward else ()
                 except Exception as error:
+                    if name != "flash":
+                        raise
                     # Whatever stops it, on this device it cannot be used.
-                    if name == "flash":
-                        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                    raise
+                    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 results.append([x.detach().float() for x in (output, *gradients)])
             for exact, other, flash in zip(*results, strict=True):
                 found.append(((flash - exact).norm() / (other - exact).norm()).item())

@@ -51,7 +51,7 @@ def choose_dispatch(
     if isinstance(rule, Selection):
         if rule.choice == "tile":
             return "shared"
-        unbounded = rule.bound is None
+        unbounded = rule.bounds.rows is None
     else:
         unbounded = isinstance(rule, Threshold) and rule.max_density is None
     compiled = torch.compiler.is_compiling()
@@ -105,7 +105,7 @@ def packed_share(
 ) -> float:
     """Estimated time of ``"packed"`` as a share of the dense peer's, at the largest density that the rule allows."""
     constant, factor = machine.packed_share
-    density = rule.max_density if isinstance(rule, Selection) else largest_density(rule, partition.num_blocks)
+    density = rule.bounds.density if isinstance(rule, Selection) else largest_density(rule, partition.num_blocks)
     share = constant + factor * density
     if tail is None:
         return share
