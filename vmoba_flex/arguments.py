@@ -132,6 +132,9 @@ def _add_bench(commands: Any, *parents: argparse.ArgumentParser) -> None:
     one.add_argument("--heads", type=int, default=12, help="default: %(default)s")
     one.add_argument("--head-dim", type=int, default=128, help="default: %(default)s")
     one.add_argument("--dispatch", choices=("packed", "shared", "tiles"), default="packed", help="default: %(default)s")
+    place = one.add_mutually_exclusive_group()
+    place.add_argument("--profile", type=Path, metavar="JSON", help="of this GPU, for auto (default: where auto looks)")
+    place.add_argument("--no-profile", action="store_true", help="write none")
 
 
 def _grid(words: str) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ from vmoba_flex.checks import check_choice, check_positive
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.config_fields import LayerRule, rule_of_layer
 from vmoba_flex.dispatch.choose import dense_seconds, packed_share, packed_wins
+from vmoba_flex.dispatch.machine import HOPPER, machine_of
 from vmoba_flex.insight.masses import overlap_of, recall_of, true_mass
 from vmoba_flex.insight.measure import choose, layer_of, num_layers_of, sample_rows
 from vmoba_flex.insight.records import Record
@@ -237,8 +238,9 @@ def _rule_at(start: Rule, share: float) -> Rule:
 def _auto_is_packed(record: Record, partition: BlockPartition, rule: Rule, tail: Tail | None) -> bool:
     """Whether ``dispatch="auto"`` takes ``packed`` on a GPU, forward, for one sample and the layer's heads."""
     heads = max(record.heads) + 1  # capture records the last head, if it records more than one
-    dense = dense_seconds(heads, partition.num_tokens, record.query.shape[-1], backward=False)
-    return packed_wins(dense, False, rule, partition, tail)
+    machine = machine_of(record.query.device) if record.query.is_cuda else HOPPER
+    dense = dense_seconds(heads, partition.num_tokens, record.query.shape[-1], False, machine)
+    return packed_wins(dense, False, rule, partition, tail, machine)
 
 
 def _measure_of(records: list[Record], config: VMoBAConfig, rows: int, seed: int) -> _Measure:

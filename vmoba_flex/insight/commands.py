@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import torch
 
 from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.dispatch.machine import path_of
 from vmoba_flex.insight.calibrate import Calibrated, calibrate
 from vmoba_flex.insight.crossover import Timing, break_even, crossover, grid_of
 from vmoba_flex.insight.measure import inspect
+from vmoba_flex.insight.profile import write_profile
 from vmoba_flex.insight.records import Record, load
 from vmoba_flex.rules import Rule, Threshold, TopK
 from vmoba_flex.tail import Tail
@@ -102,7 +104,7 @@ def run_plot(arguments: argparse.Namespace) -> str:
 
 
 def run_bench(arguments: argparse.Namespace) -> str:
-    """Times sparse against full attention over token counts."""
+    """Times sparse against full attention over token counts; on a GPU, writes what ``"auto"`` then decides by."""
     rule = _plain_rule(arguments)
     with contextlib.ExitStack() as files, _mendable():
         json_draft = _draft(files, arguments.json, ".json")
@@ -134,6 +136,9 @@ def run_bench(arguments: argparse.Namespace) -> str:
             from vmoba_flex.insight.plot import plot_crossover
 
             plot_crossover(timings, png_draft, name)
+        if on_gpu and not arguments.no_profile:
+            index = torch.cuda.current_device()
+            lines += write_profile(arguments.profile or path_of(index), arguments.heads, arguments.head_dim)
         return "\n".join(lines)
 
 

@@ -80,9 +80,8 @@ def inspect(
             block, or a config's dense layers cannot be known from a record.
     """
     check_positive("rows", rows)
-    if isinstance(rule, VMoBAConfig):
-        if tail is not None:
-            raise ValueError(f"tail must be None next to a config, which has its own, got {tail}")
+    if isinstance(rule, VMoBAConfig) and tail is not None:
+        raise ValueError(f"tail must be None next to a config, which has its own, got {tail}")
     return [report for record in records for report in _inspect(record, rule, tail, rows, seed)]
 
 
