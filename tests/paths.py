@@ -61,7 +61,8 @@ def attend(problem: Problem, **options: Any) -> Any:
     fixed: Any = {"scale": problem.scale, "enable_gqa": problem.gqa, "text_lengths": problem.text_lengths}
     if problem.tail is not None:
         fixed["tail"] = problem.tail
-    return vmoba_attention(*tensors, problem.partition, problem.rule, **fixed, **options)
+    rule = None if "selection" in options else problem.rule
+    return vmoba_attention(*tensors, problem.partition, rule, **fixed, **options)
 
 
 def through_attention(dispatch: str, backend: str = "auto") -> Path:

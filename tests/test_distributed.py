@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tests.paths import attend
 from tests.ranks import RankPool
 from tests.strategies import Problem
-from vmoba_flex import BlockPartition, Tail, Threshold, TopK, collectives, vmoba_attention
+from vmoba_flex import BlockPartition, Tail, Threshold, TopK, collectives, vmoba_attention, vmoba_selection
 from vmoba_flex.collectives import Ranks
 from vmoba_flex.distributed import RankGroup, TokenShards
 from vmoba_flex.distributed.exchange import Layout
@@ -31,15 +31,15 @@ ROOT = Path(__file__).parent.parent
 RULES = [
     TopK(2),
     TopK(2, pool="head"),
-    TopK(density=0.4, pool="global"),
+    TopK(density=0.4, pool="global", gate="cells"),
     Threshold(0.3, pool="query"),
     Threshold(0.3, pool="block", max_density=0.5),
     Threshold(0.25, pool="head"),
     Threshold(0.25, pool="head", max_density=0.3),
     Threshold(0.3, pool="global"),
     Threshold(0.9, pool="global", max_density=0.4),
-    Threshold(0.6, pool="global", normalize="softmax"),
-    WarmedThreshold(0.1, pool="block", now=torch.tensor([0.5], dtype=torch.float64)),
+    Threshold(0.6, pool="global", normalize="softmax", gate="exact"),
+    WarmedThreshold(0.1, pool="block", gate="spread", now=torch.tensor([0.5], dtype=torch.float64)),
 ]
 DISPATCHES = ["tiles", "packed", "shared", "dense"]
 PARTITION = BlockPartition((5, 6, 7), (2, 3, 4), prefix=3, suffix=5)
@@ -208,6 +208,20 @@ def log_sum_exp(problem: Problem, shards: TokenShards | None, options: dict[str,
     local = [here(x, shards, problem.partition, group_of(4)) for x in (problem.query, problem.key, problem.value)]
     part = dataclasses.replace(problem, **dict(zip(("query", "key", "value"), local, strict=True)))
     return attend(part, return_lse=True, group=group, **options)[1]
+
+
+@pytest.mark.parametrize(("dispatch", "rule"), [("packed", RULES[4]), ("packed", RULES[0]), ("tiles", RULES[5])])
+@pytest.mark.parametrize("heads", [5, 2])  # ranks hold heads, or queries
+def test_each_rank_takes_its_part_of_a_selection(rank_pool, heads, dispatch, rule):
+    one = problem(rule, heads)
+    kept = vmoba_selection(one.query, one.key, PARTITION, rule, as_bits=True)
+    assert_equals_one_process(rank_pool, one, 4, dispatch=dispatch, selection=kept)
+
+
+def test_tiles_that_chose_before_on_several_ranks(rank_pool):
+    one = problem(RULES[0], 5)
+    kept = vmoba_selection(one.query, one.key, PARTITION, RULES[0], choice="tile", as_bits=True)
+    assert_equals_one_process(rank_pool, one, 4, TokenShards(text="replicated"), dispatch="shared", selection=kept)
 
 
 @pytest.mark.parametrize("dispatch", DISPATCHES)

@@ -127,7 +127,7 @@ def test_what_holds_when_it_is_applied_changes_nothing(where: str, rule: Any):
     assert_close(output, expected)
     assert_gradients_close(gradients(output, model), gradients(expected, plain))
     for processor in handle.states()["model"].processors:
-        for x in (processor.density, processor.last.flag):
+        for x in (processor.density, processor.last.handle):
             assert (x.device.type, x.is_inference()) == ("cpu", False)
         assert processor.density.dtype == torch.float32
 

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from block_masks.attention.coarse_steps import check_coarse_size
 from vmoba_flex.checks import check_number
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule, Threshold, TopK, check_rule
-from vmoba_flex.tail import Tail
+from vmoba_flex.rules import Rule, Threshold, TopK, check_rule_fits
+from vmoba_flex.tail import Cells, Tail
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_query_key(
-    query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, tokens: int | None = None, ranks: int = 1
+    query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule | None, tokens: int | None = None, ranks: int = 1
 ) -> BlockPartition:
     """The partition, with constant sizes; raises unless a selection can be made from these.
 
@@ -24,7 +25,7 @@ def check_query_key(
         query: ``(B, H, S, D)``.
         key: ``(B, key heads, S, D)``.
         partition: the blocks.
-        rule: chooses blocks.
+        rule: chooses blocks; None where they have been chosen.
         tokens: how many this rank holds, where ranks share the call; None for all tokens of the partition.
         ranks: how many share the call.
 
@@ -37,8 +38,8 @@ def check_query_key(
     """
     if not isinstance(partition, BlockPartition):
         raise TypeError(f"partition must be a BlockPartition, got {type(partition).__name__}")
-    if not isinstance(rule, TopK | Threshold):
-        raise TypeError(f"rule must be a TopK or a Threshold, got {type(rule).__name__}")
+    if rule is not None:
+        check_rule(rule)
     partition = partition.constant()
     _check_tensor("query", query)
     _check_tensor("key", key)
@@ -59,7 +60,8 @@ def check_query_key(
     _check_like_query("key", key, query, (query.shape[0], key.shape[1], query.shape[2], query.shape[3]))
     if query.shape[1] % max(key.shape[1], 1) or not key.shape[1]:
         raise ValueError(f"key heads must divide query heads {query.shape[1]}, got {key.shape[1]}")
-    check_rule(rule, partition.num_blocks)
+    if rule is not None:
+        check_rule_fits(rule, partition.num_blocks)
     heads = query.shape[1] // key.shape[1] * -(-key.shape[1] // ranks)  # of one rank, with their key heads
     entries = query.shape[0] * heads * partition.num_video_tokens * partition.num_blocks
     if entries >= 2**31:
@@ -68,6 +70,12 @@ def check_query_key(
             f" got {query.shape[0]} * {heads} * {partition.num_video_tokens} * {partition.num_blocks} = {entries}"
         )
     return partition
+
+
+def check_rule(rule: Any) -> None:
+    """Raises ``TypeError`` unless ``rule`` is one."""
+    if not isinstance(rule, TopK | Threshold):
+        raise TypeError(f"rule must be a TopK or a Threshold, got {type(rule).__name__}")
 
 
 def check_value(value: Tensor, query: Tensor, key: Tensor) -> None:
@@ -107,6 +115,14 @@ def check_tail(tail: Any, partition: BlockPartition) -> None:
     if not isinstance(tail, Tail):
         raise TypeError(f"tail must be a Tail or None, got {tail!r}")
     tail.cell_of(partition)
+
+
+def check_tail_size(tail: Tail, partition: BlockPartition, query: Tensor) -> None:
+    """Raises ``ValueError`` if a tail has more cells than kernels index on query's device."""
+    if query.is_cuda:
+        # By all tokens and heads, so that ranks that share a call agree.
+        cells = Cells(partition, tail.cell_of(partition)).total
+        check_coarse_size("tail", query.shape[0] * query.shape[1], partition.num_tokens, cells)
 
 
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:

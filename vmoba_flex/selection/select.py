@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from block_masks.launching.device import on_device
-from vmoba_flex.inputs import check_query_key, under_autocast
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Pool, Rule, Threshold, TopK
-from vmoba_flex.selection.gate import gate
-from vmoba_flex.selection.mass import block_mass
+from vmoba_flex.rules import Pool, Rule, TopK
+from vmoba_flex.selection.scores import gate_scores, ranked
 from vmoba_flex.selection.sorted_pools import take_sorted
 from vmoba_flex.selection.weights import Targets
 from vmoba_flex.warmup import WarmedThreshold, rule_of_flat
@@ -37,48 +35,22 @@ POOL_DIMS = {
 }
 
 
-def vmoba_selection(query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule) -> Tensor:
-    """Chooses the blocks that each video query attends (arXiv 2506.23858, Sec. 3).
-
-    Every query's own block is chosen, and those of ``rule.always``. Pools never span samples. Nothing is read back to
-    the host.
-
-    Args:
-        query: ``(B, H, S, D)`` in raster order, prefix and suffix included; floating point. Under autocast both tensors
-            are cast first, as in ``vmoba_attention``.
-        key: ``(B, key heads, S, D)``; where it has fewer heads, query head h uses key head ``h // (H // key heads)``.
-        partition: the blocks; ``S`` is its ``num_tokens``.
-        rule: ``TopK`` or ``Threshold``.
-
-    Returns:
-        bool ``(B, H, video tokens, N)`` in raster order; block by block in memory, so not contiguous.
-
-    Raises:
-        TypeError: if an argument has a wrong type or dtype.
-        ValueError: if shapes, devices or the rule do not fit, or the selection has 2**31 entries or more.
-    """
-    query, key = under_autocast(query, key)
-    partition = check_query_key(query, key, partition, rule)
-    return choose_blocks(query, key, partition, rule)
-
-
 def choose_blocks(
     query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, part: Part | None = None
 ) -> Tensor:
-    """``vmoba_selection`` of checked inputs, or of the part of a call on this rank."""
+    """Chooses the blocks of each query, of checked inputs, or of the part of a call on this rank.
+
+    Returns:
+        bool ``(B, H, video queries, N)`` in raster order; block by block in memory, so not contiguous.
+    """
     ids, queries = partition.block_ids(query.device), None
     if part is not None:
         queries = part.queries
         ids = ids[queries.first : queries.first + queries.video]
     blocks = torch.arange(partition.num_blocks, device=query.device)
-    scores = ranked(gate(query, key, partition, queries), partition, rule, query.shape[-1])
+    scores = gate_scores(query, key, partition, rule.gate, queries)
+    scores = ranked(scores, partition, rule, query.shape[-1])
     return select(scores, (blocks[:, None] == ids).mT, rule, part)
-
-
-def ranked(scores: Tensor, partition: BlockPartition, rule: Rule, head_dim: int) -> Tensor:
-    """What a rule ranks: the gate's scores, or the masses that they estimate."""
-    softmax = isinstance(rule, Threshold) and rule.normalize == "softmax"
-    return block_mass(scores, partition, head_dim) if softmax else scores
 
 
 def select(scores: Tensor, own: Tensor, rule: Rule, part: Part | None = None) -> Tensor:
