@@ -27,9 +27,9 @@ class TopK:
     A pool with R queries keeps ``k * R`` pairs. Own blocks count, and rank first. Ties go to the lower block id, then
     the lower query index, then the lower head.
 
-    The gate scores each block for each query. Three of the four gates estimate the logarithm of the attention mass that
-    the query has on the block; none sees prefix, suffix or the ``scale`` of a call, in whose place stands
-    ``s = 1 / sqrt(D)``.
+    The gate scores each block for each query. All gates but ``"mean"`` give the logarithm of the attention mass that
+    the query has on the block, exact or estimated. None sees prefix, suffix or the ``scale`` of a call; in place of the
+    latter stands ``s = 1 / sqrt(D)``.
 
     | gate | score of a block |
     |---|---|
