@@ -18,8 +18,10 @@ from vmoba_flex.version import __version__
 if TYPE_CHECKING:
     from vmoba_flex.approx_blocks import ApproxBlocks
     from vmoba_flex.attention import vmoba_attention
-    from vmoba_flex.config import Layer, VMoBAConfig
+    from vmoba_flex.by_steps import BySteps
+    from vmoba_flex.config import VMoBAConfig
     from vmoba_flex.flex_inputs import FlexInputs, vmoba_inputs
+    from vmoba_flex.layer import Layer
     from vmoba_flex.mask import vmoba_mask
     from vmoba_flex.models import VMoBAHandle, apply_vmoba, register_adapter
     from vmoba_flex.module import VMoBAAttention
@@ -36,6 +38,7 @@ __all__ = [
     "ApproxBlocks",
     "AttentionStats",
     "BlockPartition",
+    "BySteps",
     "FlexInputs",
     "Layer",
     "Selection",
@@ -60,8 +63,9 @@ _MODULES = {
     "ApproxBlocks": "approx_blocks",
     "AttentionStats": "stats",
     "BlockPartition": "partition",
+    "BySteps": "by_steps",
     "FlexInputs": "flex_inputs",
-    "Layer": "config",
+    "Layer": "layer",
     "Selection": "selection.kept",
     "Tail": "tail",
     "Threshold": "rules",
