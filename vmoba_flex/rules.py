@@ -173,8 +173,9 @@ class Threshold:
     def of_flat(cls, words: str, counts: list[int], shares: list[float]) -> Self:
         """The rule with this ``flat`` form."""
         _, pool, normalize, gate = words.split()
-        words_of = {"pool": cast(Pool, pool), "normalize": cast(Normalize, normalize), "gate": cast(Gate, gate)}
-        return cls(shares[0], max_density=shares[1] if shares[1:] else None, always=tuple(counts), **words_of)
+        rule = cls(shares[0], pool=cast(Pool, pool), normalize=cast(Normalize, normalize), gate=cast(Gate, gate))
+        cap = shares[1] if shares[1:] else None
+        return dataclasses.replace(rule, max_density=cap, always=tuple(counts))
 
     @property
     def flat(self) -> FlatRule:
