@@ -2,7 +2,7 @@
 
 A *tile* here is one ``BLOCK_SIZE`` rectangle of queries x keys, what PyTorch calls a "block" of a ``BlockMask``.
 The package knows tiles and ``BlockMask``; it knows nothing of video or of how a choice was made, and imports
-torch alone.
+torch only.
 """
 
 from block_masks.attention.coarse_attention import merge_coarse_keys

@@ -1,6 +1,6 @@
 """The whole of VMoBA in plain NumPy and float64, written to be read rather than run fast.
 
-An independent oracle: it imports NumPy alone and shares no code with the library that it checks. It reads in the order
+An independent oracle: it imports only NumPy and shares no code with the library that it checks. It reads in the order
 in which the data flows: grid -> block ids -> gate -> selection -> mask -> attention. Source: arXiv 2506.23858; the
 exact rules, where the paper leaves room, are those that ``vmoba_flex.rules`` states.
 
@@ -40,6 +40,44 @@ def gate(query: ArrayLike, key: ArrayLike, ids: ArrayLike, num_blocks: int) -> N
     return result
 
 
+def cell_gate(
+    query: ArrayLike, key: ArrayLike, grid: tuple[int, int, int], block: tuple[int, int, int],
+    cell: tuple[int, int, int], spread: bool,
+) -> NDArray[np.float64]:  # fmt: skip
+    """Score of every block by its cells, (B, H, S, N): the gates "cells" and, with ``spread``, "spread".
+
+    Args:
+        query: (B, H, S, D), video tokens only.
+        key: (B, Hkv, S, D), video tokens only.
+        grid: frames, height, width.
+        block: tokens of a block along these.
+        cell: tokens of a cell along these, counted from the corner of the block.
+        spread: whether a cell's mass is weighted by the standard deviation of its scores.
+    """
+    query, key = np.asarray(query, np.float64), np.asarray(key, np.float64)
+    counts = [-(-size // side) for size, side in zip(grid, block, strict=True)]
+    places = np.indices(grid).reshape(3, -1).T
+    mass = np.zeros((*query.shape[:3], np.prod(counts)))
+    for corner in {(*p // block, *p % block // cell) for p in places}:
+        inside = [i for i, p in enumerate(places) if (*p // block, *p % block // cell) == corner]
+        n = np.ravel_multi_index(corner[:3], counts)
+        for b, h, s in np.ndindex(query.shape[:3]):
+            x, keys = query[b, h, s] / np.sqrt(query.shape[-1]), key[b, h // (query.shape[1] // key.shape[1]), inside]
+            v = x**2 @ keys.var(axis=0)
+            mass[b, h, s, n] += len(inside) * np.exp(x @ keys.mean(axis=0) + v / 2) * (max(v, 1e-12) ** 0.5) ** spread
+    return np.log(mass)
+
+
+def exact_gate(query: ArrayLike, key: ArrayLike, ids: ArrayLike, num_blocks: int) -> NDArray[np.float64]:
+    """Log of every block's summed exponential scores, (B, H, S, N), scaled by 1/sqrt(D); arguments as of ``gate``."""
+    query, key, ids = np.asarray(query, np.float64), np.asarray(key, np.float64), np.asarray(ids)
+    result, group = np.empty((*query.shape[:3], num_blocks)), query.shape[1] // key.shape[1]
+    for b, h, n in np.ndindex(*query.shape[:2], num_blocks):
+        score = query[b, h] @ key[b, h // group, ids == n].T / np.sqrt(query.shape[-1])
+        result[b, h, :, n] = score.max(axis=1) + np.log(np.exp(score - score.max(axis=1)[:, None]).sum(axis=1))
+    return result
+
+
 def mass(gate: ArrayLike, ids: ArrayLike, head_dim: int) -> NDArray[np.float64]:
     """Estimated attention mass of every block, (B, H, S, N): that of its tokens, had they all its mean key.
 
@@ -67,6 +105,7 @@ def select(
     tau: float | None = None,
     max_density: float | None = None,
     normalize: str = "minmax",
+    always: ArrayLike = (),
 ) -> NDArray[np.bool_]:
     """Selected pairs, (B, H, S, N): in each pool the own ones, then the best of the others as far as the rule goes.
 
@@ -80,6 +119,7 @@ def select(
         tau: share of the pool's normalised score to reach. A pool with a non-finite score takes everything.
         max_density: with tau, the largest share of the pool's pairs to select; own ones are in even beyond it.
         normalize: "minmax" scales a pool's scores to [0, 1] before they are added up; "softmax" adds them as they are.
+        always: blocks that are every query's own, too.
 
     Raises:
         ValueError: the pool is unknown, or the rule is not one of those above.
@@ -92,7 +132,7 @@ def select(
         raise ValueError(f"max_density goes with tau only, got max_density={max_density} with k={k}")
     gate, ids = np.asarray(gate, np.float64), np.asarray(ids)
     head, query, block = np.meshgrid(*map(np.arange, gate.shape[1:]), indexing="ij")
-    own = ids[query] == block
+    own = (ids[query] == block) | np.isin(block, always)
     result = np.empty(gate.shape, bool)
     for b in range(gate.shape[0]):
         for where in _pools(pool, *gate.shape[1:]):
@@ -128,7 +168,7 @@ def _pools(pool: str, heads: int, tokens: int, blocks: int) -> list[tuple[slice,
 
 
 def _threshold_count(score: NDArray, own: NDArray, others: NDArray, tau: float, normalize: str) -> int:
-    """How many of ``others`` (indices into ``score``, best first) it takes, beside the own pairs, to reach tau."""
+    """How many of ``others`` (indices into ``score``, best first) it takes, next to the own pairs, to reach tau."""
     if not np.isfinite(score).all():
         return others.size
     share = score
@@ -156,7 +196,7 @@ def attention_mask(selection: NDArray[np.bool_], ids: ArrayLike, prefix: int, su
 def attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, mask: NDArray[np.bool_], scale: float | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Softmax attention over the allowed keys alone: what is masked out has no influence, not even as NaN.
+    """Softmax attention over only the allowed keys: what is masked out has no influence, not even as NaN.
 
     Args:
         query: (B, H, L, D).

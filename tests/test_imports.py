@@ -23,11 +23,12 @@ MAX_LINES = 250
 ORDER = {
     "block_masks": ["checks", "precision", "launching", "plans", "masks", "attention", "block_masks"],
     "vmoba_flex": [
-        *("reference", "version", "user_error"),
+        *("reference_gates", "reference", "version", "user_error"),
         *("checks", "partition", "approx_blocks", "tail", "cell_kernels", "cells", "rules", "warmup"),
         *("part", "groups", "inputs", "collectives"),
         *("selection", "call", "mask", "flex_inputs", "stats", "dispatch", "distributed", "attention"),
-        *("paper", "dense_schedule", "config_fields", "config_json", "config", "module", "models", "vmoba_flex"),
+        *("paper", "dense_schedule", "by_steps", "layer", "config_fields", "config_json", "config"),
+        *("module", "models", "vmoba_flex"),
         *("insight", "demo", "arguments", "cli"),
     ],
 }
@@ -113,7 +114,9 @@ def test_vmoba_flex_imports_block_masks_and_torch_only(path: Path):
 
 
 def test_reference_imports_nothing_that_it_checks():
-    assert imported(ROOT / "vmoba_flex" / "reference.py") == {"torch"}
+    assert imported(ROOT / "vmoba_flex" / "reference_gates.py") == {"torch"}
+    assert set(imports(ROOT / "vmoba_flex" / "reference.py")) - NAMES.keys() == {"math", "typing", "torch"}
+    assert set(imports(ROOT / "vmoba_flex" / "reference.py")) & NAMES.keys() == {"vmoba_flex.reference_gates"}
     assert imported(ROOT / "tests" / "oracle_numpy.py") == {"numpy"}
 
 

@@ -18,14 +18,17 @@ from vmoba_flex.version import __version__
 if TYPE_CHECKING:
     from vmoba_flex.approx_blocks import ApproxBlocks
     from vmoba_flex.attention import vmoba_attention
-    from vmoba_flex.config import Layer, VMoBAConfig
+    from vmoba_flex.by_steps import BySteps
+    from vmoba_flex.config import VMoBAConfig
     from vmoba_flex.flex_inputs import FlexInputs, vmoba_inputs
+    from vmoba_flex.layer import Layer
     from vmoba_flex.mask import vmoba_mask
     from vmoba_flex.models import VMoBAHandle, apply_vmoba, register_adapter
     from vmoba_flex.module import VMoBAAttention
     from vmoba_flex.partition import BlockPartition
     from vmoba_flex.rules import Threshold, TopK
     from vmoba_flex.selection.choose import vmoba_selection
+    from vmoba_flex.selection.exact_gate import block_masses
     from vmoba_flex.selection.kept import Selection
     from vmoba_flex.stats import AttentionStats
     from vmoba_flex.tail import Tail
@@ -35,6 +38,7 @@ __all__ = [
     "ApproxBlocks",
     "AttentionStats",
     "BlockPartition",
+    "BySteps",
     "FlexInputs",
     "Layer",
     "Selection",
@@ -47,6 +51,7 @@ __all__ = [
     "Warmup",
     "__version__",
     "apply_vmoba",
+    "block_masses",
     "register_adapter",
     "vmoba_attention",
     "vmoba_inputs",
@@ -58,8 +63,9 @@ _MODULES = {
     "ApproxBlocks": "approx_blocks",
     "AttentionStats": "stats",
     "BlockPartition": "partition",
+    "BySteps": "by_steps",
     "FlexInputs": "flex_inputs",
-    "Layer": "config",
+    "Layer": "layer",
     "Selection": "selection.kept",
     "Tail": "tail",
     "Threshold": "rules",
@@ -69,6 +75,7 @@ _MODULES = {
     "VMoBAHandle": "models",
     "Warmup": "warmup",
     "apply_vmoba": "models",
+    "block_masses": "selection.exact_gate",
     "register_adapter": "models",
     "vmoba_attention": "attention",
     "vmoba_inputs": "flex_inputs",

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from block_masks.attention.coarse_steps import check_coarse_size
 from vmoba_flex.checks import check_number
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule, Threshold, TopK
-from vmoba_flex.tail import Tail
+from vmoba_flex.rules import Rule, Threshold, TopK, check_rule_fits
+from vmoba_flex.tail import Cells, Tail
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -33,7 +34,7 @@ def check_query_key(
 
     Raises:
         TypeError: if an argument has a wrong type or dtype.
-        ValueError: if shapes, devices or ``k`` do not fit, or the selection has 2**31 entries or more.
+        ValueError: if shapes, devices or the rule do not fit, or the selection has 2**31 entries or more.
     """
     if not isinstance(partition, BlockPartition):
         raise TypeError(f"partition must be a BlockPartition, got {type(partition).__name__}")
@@ -59,8 +60,8 @@ def check_query_key(
     _check_like_query("key", key, query, (query.shape[0], key.shape[1], query.shape[2], query.shape[3]))
     if query.shape[1] % max(key.shape[1], 1) or not key.shape[1]:
         raise ValueError(f"key heads must divide query heads {query.shape[1]}, got {key.shape[1]}")
-    if isinstance(rule, TopK):
-        rule.blocks_per_query(partition.num_blocks)
+    if rule is not None:
+        check_rule_fits(rule, partition.num_blocks)
     heads = query.shape[1] // key.shape[1] * -(-key.shape[1] // ranks)  # of one rank, with their key heads
     entries = query.shape[0] * heads * partition.num_video_tokens * partition.num_blocks
     if entries >= 2**31:
@@ -114,6 +115,14 @@ def check_tail(tail: Any, partition: BlockPartition) -> None:
     if not isinstance(tail, Tail):
         raise TypeError(f"tail must be a Tail or None, got {tail!r}")
     tail.cell_of(partition)
+
+
+def check_tail_size(tail: Tail, partition: BlockPartition, query: Tensor) -> None:
+    """Raises ``ValueError`` if a tail has more cells than kernels index on query's device."""
+    if query.is_cuda:
+        # By all tokens and heads, so that ranks that share a call agree.
+        cells = Cells(partition, tail.cell_of(partition)).total
+        check_coarse_size("tail", query.shape[0] * query.shape[1], partition.num_tokens, cells)
 
 
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from block_masks.attention.coarse_steps import MAX_KERNEL_DIM, CoarseKeys
+from block_masks.attention.coarse_steps import MAX_KERNEL_DIM, CoarseKeys, check_coarse_size
 from block_masks.attention.packed_checks import check_packed, check_plan
 from block_masks.attention.plain import plain_rows
 from block_masks.attention.row_attention import Room, attend_rows
@@ -124,7 +124,9 @@ def attend_packed(
         check_plan(plan, query, slots, group_lengths, query_group)
         bound = RowBound(plan.row_tiles, plan.heads) if bound is None else bound
     kernels = _backend(backend, query, key, value)
-    batch, heads, _, head_dim = query.shape
+    batch, heads, queries, head_dim = query.shape
+    if coarse is not None and kernels != "eager":
+        check_coarse_size("coarse", batch * heads, queries, len(coarse.bias))
     if query_group is not None:
         groups = torch.arange(selected.shape[-1], device=selected.device)
         selected = selected & (groups <= query_group[:, None])

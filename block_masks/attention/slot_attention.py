@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from block_masks.attention.coarse_steps import CoarseKeys
+from block_masks.attention.coarse_steps import CoarseKeys, check_coarse_size
 from block_masks.attention.plain import plain_slots
 from block_masks.launching.autograd import grad_of, save_of
 from block_masks.launching.device import on_device
@@ -71,7 +71,8 @@ def attend_slots(
 
     Raises:
         ValueError: if the dtype is float16, in which ``exp(-lse)`` overflows, and a group is no whole number of tiles
-            or ``group_lengths`` is given; or lists are given with these.
+            or ``group_lengths`` is given; if lists are given with these; on a GPU, if there are more coarse keys than
+            kernels index.
     """
     if lists is not None and group_lengths is not None:
         raise ValueError("lists must be None with group_lengths, which change what is attended, got tensors")
@@ -79,6 +80,8 @@ def attend_slots(
         raise ValueError(f"query must not be float16 where groups are no whole tiles, got sizes {slots.group_sizes}")
     if query.dtype == torch.float16 and group_lengths is not None:
         raise ValueError("query must not be float16 with group_lengths, got torch.float16")
+    if coarse is not None and query.is_cuda:
+        check_coarse_size("coarse", query.shape[0] * query.shape[1], selected.shape[2], len(coarse.bias))
     if in_transform(query, key, value, *(coarse or ())):
         return plain_slots(query, key, value, selected, group_lengths, slots, scale, coarse)
     of_slots, *sizes = slots.flat

@@ -23,7 +23,7 @@ def valid_slots(slots: Slots, key_valid: Tensor | None) -> Tensor | None:
 
 
 def slot_tile_map(selected: Tensor, slots: Slots, slot_valid: Tensor | None = None) -> TileMap:
-    """Finds the tiles of ``slot_mask`` that must run, and those of them that need no mask.
+    """Finds the tiles of ``slot_mask`` that must run, and which of them need no mask.
 
     Args:
         selected: bool ``(B, H, tiles, G)``: which groups each tile of slots attends.
@@ -65,12 +65,12 @@ def slot_mask(
     Args:
         selected: bool ``(B, H, tiles, G)``: which groups each tile of slots attends.
         slots: of these tiles and groups.
-        slot_valid: bool ``(B, slots)``: False at slots that nobody attends, the padding ones among them; these alone if
+        slot_valid: bool ``(B, slots)``: False at slots that nobody attends, the padding ones among them; only these if
             None.
         known: ``slot_lists`` of the choice, without ``slot_valid``.
 
     Returns:
-        A ``BlockMask`` of shape ``(B, H, slots, slots)`` whose ``mask_mod`` alone says everything.
+        A ``BlockMask`` of shape ``(B, H, slots, slots)`` whose ``mask_mod`` says everything by itself.
     """
     chosen = pair_lookup(selected) if known is None else word_lookup(known.words)
     group, tile_size = slots.slot_group, slots.tile_size

@@ -1,7 +1,7 @@
 """Packed rows: one row per (query, chosen group), placed so that every tile of rows sees one group of keys.
 
 Where neighbouring queries choose different groups, a tile of neighbouring queries must run nearly everywhere. Packed
-rows turn this around: the queries that chose a group stand together, a tile of them sees that group alone, and a query
+rows turn this around: the queries that chose a group stand together, a tile of them sees only that group, and a query
 merges its rows by their log-sum-exp.
 
     plan_rows      choices -> which query each row holds, and which rows each query has
@@ -29,7 +29,7 @@ class RowPlan:
         row_query: int32 ``(sections, rows)``, the query ``h * S + s`` of each row, -1 in padding rows.
         row_pool: int32 ``(sections, row tiles)``, the pool of each tile of rows, -1 in unused tiles.
         query_rows: int32 ``(H, G, S)``, the rows of each query in the order of their groups: ``query_count`` of them,
-            and anything behind. If trimmed, G is the most rows of a query.
+            and anything after them. If trimmed, G is the most rows of a query.
         query_count: int32 ``(H, S)``, rows of each query; -1 where not all of them have room.
         first_tile: int32 ``(H * G,)``, the first tile of each pool.
         tiles: int32 ``(H * G,)``, tiles of each pool.

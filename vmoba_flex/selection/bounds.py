@@ -67,7 +67,9 @@ def _allowed(rule: Rule, partition: BlockPartition, heads: int, choice: Choice) 
     blocks = partition.num_blocks
     most = rule.max_pairs(blocks, blocks) if rule.pool == "query" else None
     rows = row_bound(partition, rule, heads, heads) if choice == "token" else None
-    return Bounds(largest_density(rule, blocks), rows, None if most is None else max(1, most))
+    return Bounds(
+        largest_density(rule, blocks), rows, None if most is None else min(blocks, max(1 + len(rule.always), most))
+    )
 
 
 def row_bound(
@@ -88,17 +90,19 @@ def max_row_tiles(
     """The most tiles of rows that the queries of ``heads`` of a sample's ``all_heads`` can need; None without a cap."""
     queries = queries or Queries.of(partition)
     tokens, blocks = partition.num_video_tokens, partition.num_blocks
-    # Entries of a pool, pools, and own pairs, which a pool keeps even beyond its cap.
+    always = len(rule.always)
+    # Entries of a pool, pools, and own pairs and those of always, which a pool keeps even beyond its cap.
     entries, pools, own = {
-        "query": (blocks, heads * queries.video, 1),
-        "head": (tokens * blocks, heads, tokens),
-        "block": (all_heads * tokens, blocks, max(group_sizes(partition)[:blocks]) * all_heads),
-        "global": (all_heads * tokens * blocks, 1, all_heads * tokens),
+        "query": (blocks, heads * queries.video, 1 + always),
+        "head": (tokens * blocks, heads, tokens * (1 + always)),
+        "block": (all_heads * tokens, blocks - always, max(group_sizes(partition)[:blocks]) * all_heads),
+        "global": (all_heads * tokens * blocks, 1, all_heads * tokens * (1 + always)),
     }[rule.pool]
     cap = rule.max_pairs(entries, blocks)
     if cap is None:
         return None
-    pairs = min(pools * max(cap, own), heads * queries.video * blocks)
+    whole = always if rule.pool == "block" else 0  # pools whose pairs are all kept
+    pairs = min(pools * max(cap, own) + whole * heads * queries.video, heads * queries.video * blocks)
     groups = blocks
     if partition.prefix + partition.suffix:
         groups += 1
@@ -107,10 +111,12 @@ def max_row_tiles(
 
 
 def largest_density(rule: Rule, num_blocks: int) -> float:
-    """A bound on the density: the best pairs hold more of the scores than their share, and own blocks come on top."""
+    """A bound on the density: the best pairs hold more of the scores than their share, and kept blocks come on top."""
+    kept = min(1 + len(rule.always), num_blocks) / num_blocks
     if isinstance(rule, TopK):
-        return rule.blocks_per_query(num_blocks) / num_blocks
-    return min(rule.tau + 1 / num_blocks, rule.max_density or 1.0)
+        return max(kept, rule.blocks_per_query(num_blocks) / num_blocks)
+    cap = 1.0 if rule.max_density is None else max(kept, rule.max_density)
+    return min(rule.tau + kept, cap)
 
 
 def _read(selected: Tensor, partition: BlockPartition, choice: Choice) -> Bounds:
