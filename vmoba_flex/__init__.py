@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vmoba_flex.models import VMoBAHandle, apply_vmoba, register_adapter
     from vmoba_flex.module import VMoBAAttention
     from vmoba_flex.partition import BlockPartition
+    from vmoba_flex.remember import Remember
     from vmoba_flex.rules import Threshold, TopK
     from vmoba_flex.selection.choose import vmoba_selection
     from vmoba_flex.selection.exact_gate import block_masses
@@ -41,6 +42,7 @@ __all__ = [
     "BySteps",
     "FlexInputs",
     "Layer",
+    "Remember",
     "Selection",
     "Tail",
     "Threshold",
@@ -66,6 +68,7 @@ _MODULES = {
     "BySteps": "by_steps",
     "FlexInputs": "flex_inputs",
     "Layer": "layer",
+    "Remember": "remember",
     "Selection": "selection.kept",
     "Tail": "tail",
     "Threshold": "rules",
