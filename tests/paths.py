@@ -145,7 +145,7 @@ def assert_within_budget(actual: list[Tensor], low: list[Tensor], exact: list[Te
 
     Rounding the exact result to the tensor's dtype is always granted: a lucky reference may hit it exactly. So is
     float32's rounding of a sum over the head dim of products as large as the results: gradients are differences of such
-    sums, and where they cancel, as with one key alone, the reference may take them in an order that leaves nothing.
+    sums, and where they cancel, as with only one key, the reference may take them in an order that leaves nothing.
     """
     largest = max(truth.abs().max() for truth in exact)
     names = ("output", "dquery", "dkey", "dvalue")[: len(actual)]

@@ -65,18 +65,22 @@ def partitions(draw: st.DrawFn, text: bool = True) -> BlockPartition:
 def rules(draw: st.DrawFn, num_blocks: int, pool: str | None = None, exact: bool = False) -> Rule:
     """Both rules over all of their pools, or one, and all gates, with the extremes k = 1, k = N and tau = 1 common.
 
+    A third of them keep up to two blocks always.
+
     With ``exact``, none that takes exponentials, which no two devices or precisions round alike.
     """
     gate = "mean" if exact else draw(st.sampled_from(GATES))
     if pool is None:
         pool = draw(st.sampled_from(POOLS))
+    block = st.integers(0, num_blocks - 1)
+    always = draw(st.just(()) | st.just(()) | st.lists(block, min_size=1, max_size=2).map(tuple))
     if pool != "block" and draw(st.booleans()):
         if draw(st.booleans()):
-            return TopK(draw(st.integers(1, num_blocks)), pool=pool, gate=gate)
-        return TopK(density=draw(shares()), pool=pool, gate=gate)
+            return TopK(draw(st.integers(1, num_blocks)), pool=pool, gate=gate, always=always)
+        return TopK(density=draw(shares()), pool=pool, gate=gate, always=always)
     max_density = draw(st.none() | shares())
     normalize = "minmax" if exact else draw(st.sampled_from(NORMALIZE))
-    return Threshold(draw(shares()), pool=pool, max_density=max_density, normalize=normalize, gate=gate)
+    return Threshold(draw(shares()), pool=pool, max_density=max_density, normalize=normalize, gate=gate, always=always)
 
 
 def shares() -> st.SearchStrategy[float]:

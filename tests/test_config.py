@@ -232,7 +232,7 @@ def test_approx_blocks_come_near_to_the_count(grid: tuple[int, int, int], count:
 
 
 @given(st.tuples(st.integers(8, 40), st.integers(24, 60), st.integers(24, 60)), st.integers(16, 60))
-@example((23, 23, 46), 23)  # divided by 23 x 23 x 2 alone
+@example((23, 23, 46), 23)  # divided by 23 x 23 x 2 only
 def test_approx_blocks_are_not_slivers(grid: tuple[int, int, int], count: int):
     about = VMoBAConfig(1, ApproxBlocks(count), ApproxBlocks(count), RULE)
     _, *window = about.partition("spatial", grid).block

@@ -222,7 +222,7 @@ def test_fastvideo_pools(name: str, pool: str):
 
 
 @given(st.tuples(*[st.integers(0, 3)] * 3).filter(any), st.integers(0, 6))
-def test_fastvideo_cycle_starts_behind_the_dense_layers(runs: tuple[int, int, int], dense: int):
+def test_fastvideo_cycle_starts_after_the_dense_layers(runs: tuple[int, int, int], dense: int):
     names = ("temporal_layer", "spatial_layer", "st_layer")
     ours = from_fastvideo(first_full_layer=dense, first_full_step=0, **dict(zip(names, runs, strict=True)))
     layers = [ours.layer(i, 20) for i in range(20)]

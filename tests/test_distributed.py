@@ -31,15 +31,15 @@ ROOT = Path(__file__).parent.parent
 RULES = [
     TopK(2),
     TopK(2, pool="head"),
-    TopK(density=0.4, pool="global"),
+    TopK(density=0.4, pool="global", gate="cells"),
     Threshold(0.3, pool="query"),
     Threshold(0.3, pool="block", max_density=0.5),
     Threshold(0.25, pool="head"),
     Threshold(0.25, pool="head", max_density=0.3),
     Threshold(0.3, pool="global"),
     Threshold(0.9, pool="global", max_density=0.4),
-    Threshold(0.6, pool="global", normalize="softmax"),
-    WarmedThreshold(0.1, pool="block", now=torch.tensor([0.5], dtype=torch.float64)),
+    Threshold(0.6, pool="global", normalize="softmax", gate="exact"),
+    WarmedThreshold(0.1, pool="block", gate="spread", now=torch.tensor([0.5], dtype=torch.float64)),
 ]
 DISPATCHES = ["tiles", "packed", "shared", "dense"]
 PARTITION = BlockPartition((5, 6, 7), (2, 3, 4), prefix=3, suffix=5)
@@ -238,7 +238,7 @@ def test_each_rank_gets_the_log_sum_exp_of_its_tokens(rank_pool, dispatch, heads
             torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_ranks_of_text_alone(rank_pool):
+def test_ranks_of_text_only(rank_pool):
     partition = BlockPartition((2, 2, 3), (1, 2, 3), prefix=50, suffix=40)
     for heads in (4, 2):
         for rule, dispatch in ((RULES[6], "tiles"), (RULES[8], "packed")):
@@ -298,7 +298,7 @@ def test_no_scores_travel(rank_pool):
     assert rank_pool.run(largest_reduction, problem(RULES[6], 4)) == [0] * 4
 
 
-def alone(problem: Problem) -> bool:
+def called_on_one_rank(problem: Problem) -> bool:
     """Whether a group of one rank changes nothing, on a rank."""
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     tensors = (problem.query, problem.key, problem.value, problem.partition, problem.rule)
@@ -306,7 +306,7 @@ def alone(problem: Problem) -> bool:
 
 
 def test_a_group_of_one(rank_pool):
-    assert all(rank_pool.run(alone, problem(RULES[5], 2)))
+    assert all(rank_pool.run(called_on_one_rank, problem(RULES[5], 2)))
 
 
 def eager_and_compiled(
@@ -357,7 +357,7 @@ def test_inductor(rank_pool):
 
 
 def test_torchs_collectives_are_what_they_were():
-    """``collectives.py`` alone uses this private module of torch."""
+    """Only ``collectives.py`` uses this private module of torch."""
     functional = collectives.functional
     assert list(inspect.signature(functional.all_to_all_single).parameters) == [
         "self", "output_split_sizes", "input_split_sizes", "group", "tag",

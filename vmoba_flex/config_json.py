@@ -68,7 +68,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Remember):
         return dataclasses.asdict(value)
     if isinstance(value, TopK | Threshold):
-        return {key: item for key, item in dataclasses.asdict(value).items() if item is not None}
+        return {key: item for key, item in dataclasses.asdict(value).items() if item not in (None, ())}
     if isinstance(value, Mapping):
         return {kind: _plain(rule) for kind, rule in value.items()}
     if isinstance(value, BySteps):

@@ -51,7 +51,7 @@ def choose_dispatch(
     if isinstance(rule, Selection):
         if rule.choice == "tile":
             return "shared"
-        unbounded = rule.bound is None
+        unbounded = rule.bounds.rows is None
     else:
         unbounded = isinstance(rule, Threshold) and rule.max_density is None
     compiled = torch.compiler.is_compiling()
@@ -80,7 +80,7 @@ def dense_seconds(heads: int, tokens: int, head_dim: int, backward: bool) -> flo
 def packed_share(rule: Rule | Selection, partition: BlockPartition, tail: Tail | None, backward: bool = False) -> float:
     """Estimated time of ``"packed"`` as a share of the dense peer's, at the largest density that the rule allows."""
     constant, factor = _SHARE
-    density = rule.max_density if isinstance(rule, Selection) else largest_density(rule, partition.num_blocks)
+    density = rule.bounds.density if isinstance(rule, Selection) else largest_density(rule, partition.num_blocks)
     share = constant + factor * density
     if tail is None:
         return share

@@ -25,7 +25,8 @@ class capture:  # noqa: N801 - read as a verb: with capture(model) as captured
 
     Dense layers and steps are recorded too, and still attend everything. Compiled models run eagerly while it is on.
 
-    The step is the scheduler's or that of ``handle.set_step``. Without either, it is the number of forwards so far.
+    The step is the scheduler's, or what ``handle.set_step`` was given. Without either, it is the number of forwards so
+    far.
 
     Args:
         pipe_or_model: what ``apply_vmoba`` was called with.

@@ -68,9 +68,11 @@ class Applied:
         if torch.is_grad_enabled():
             self._bind_checkpoints(model)
         self.state.enter(forward)
-        # Dynamo counts graphs by the code of a layer. Those of further grids and kinds are no recompilations.
-        self.state.blocks.update((plan.grid, plan.block) for plan in forward.plans)
-        limit = max(dynamo_config.recompile_limit, len(self.state.blocks) * self.recompile_limit)
+        # Dynamo counts graphs by the code of a layer. Graphs of further grids, kinds and texts are no recompilations.
+        texts = [x for name, x in arguments.items() if name.startswith("encoder_hidden_states")]
+        text = tuple(x.shape[1] for x in texts if isinstance(x, Tensor))
+        self.state.shapes.update((plan.grid, plan.block, text) for plan in forward.plans)
+        limit = max(dynamo_config.recompile_limit, len(self.state.shapes) * self.recompile_limit)
         settings = dynamo_config.patch(recompile_limit=limit)
         settings.__enter__()
         self.state.now.settings = settings

@@ -18,8 +18,8 @@ from vmoba_flex.warmup import check_warmup, warmed
 if TYPE_CHECKING:  # loads torch._dynamo
     from vmoba_flex.models.applied import Applied
 
-# Where pipelines keep their transformers; Wan 2.2 has two experts.
-_COMPONENTS = ("transformer", "transformer_2")
+# Where pipelines keep their transformers; Wan 2.2 has two experts, and MiniMax-H3 one for references.
+_COMPONENTS = ("transformer", "transformer_2", "transformer_ref")
 
 
 class VMoBAHandle:

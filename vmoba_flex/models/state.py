@@ -69,7 +69,7 @@ class ModelState:
         now: the forward under way.
         alive: forwards whose graphs may still need a recomputation.
         told: what has been logged.
-        blocks: each grid with each block shape so far, as many as each layer has graphs.
+        shapes: each grid with each block shape and numbers of text tokens so far, as many as each layer has graphs.
     """
 
     config: VMoBAConfig
@@ -83,7 +83,7 @@ class ModelState:
     now: ModelNow = dataclasses.field(default_factory=ModelNow)
     alive: "weakref.WeakSet[Forward]" = dataclasses.field(default_factory=weakref.WeakSet)
     told: Told = dataclasses.field(default_factory=Told)
-    blocks: set[tuple[Grid, Grid]] = dataclasses.field(default_factory=set)
+    shapes: set[tuple[Grid, Grid, tuple[int, ...]]] = dataclasses.field(default_factory=set)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "alive"}

@@ -32,7 +32,7 @@ _COGVIDEOX = Adapter(
 )
 _NO_GRID = (
     "it gives its transformer coordinates in place of a grid. Use LTXPipeline.from_pipe(pipe) or "
-    "LTXImageToVideoPipeline.from_pipe(pipe)"
+    "LTXImageToVideoPipeline.from_pipe(pipe), or apply to pipe.transformer and call handle.set_grid"
 )
 
 # Video, then images as grids of one frame.

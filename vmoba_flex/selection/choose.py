@@ -40,8 +40,8 @@ def vmoba_selection(
 ) -> Tensor | Selection:
     """Chooses the blocks that each video query attends (arXiv 2506.23858, Sec. 3).
 
-    Every query's own block is chosen. Pools never span samples. Nothing is read back to the host, but for one number
-    with ``as_bits`` and a rule that does not bound its pairs.
+    Every query's own block is chosen, and those of ``rule.always``. Pools never span samples. Nothing is read back to
+    the host, but for one number with ``as_bits`` and a rule that does not bound its pairs.
 
     Args:
         query: ``(B, H, S, D)`` in raster order, prefix and suffix included; floating point. Under autocast both tensors

@@ -17,11 +17,10 @@ from vmoba_flex.groups import group_sizes
 from vmoba_flex.inputs import check_query_key, check_scale, check_text_lengths, under_autocast
 from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import TopK
 from vmoba_flex.selection.gate import num_blocks
 
 _LOG = logging.getLogger(__name__)
-_KERNEL_MAX_DIM = 256
+_KERNEL_MAX_DIM = {2: 256, 4: 128}  # by bytes of a number
 _CHUNK_SCORES = 2**26  # in memory at a time: 256 MiB in float32
 
 
@@ -63,7 +62,7 @@ def block_masses(
         (torch.Size([1, 2, 256, 4]), True)
     """
     query, key = under_autocast(query, key)
-    partition = check_query_key(query, key, partition, TopK(1))  # a rule that fits any blocks
+    partition = check_query_key(query, key, partition, None)
     check_text_lengths(text_lengths, query, partition)
     scale = scale_of(check_scale(scale), query)
     return _block_masses(query.detach(), key.detach(), partition.flat, scale, text_lengths)
@@ -136,11 +135,11 @@ def group_lse(
         float32 or float64 ``(B, H, groups, count)``; -inf for a group without valid keys.
     """
     if query.is_cuda and count:
-        if query.dtype != torch.float64 and query.shape[-1] <= _KERNEL_MAX_DIM:
+        if query.shape[-1] <= _KERNEL_MAX_DIM.get(query.element_size(), 0):
             from vmoba_flex.selection import exact_kernels
 
             return exact_kernels.group_lse(query, key, partition, before, count, scale, groups, text_lengths)
-        _log_eager(f"the kernel takes 16 and 32 bit and at most {_KERNEL_MAX_DIM} dims", query.dtype, query.shape[-1])
+        _log_eager(query.dtype, query.shape[-1])
     (batch, heads, _, _), sizes = query.shape, group_sizes(partition)[:groups]
     ordered = partition.to_block_order(key)
     first, end = partition.prefix, partition.prefix + partition.num_video_tokens
@@ -164,9 +163,12 @@ def group_lse(
 
 
 @functools.cache
-def _log_eager(reason: str, dtype: torch.dtype, dim: int) -> None:
-    """Logs each reason once."""
-    _LOG.warning("exact masses are made in plain PyTorch, which is slow: %s, got %s and %d dims", reason, dtype, dim)
+def _log_eager(dtype: torch.dtype, dim: int) -> None:
+    """Logs once for each kind of inputs."""
+    _LOG.warning(
+        "exact masses are made in plain PyTorch, which is slow: the kernel takes 16 bit with head dims up to 256 and "
+        "float32 with up to 128, got %s and %d", dtype, dim,
+    )  # fmt: skip
 
 
 def _masses_dtype(query: Tensor) -> torch.dtype:
