@@ -157,7 +157,7 @@ def _by_kind(records: list[Record], config: VMoBAConfig) -> Iterator[tuple[str, 
 
 def _by_layer(records: list[Record], config: VMoBAConfig, count: int) -> Iterator[tuple[str, int, list[Record]]]:
     for layer in range(count):
-        if dataclasses.replace(config, dense_steps=0).layer(layer, count, 0, 1).dense:
+        if dataclasses.replace(config, dense_steps=0, remember=None).layer(layer, count, 0, 1).dense:
             continue
         here = [record for record in records if record.layer == layer]
         if not here:

@@ -120,7 +120,7 @@ def layer_of(record: Record, rule: Rule | VMoBAConfig) -> tuple[str, BlockPartit
     """
     if not isinstance(rule, VMoBAConfig):
         return record.kind, record.partition, rule, None
-    of_sparse_steps = dataclasses.replace(rule, dense_steps=0)
+    of_sparse_steps = dataclasses.replace(rule, dense_steps=0, remember=None)
     layer = of_sparse_steps.layer(record.layer, num_layers_of(record, rule), record.step, record.num_steps)
     where = record.partition
     partition = rule.partition(layer.kind, where.grid, where.prefix, where.suffix)

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vmoba_flex.config_fields import LayerRule
 from vmoba_flex.models.processor import VMoBAProcessor
 from vmoba_flex.models.state import ModelState
-from vmoba_flex.rules import Rule
 
 # Where padding lies among tokens that are not the grid's.
 Padding = Literal["none", "last", "anywhere"]
@@ -34,7 +34,9 @@ class HookedProcessor(VMoBAProcessor):
         handing_over: the copy of the stock processor that calls ``attend_call``.
     """
 
-    def __init__(self, stock: Any, state: ModelState, kind: str, rule: Rule, *, padding: Padding, joint: bool) -> None:
+    def __init__(
+        self, stock: Any, state: ModelState, kind: str, rule: LayerRule, *, padding: Padding, joint: bool
+    ) -> None:
         self.padding: Padding = padding
         self.joint = joint
         super().__init__(stock, state, kind, rule)
