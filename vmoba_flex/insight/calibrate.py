@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from vmoba_flex.checks import check_positive
+from vmoba_flex.checks import check_choice, check_positive
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.dispatch.choose import dense_seconds, packed_share, packed_wins
 from vmoba_flex.insight.masses import overlap_of, recall_of, true_mass
 from vmoba_flex.insight.measure import choose, layer_of, sample_rows
 from vmoba_flex.insight.records import Record
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule, Threshold
+from vmoba_flex.rules import GATES, Gate, Rule, Threshold
 from vmoba_flex.tail import Tail
 
 MARGIN = 1.25
@@ -40,6 +40,7 @@ class Calibrated(NamedTuple):
         share: estimated time of ``packed`` as a share of full attention's, by which ``auto`` decides: at the largest
             density that the rule allows. ``auto`` also takes ``"dense"`` where full attention takes less time than
             launching ``packed``.
+        kept: whether the config has this rule: one of those with other gates may be better.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Calibrated(NamedTuple):
     records: int
     auto: str
     share: float
+    kept: bool = True
 
 
 def calibrate(
@@ -59,6 +61,7 @@ def calibrate(
     recall: float | None = None,
     overlap: float | None = None,
     density: float | None = None,
+    gates: Sequence[Gate] = (),
     rows: int = 256,
     seed: int = 0,
 ) -> tuple[VMoBAConfig, list[Calibrated]]:
@@ -83,11 +86,13 @@ def calibrate(
         recall: wanted share of attention on chosen blocks and text, in (0, 1].
         overlap: wanted overlap with full attention, in (0, 1], in place of ``recall``: with a tail, what counts.
         density: wanted share of the pairs, in place of ``recall``.
+        gates: to compare, in place of each rule's own. Of these each kind gets the one with the fewest pairs, or, where
+            a density is wanted, the largest overlap.
         rows: sampled queries of each record.
         seed: of the sample.
 
     Returns:
-        The config, and what was found for each kind.
+        The config, and what was found for each kind and gate.
 
     Raises:
         ValueError: unless one of ``recall``, ``overlap`` and ``density`` is given, or if it is not in (0, 1], a kind
@@ -102,22 +107,28 @@ def calibrate(
     if not 0 < wanted <= 1:
         raise ValueError(f"{name} must lie in (0, 1], got {wanted!r}")
     check_positive("rows", rows)
+    for gate in gates:
+        check_choice("gates", gate, GATES)
     found = []
     for kind in dict.fromkeys(config.cycle):
         here = [record for record in records if layer_of(record, config)[0] == kind]
         here = [record for record in here if layer_of(record, config)[2] is not None]
         if not here:
             raise ValueError(f"records must have a {kind} layer that is not dense in the config, got none")
-        found.append(_find(kind, here, config, name, wanted, _measure_of(here, config, rows, seed)))
-    rules = {one.kind: one.rule for one in found}
+        start = layer_of(here[0], config)[2]
+        assert start is not None  # of a layer that is not dense
+        measure = _measure_of(here, config, rows, seed)
+        starts = [dataclasses.replace(start, gate=gate) for gate in gates or (start.gate,)]
+        tried = [_find(kind, here, config, each, name, wanted, measure) for each in starts]
+        best = min(tried, key=lambda one: -one.overlap if name == "density" else one.density)
+        found += [one._replace(kept=one is best) for one in tried]
+    rules = {one.kind: one.rule for one in found if one.kept}
     return dataclasses.replace(config, rule=rules), found
 
 
 def _find(
-    kind: str, records: list[Record], config: VMoBAConfig, name: str, wanted: float, measure: _Measure
+    kind: str, records: list[Record], config: VMoBAConfig, start: Rule, name: str, wanted: float, measure: _Measure
 ) -> Calibrated:
-    start = layer_of(records[0], config)[2]
-    assert start is not None  # of a layer that is not dense
     found = _smallest(start, name, wanted, measure)
     if found is None:
         most = measure(_rule_at(start, 1.0), name == "overlap")[name]
@@ -178,7 +189,7 @@ def _measure_of(records: list[Record], config: VMoBAConfig, rows: int, seed: int
     """Mean recall, density and, if asked for, overlap under a rule; the true masses are computed once."""
     partitions = [layer_of(record, config)[1] for record in records]
     samples = [sample_rows(partition, rows, seed).to(records[0].query.device) for partition in partitions]
-    masses = [true_mass(*one)[0] for one in zip(records, partitions, samples, strict=True)]
+    masses = [true_mass(*one) for one in zip(records, partitions, samples, strict=True)]
 
     def measure(rule: Rule, overlap: bool) -> dict[str, float]:
         found: dict[str, list[float]] = {"recall": [], "density": []} | ({"overlap": []} if overlap else {})
