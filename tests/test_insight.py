@@ -17,11 +17,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.paths import attend
 from tests.strategies import Problem
 from tests.test_tail import tailed
-from vmoba_flex import BlockPartition, BySteps, Tail, Threshold, TopK, VMoBAConfig, reference, vmoba_selection
+from vmoba_flex import (
+    BlockPartition,
+    BySteps,
+    Tail,
+    Threshold,
+    TopK,
+    VMoBAConfig,
+    block_masses,
+    reference,
+    vmoba_selection,
+)
 from vmoba_flex.dispatch.choose import choose_dispatch
 from vmoba_flex.insight import Record, Timing, break_even, calibrate, crossover, inspect, load, save
 from vmoba_flex.insight.calibrate import MARGIN, _auto_is_packed
-from vmoba_flex.insight.masses import best_choice, overlap_of, recall_of, true_mass
+from vmoba_flex.insight.masses import best_choice, entropy_of, overlap_of, recall_of, true_mass
 from vmoba_flex.insight.measure import layer_of, own_blocks, sample_rows
 from vmoba_flex.user_error import UserError
 
@@ -113,11 +123,10 @@ def test_samples_are_seeded_and_mass_takes_them_in_parts(monkeypatch: pytest.Mon
     rows = sample_rows(one.partition, 50, seed=1)
     assert len(rows.unique()) == 50 and torch.equal(rows, sample_rows(one.partition, 50, seed=1))
     assert not torch.equal(rows, sample_rows(one.partition, 50, seed=2))
-    mass, entropy = true_mass(one, one.partition, rows)
+    mass, entropy = true_mass(one, one.partition, rows), entropy_of(one, one.partition, rows)
+    torch.testing.assert_close(mass, block_masses(one.query[None], one.key[None], one.partition)[0, :, rows])
     monkeypatch.setattr("vmoba_flex.insight.masses._LOGITS", 7 * one.query.shape[1])
-    parts, entropy_in_parts = true_mass(one, one.partition, rows)
-    torch.testing.assert_close(parts, mass)
-    torch.testing.assert_close(entropy_in_parts, entropy)
+    torch.testing.assert_close(entropy_of(one, one.partition, rows), entropy)
     chosen = own_blocks(one.partition, mass.device)[rows].expand(2, -1, -1)
     overlap = overlap_of(one, one.partition, rows, chosen, Tail(8))
     monkeypatch.undo()
@@ -276,6 +285,28 @@ def test_calibrate_reaches_a_wanted_overlap_at_fewer_pairs_than_recall():
     assert without.overlap == without.recall
     with pytest.raises(ValueError, match="tail must be None next to a config, which has its own, got Tail"):
         inspect(records, found, tail=Tail(4))
+
+
+def test_calibrate_compares_gates_and_keeps_the_best():
+    config = dataclasses.replace(CONFIG, rule=Threshold(0.5, normalize="softmax", pool="query"), cycle=("spatial",))
+    records = [dataclasses.replace(record(1, seed), layer=0) for seed in range(2)]
+    for wanted in ({"recall": 0.7}, {"density": 0.3}):
+        kept, found = calibrate(records, config, gates=("mean", "spread", "exact"), **wanted)
+        mean_gate, spread, exact = found
+        assert [one.rule.gate for one in found] == ["mean", "spread", "exact"]
+        assert [one.kept for one in found] == [False, False, True]  # nothing beats the masses themselves
+        assert isinstance(kept.rule, Mapping) and kept.rule["spatial"] == exact.rule
+        (alone,) = calibrate(records, config, **wanted)[1]
+        assert alone == mean_gate._replace(kept=True)
+        if "recall" in wanted:
+            assert exact.density < min(mean_gate.density, spread.density)
+        else:
+            assert exact.overlap > max(mean_gate.overlap, spread.overlap)
+    # What the exact gate chooses is the best choice of as many pairs.
+    report = inspect(records[:1], TopK(2, gate="exact"), rows=10_000)[0]
+    assert report.recall == pytest.approx(report.best_recall, abs=1e-6)
+    with pytest.raises(ValueError, match=r"gates must be one of .* got 'median'"):
+        calibrate(records, config, recall=0.5, gates=("median",))
 
 
 def test_calibrate_reaches_a_wanted_density():

@@ -48,22 +48,22 @@ def test_inspect(here: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_what_a_tail_adds_is_told(here: Path, capsys: pytest.CaptureFixture[str]):
-    options = ["ok.safetensors", "--density", "0.2", "--pool", "query", "--tail", "4"]
+    options = ["ok.safetensors", "--density", "0.2", "--pool", "query", "--tail", "4", "--gate", "spread"]
     assert main(["inspect", *options, "--json", "i.json", "--plot", "i.png"]) == 0
     results = json.loads((here / "i.json").read_text())
     assert results["tail"] == "Tail(cell=4)"
     assert all(head["recall"] < head["overlap"] < 1 for head in results["heads"])
-    config = ["--output", "c.json", "--tail", "4", "--rows", "16"]
-    assert main(["calibrate", "ok.safetensors", "--overlap", "0.8", *config]) == 0
-    assert VMoBAConfig.from_json((here / "c.json").read_text()).tail == Tail(4)
+    config = ["--output", "c.json", "--tail", "4", "--rows", "16", "--gates", "exact"]
+    capsys.readouterr()
+    assert main(["calibrate", "ok.safetensors", "--recall", "0.8", *config]) == 0
+    assert capsys.readouterr().out.count("gate='exact'") == 3
+    found = VMoBAConfig.from_json((here / "c.json").read_text())
+    assert found.tail == Tail(4)
+    assert isinstance(found.rule, Mapping) and all(rule.gate == "exact" for rule in found.rule.values())
     for what, wide in (("choice", 1), ("density", 1400)):  # a panel more
         rule = ["--density", "0.2", "--pool", "query", "--tail", "4"]
         assert main(["plot", "ok.safetensors", "--output", f"{what}.png", "--what", what, *rule]) == 0
         assert matplotlib.image.imread(here / f"{what}.png").shape[1] > wide
-    capsys.readouterr()
-    sizes = ["--tokens", "512", "--heads", "1", "--head-dim", "8", "--density", "0.25", "--pool", "query"]
-    assert main(["bench", *sizes, "--tail", "16", "--json", "b.json"]) == 0
-    assert json.loads((here / "b.json").read_text())["tail"] == "Tail(cell=16)"
 
 
 @pytest.mark.parametrize("base", [[], ["--config", "ok.json"]])
@@ -93,7 +93,7 @@ def test_plot(here: Path, options: list[str]):
 
 def test_bench(here: Path, capsys: pytest.CaptureFixture[str]):
     options = ["--tokens", "512", "1024", "--heads", "1", "--head-dim", "8", "--density", "0.25", "--pool", "query"]
-    assert main(["bench", *options, "--json", "b.json", "--plot", "b.png"]) == 0
+    assert main(["bench", *options, "--tail", "16", "--json", "b.json", "--plot", "b.png"]) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert lines[1] == "1,024 tokens: timed at 8x11x11 = 968, the nearest with square frames."
@@ -101,7 +101,8 @@ def test_bench(here: Path, capsys: pytest.CaptureFixture[str]):
     assert [line.partition(":")[0] for line in captured.err.splitlines()] == [
         f"{tokens} tokens, {direction}" for tokens in (512, 968) for direction in ("forward", "forward + backward")
     ]
-    assert len(json.loads((here / "b.json").read_text())["timings"]) == 4
+    results = json.loads((here / "b.json").read_text())
+    assert (len(results["timings"]), results["tail"]) == (4, "Tail(cell=16)")
     assert matplotlib.image.imread(here / "b.png").shape[1] > 1000
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from vmoba_flex.user_error import UserError
 from vmoba_flex.version import __version__
 
-_RULE = ("tau", "density", "pool", "normalize", "max_density")
+_RULE = ("tau", "density", "pool", "normalize", "max_density", "gate")
 
 # An option, its value (None for any), and the options that have no effect next to it: giving one of those is an error.
 _EXCLUDES = (
@@ -19,9 +19,11 @@ _EXCLUDES = (
     ("what", "density", ("layer", "step", "head", "query")),
 )
 
+_GATES = ("mean", "cells", "spread", "exact")
+
 # The parser leaves these None where they were not given, so that the check above sees what was; then they get these
 # values. The demo's own default is the rule that its model was trained with.
-_DEFAULTS = {"tau": 0.25, "pool": "head", "normalize": "minmax", "rows": 256, "seed": 0}
+_DEFAULTS = {"tau": 0.25, "pool": "head", "normalize": "minmax", "gate": "mean", "rows": 256, "seed": 0}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -72,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     rule.add_argument("--pool", choices=("query", "block", "head", "global"), help="what competes (default: head)")
     rule.add_argument("--normalize", choices=("minmax", "softmax"), help="of a Threshold's scores (default: minmax)")
     rule.add_argument("--max-density", type=float, help="cap of a Threshold (default: none)")
+    rule.add_argument("--gate", choices=_GATES, help="what scores blocks (default: mean)")
     outputs = argparse.ArgumentParser(add_help=False)
     outputs.add_argument("--json", type=Path, metavar="JSON", help="write the results to this file")
     outputs.add_argument("--plot", type=Path, metavar="PNG", help="draw the results in this file")
@@ -112,6 +115,8 @@ def _add_calibrate(commands: Any, *parents: argparse.ArgumentParser) -> None:
     wanted.add_argument("--overlap", type=float, help=words)
     wanted.add_argument("--density", type=float, dest="wanted_density", help="wanted share of the pairs")
     one.add_argument("--by", choices=("kind", "layer"), default="kind", help="what has a rule of its own: %(default)s")
+    words = "gates to compare; each kind gets the best (default: the rule's own)"
+    one.add_argument("--gates", nargs="+", choices=_GATES, metavar="GATE", help=words)
     one.add_argument("--output", type=Path, metavar="JSON", default=Path("vmoba.json"), help="default: %(default)s")
 
 

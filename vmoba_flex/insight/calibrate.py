@@ -18,7 +18,7 @@ from vmoba_flex.insight.masses import overlap_of, recall_of, true_mass
 from vmoba_flex.insight.measure import choose, layer_of, num_layers_of, sample_rows
 from vmoba_flex.insight.records import Record
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule, Threshold
+from vmoba_flex.rules import GATES, Gate, Rule, Threshold
 from vmoba_flex.tail import Tail
 
 MARGIN = 1.25
@@ -48,6 +48,7 @@ class Calibrated(NamedTuple):
             launching ``packed``.
         layer: the layer, where each has a rule of its own; None for all of the kind.
         start: from which step or share of the steps on the rule holds; None for all steps.
+        kept: whether the config has this rule: one of those with other gates may be better.
     """
 
     kind: str
@@ -60,6 +61,7 @@ class Calibrated(NamedTuple):
     share: float
     layer: int | None = None
     start: int | float | None = None
+    kept: bool = True
 
 
 def calibrate(
@@ -70,6 +72,7 @@ def calibrate(
     overlap: float | None = None,
     density: float | None = None,
     by: By = "kind",
+    gates: Sequence[Gate] = (),
     rows: int = 256,
     seed: int = 0,
 ) -> tuple[VMoBAConfig, list[Calibrated]]:
@@ -98,11 +101,13 @@ def calibrate(
         density: wanted share of the pairs, in place of ``recall``.
         by: ``"kind"`` for one rule for each kind, ``"layer"`` for one for each layer, which needs records of all layers
             that are not dense.
+        gates: to compare, in place of each rule's own. Of these each rule gets the one with the fewest pairs, or, where
+            a density is wanted, the largest overlap.
         rows: sampled queries of each record.
         seed: of the sample.
 
     Returns:
-        The config, and what was found for each kind or layer, entry by entry.
+        The config, and what was found for each kind or layer, entry by entry, gate by gate.
 
     Raises:
         ValueError: unless one of ``recall``, ``overlap`` and ``density`` is given, or if it is not in (0, 1], ``by`` is
@@ -119,6 +124,8 @@ def calibrate(
     check_positive("rows", rows)
     check_choice("by", by, _BY)
     sparse = [record for record in records if layer_of(record, config)[2] is not None]
+    for gate in gates:
+        check_choice("gates", gate, GATES)
     found: list[Calibrated] = []
     by_kind: dict[str, LayerRule] = {}
     by_layer = _rules_of_layers(records, config) if by == "layer" else []
@@ -126,10 +133,13 @@ def calibrate(
         setting = rule_of_layer(config.rule, kind, here[0].layer, num_layers_of(here[0], config))
         pairs = []
         for start, rule, there in _by_entry(setting, here, kind if layer is None else f"layer {layer}"):
-            one = _find(kind, rule, there, config, name, wanted, _measure_of(there, config, rows, seed))
-            found.append(one._replace(layer=layer, start=start))
-            pairs.append((start, one.rule))
-        rule = BySteps(pairs) if isinstance(setting, BySteps) else found[-1].rule
+            measure = _measure_of(there, config, rows, seed)
+            with_gates = [dataclasses.replace(rule, gate=gate) for gate in gates or (rule.gate,)]
+            tried = [_find(kind, each, there, config, name, wanted, measure) for each in with_gates]
+            best = min(tried, key=lambda one: -one.overlap if name == "density" else one.density)
+            found += [one._replace(layer=layer, start=start, kept=one is best) for one in tried]
+            pairs.append((start, best.rule))
+        rule = BySteps(pairs) if isinstance(setting, BySteps) else pairs[0][1]
         if layer is None:
             by_kind[kind] = rule
         else:
@@ -248,7 +258,7 @@ def _measure_of(records: list[Record], config: VMoBAConfig, rows: int, seed: int
     layers = [layer_of(record, config) for record in records]
     samples = [sample_rows(partition, rows, seed).to(records[0].query.device) for _, partition, _, _ in layers]
     masses = [
-        true_mass(record, partition, sample)[0]
+        true_mass(record, partition, sample)
         for record, (_, partition, _, _), sample in zip(records, layers, samples, strict=True)
     ]
 

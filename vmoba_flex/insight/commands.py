@@ -54,10 +54,10 @@ def run_calibrate(arguments: argparse.Namespace) -> str:
             paper = VMoBAConfig.paper("inference", records[0].partition.grid)
             config = dataclasses.replace(paper, rule=Threshold(0.5, normalize="softmax"), tail=_tail(arguments))
         wanted = {"recall": arguments.recall, "overlap": arguments.overlap, "density": arguments.wanted_density}
-        options = {"by": arguments.by, "rows": arguments.rows, "seed": arguments.seed}
+        options = {"by": arguments.by, "gates": arguments.gates or (), "rows": arguments.rows, "seed": arguments.seed}
         config, found = calibrate(records, config, **wanted, **options)
         draft.write_text(config.to_json() + "\n")
-    lines = [_table(found), *_about_auto(config, found)]
+    lines = [_table(found), *_about_auto(config, [one for one in found if one.kept])]
     if config.dense_steps:
         lines.append(f"dense_steps: {config.dense_steps}, as in {arguments.config or 'the paper'}.")
     return "\n".join([*lines, f"Config: {arguments.output}, for VMoBAConfig.load"])
@@ -182,8 +182,8 @@ def _rule(arguments: argparse.Namespace) -> Rule | VMoBAConfig:
 def _plain_rule(arguments: argparse.Namespace) -> Rule:
     with _mendable():
         if arguments.density is not None:
-            return TopK(density=arguments.density, pool=arguments.pool)
-        options = {"max_density": arguments.max_density, "normalize": arguments.normalize}
+            return TopK(density=arguments.density, pool=arguments.pool, gate=arguments.gate)
+        options = {"max_density": arguments.max_density, "normalize": arguments.normalize, "gate": arguments.gate}
         return Threshold(arguments.tau, pool=arguments.pool, **options)
 
 

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmoba_flex.cells import cell_ids, cell_means
-from vmoba_flex.groups import group_of_key
+from vmoba_flex.groups import group_of_key, group_sizes
 from vmoba_flex.insight.records import Record
 from vmoba_flex.partition import BlockPartition
+from vmoba_flex.selection.exact_gate import group_lse
 from vmoba_flex.selection.select import POOL_DIMS
 from vmoba_flex.tail import Cells, Tail
 
@@ -17,8 +18,8 @@ _LOGITS = 2**24  # in memory at a time
 
 
 @torch.no_grad()
-def true_mass(record: Record, partition: BlockPartition, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Full attention of some video queries, in float32.
+def true_mass(record: Record, partition: BlockPartition, rows: Tensor) -> Tensor:
+    """The share of some video queries' full attention on each block, as ``block_masses`` has it of all queries.
 
     Args:
         record: query and key.
@@ -26,16 +27,23 @@ def true_mass(record: Record, partition: BlockPartition, rows: Tensor) -> tuple[
         rows: int64, among the video tokens.
 
     Returns:
-        Mass on each block ``(heads, rows, N)``, where the rest up to 1 is on text; entropy in nats ``(heads, rows)``.
+        float32 at least ``(heads, rows, N)``; the rest up to 1 is on text.
     """
-    groups = group_of_key(partition, record.key.device)
-    mass = torch.zeros(len(record.query), len(rows), partition.num_blocks + 1, device=record.key.device)
-    entropy = torch.zeros(mass.shape[:2], device=record.key.device)
+    query, lengths = record.query[None, :, partition.prefix + rows], None
+    if record.text_length is not None:
+        lengths = torch.tensor([record.text_length], device=query.device)
+    groups = len(group_sizes(partition))
+    lse = group_lse(query, record.key[None], partition, 0, len(rows), _scale(record), groups, lengths)[0]
+    return (lse[:, : partition.num_blocks] - lse.logsumexp(1, keepdim=True)).exp().mT
+
+
+@torch.no_grad()
+def entropy_of(record: Record, partition: BlockPartition, rows: Tensor) -> Tensor:
+    """Entropy of the same queries' full attention in nats, float32 ``(heads, rows)``."""
+    entropy = torch.empty(len(record.query), len(rows), device=record.key.device)
     for head, part, logits in _logits(record, partition, rows):
-        shares = logits.log_softmax(-1)
-        entropy[head, part] = torch.special.entr(shares.exp()).sum(-1)
-        mass[head, part] = mass[head, part].index_add(1, groups, shares.exp())
-    return mass[..., :-1], entropy
+        entropy[head, part] = torch.special.entr(logits.softmax(-1)).sum(-1)
+    return entropy
 
 
 def recall_of(mass: Tensor, chosen: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vmoba_flex.checks import check_positive
 from vmoba_flex.config import VMoBAConfig
-from vmoba_flex.insight.masses import best_choice, overlap_of, recall_of, true_mass
+from vmoba_flex.insight.masses import best_choice, entropy_of, overlap_of, recall_of, true_mass
 from vmoba_flex.insight.records import Record
 from vmoba_flex.mask import selection_tiles
 from vmoba_flex.partition import BlockPartition
@@ -89,7 +89,7 @@ def _inspect(record: Record, rule: Rule | VMoBAConfig, tail: Tail | None, rows: 
     kind, partition, plain, of_config = layer_of(record, rule)
     tail = of_config or tail
     sample = sample_rows(partition, rows, seed).to(record.query.device)
-    mass, entropy = true_mass(record, partition, sample)
+    mass = true_mass(record, partition, sample)
     chosen = choose(record, partition, plain)
     own = own_blocks(partition, record.query.device)
     best = best_choice(mass, own[sample], chosen[:, sample], "query" if plain is None else plain.pool)
@@ -103,7 +103,7 @@ def _inspect(record: Record, rule: Rule | VMoBAConfig, tail: Tail | None, rows: 
         recall.mean(1),
         recall_of(mass, best).mean(1),
         overlap.mean(1),
-        entropy.mean(1),
+        entropy_of(record, partition, sample).mean(1),
     )
     return [
         HeadReport(record.model, record.layer, record.step, kind, head, *(float(value[i]) for value in values))

@@ -61,7 +61,7 @@ def plot_mass(record: Record, path: Path, *, rows: int = 1024, seed: int = 0) ->
     """Mean attention mass of the queries of each block on each block, over ``rows`` sampled queries, head by head."""
     partition = record.partition
     sample = sample_rows(partition, rows, seed).to(record.query.device)
-    mass, _ = true_mass(record, partition, sample)
+    mass = true_mass(record, partition, sample)
     block = partition.block_ids(mass.device)[sample]
     blocks = partition.num_blocks
     sums = torch.zeros(len(mass), blocks, blocks, device=mass.device).index_add(1, block, mass)
