@@ -85,12 +85,12 @@ class Adapter:
         return made(stock, state, kind, rule, padding=self.padding, joint=self.joint(model))
 
 
-def _at(path: list[str], module: nn.Module, name: str = "") -> Iterable[tuple[str, nn.Module]]:
+def _at(path: list[str], module: Any, name: str = "") -> Iterable[tuple[str, Any]]:
     """What lies at a path, each with its name."""
     if not path:
         yield name.removesuffix("."), module
     elif path[0] == "*":
-        for i, entry in module.named_children():
+        for i, entry in enumerate(module):
             yield from _at(path[1:], entry, f"{name}{i}.")
     else:
         yield from _at(path[1:], getattr(module, path[0]), f"{name}{path[0]}.")

@@ -36,7 +36,8 @@ class Applied:
             rule = rule_of_layer(state.config.rule, kind, i, len(layers))
             layer.processor = adapter.processor_for(model, layer.processor, state, kind, rule)
             self.processors.append(layer.processor)
-            _register_for_layer_skipping(type(layer.processor))
+        for made in {type(processor) for processor in self.processors}:
+            _register_for_layer_skipping(made)
         if hasattr(type(model), "cache_context"):
             vars(model)["cache_context"] = NamedPasses(model, state)
         # Methods of an instance and no closures: they can be pickled, and a copy of the model has copies of them.
