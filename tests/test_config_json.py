@@ -67,9 +67,11 @@ def test_json_of_steps_is_readable():
     falling = BySteps({0: TopK(density=0.25), 0.5: TopK(1)})
     ours = config(rule=falling, tail=BySteps({0: None, 3: Tail((1, 2, 3))}))
     lines = ours.to_json().splitlines()
-    first, last = ('{"density": 0.25, "pool": "query", "gate": "mean"}', '{"k": 1, "pool": "query", "gate": "mean"}')
-    assert lines[5] == f'  "rule": {{"by_steps": [[0, {first}], [0.5, {last}]]}},'
-    assert '  "tail": {"by_steps": [[0, null], [3, [1, 2, 3]]]}' in lines
+    assert lines[5] == (
+        '  "rule": {"by_steps": [[0, {"density": 0.25, "pool": "query", "gate": "mean"}], '
+        '[0.5, {"k": 1, "pool": "query", "gate": "mean"}]]},'
+    )
+    assert '  "tail": {"by_steps": [[0, null], [3, [1, 2, 3]]]},' in lines
 
 
 def test_json_has_every_field():
