@@ -10,6 +10,7 @@ It needs Triton and no GPU. ``test_targets.py`` holds the kernels to it.
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import io
 import itertools
 import re
@@ -31,6 +32,7 @@ from block_masks import plan_slots
 from block_masks.attention import coarse_kernels, coarse_steps, padding_kernels
 from block_masks.attention.row_attention import Room, attend_rows
 from block_masks.launching import architecture
+from block_masks.launching.launch import QuickLaunch
 from block_masks.masks import list_kernels
 from block_masks.plans import plan_kernels
 from block_masks.plans.rows import _plan_on_gpu
@@ -153,6 +155,18 @@ def compiling(name: str) -> Iterator[list[Compiled]]:
 def name_of(kernel: Any) -> str:
     """The module and name of a kernel, without what all have in common."""
     return f"{kernel.__module__.rpartition('.')[2].removesuffix('_kernels')}.{kernel.__name__.strip('_')}"
+
+
+def all_kernels() -> set[str]:
+    """The names of all kernels of both packages."""
+    root = Path(__file__).parent.parent
+    names = set()
+    for path in (path for package in ("block_masks", "vmoba_flex") for path in (root / package).rglob("*_kernels.py")):
+        module = importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts))
+        functions = [x.kernel if isinstance(x, QuickLaunch) else x for x in vars(module).values()]
+        kernels = (x for x in functions if isinstance(x, JITFunction) and x.__name__.endswith("kernel"))
+        names |= {name_of(kernel) for kernel in kernels}
+    return names
 
 
 def _registers(asm: dict[str, Any]) -> tuple[int, int]:

@@ -3,20 +3,16 @@
 ``make test-targets`` runs what is promised; ``python -m tests.target_kernels`` shows everything.
 """
 
-import importlib
 import importlib.util
-from pathlib import Path
 
 import pytest
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
 
-from tests.target_kernels import TARGETS, Compiled, compile_attention, compile_plans, name_of
+from tests.target_kernels import TARGETS, Compiled, all_kernels, compile_attention, compile_plans
 
 pytestmark = pytest.mark.targets
-
-ROOT = Path(__file__).parent.parent
 
 # What is promised, see docs/gpus.md. Elsewhere kernels may spill, or need too much.
 PROMISED = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
@@ -47,17 +43,5 @@ def test_kernels_of_attention_fit_cdna(dim: int):
 
 
 def test_each_kernel_is_compiled():
-    from triton.runtime.jit import JITFunction
-
-    from block_masks.launching.launch import QuickLaunch
-
-    modules = [
-        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
-        for package in ("block_masks", "vmoba_flex")
-        for path in (ROOT / package).rglob("*_kernels.py")
-    ]
-    functions = [getattr(x, "kernel", x) for module in modules for x in vars(module).values()
-                 if isinstance(x, (QuickLaunch, JITFunction))]  # fmt: skip
-    kernels = {name_of(function) for function in functions if function.__name__.endswith("kernel")}
     compiled = compile_attention("sm80", "bfloat16", 64) + compile_plans("sm80")
-    assert kernels == {one.kernel for one in compiled}
+    assert all_kernels() == {one.kernel for one in compiled}
