@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vmoba_flex.models import VMoBAHandle, apply_vmoba, register_adapter
     from vmoba_flex.module import VMoBAAttention
     from vmoba_flex.partition import BlockPartition
+    from vmoba_flex.remember import Remember
     from vmoba_flex.rules import Threshold, TopK
     from vmoba_flex.selection.choose import vmoba_selection
     from vmoba_flex.selection.exact_gate import block_masses
@@ -43,6 +44,7 @@ __all__ = [
     "FlexInputs",
     "Layer",
     "Machine",
+    "Remember",
     "Selection",
     "Tail",
     "Threshold",
@@ -70,6 +72,7 @@ _MODULES = {
     "FlexInputs": "flex_inputs",
     "Layer": "layer",
     "Machine": "dispatch.machine",
+    "Remember": "remember",
     "Selection": "selection.kept",
     "Tail": "tail",
     "Threshold": "rules",
