@@ -8,9 +8,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vmoba_flex import BlockPartition, Tail, Threshold, TopK, vmoba_attention
+from block_masks.launching import architecture
+from block_masks.plans.rows import TILE
+from vmoba_flex import BlockPartition, Tail, Threshold, TopK, vmoba_attention, vmoba_selection
 from vmoba_flex.dispatch.choose import choose_backend, choose_dispatch, dense_seconds, packed_share
-from vmoba_flex.rules import Rule
+from vmoba_flex.groups import with_text
+from vmoba_flex.part import Queries
+from vmoba_flex.rules import POOLS, Pool, Rule
+from vmoba_flex.selection.bounds import row_bound
 
 ROOT = Path(__file__).parent.parent
 CAPPED = Threshold(0.25, max_density=0.25)
@@ -139,3 +144,52 @@ def test_the_estimated_cost_of_a_tail_is_what_was_measured(mode: str, backward: 
     estimated = 1e3 * (shares[0] - shares[1]) * dense_seconds(12, partition.num_tokens, 128, backward)
     assert estimated == pytest.approx(sum(added) / len(added), rel=0.02)
     assert all(estimated == pytest.approx(each, rel=0.3) for each in added)
+
+
+def test_full_attention_on_gpus_older_than_the_kernels(caplog: pytest.LogCaptureFixture):
+    partition = BlockPartition((1, 1, 110_592), (1, 1, 2304))
+    with (
+        FakeTensorMode(),
+        mock.patch("torch.cuda.device_count", return_value=1),
+        mock.patch("torch.cuda.get_device_capability", return_value=(7, 5)),
+        mock.patch("torch.cuda.get_device_name", return_value="a T4"),
+    ):
+        query = torch.empty(1, 12, 110_592, 128, device="cuda", dtype=torch.float16)
+        for _ in range(2):
+            assert choose_dispatch(query, query, query, partition, TopK(9)) == "dense"
+        assert choose_backend("auto", "dense", query, query, query, partition) == "triton"
+        with pytest.raises(ValueError, match=r"compute capability 8.0 .* unless dispatch='dense', got a T4 with 7.5"):
+            choose_backend("auto", "packed", query, query, query, partition)
+    assert caplog.text.count("full attention: the device must have") == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((8, 0), "sm80"), ((8, 6), "sm86"), ((8, 7), "sm80"), ((8, 9), "sm86"), ((9, 0), "sm90"), ((10, 0), "sm100"),
+     ((10, 3), "sm100"), ((11, 0), "sm100"), ((12, 0), "sm120"), ((12, 1), "sm120"), ((13, 0), "sm120")],
+)  # fmt: skip
+def test_architectures(capability: tuple[int, int], expected: str):
+    assert architecture.nvidia(*capability) == expected
+
+
+def test_amds_capabilities_are_none_of_nvidias():
+    assert [architecture.amd(name) for name in ("gfx942:sramecc+:xnack-", "gfx90a", "gfx1100", "gfx1201")] == [
+        *["cdna"] * 2, *["rdna"] * 2
+    ]  # fmt: skip
+    with mock.patch("torch.version.hip", "7.0"), mock.patch("torch.cuda.get_device_capability", return_value=(9, 4)):
+        assert not architecture.is_hopper(0)
+        assert architecture.refusal(0) is None
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_the_bound_on_rows_holds_where_kept_blocks_exceed_the_cap(pool: Pool):
+    partition = BlockPartition((4, 8, 16), (1, 8, 16), suffix=3)
+    query, key = torch.randn(2, 1, 2, partition.num_tokens, 8, generator=torch.Generator().manual_seed(0))
+    rules: list[Rule] = [Threshold(0.01, pool=pool, max_density=0.01, always=always) for always in ((), (1,), (1, 2))]
+    rules += [] if pool == "block" else [TopK(k, pool=pool, always=(1, 2)) for k in (1, 4)]
+    for rule in rules:
+        bound = row_bound(partition, rule, 2, 2)
+        assert bound is not None
+        selection = with_text(vmoba_selection(query, key, partition, rule), partition, Queries.of(partition))
+        tiles = (-(-selection.sum(2) // TILE)).sum(2).view(-1, bound.heads).sum(1)
+        assert tiles.max() <= bound.row_tiles

@@ -215,7 +215,7 @@ def log_sum_exp(problem: Problem, shards: TokenShards | None, options: dict[str,
 def test_each_rank_takes_its_part_of_a_selection(rank_pool, heads, dispatch, rule):
     one = problem(rule, heads)
     kept = vmoba_selection(one.query, one.key, PARTITION, rule, as_bits=True)
-    assert_equals_one_process(rank_pool, one, 4, dispatch=dispatch, selection=kept)
+    assert_equals_one_process(rank_pool, one, 4, exact=heads == 5, dispatch=dispatch, selection=kept)
 
 
 def test_tiles_that_chose_before_on_several_ranks(rank_pool):
@@ -238,7 +238,7 @@ def test_each_rank_gets_the_log_sum_exp_of_its_tokens(rank_pool, dispatch, heads
             torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_ranks_of_text_alone(rank_pool):
+def test_ranks_of_text_only(rank_pool):
     partition = BlockPartition((2, 2, 3), (1, 2, 3), prefix=50, suffix=40)
     for heads in (4, 2):
         for rule, dispatch in ((RULES[6], "tiles"), (RULES[8], "packed")):
@@ -298,7 +298,7 @@ def test_no_scores_travel(rank_pool):
     assert rank_pool.run(largest_reduction, problem(RULES[6], 4)) == [0] * 4
 
 
-def alone(problem: Problem) -> bool:
+def called_on_one_rank(problem: Problem) -> bool:
     """Whether a group of one rank changes nothing, on a rank."""
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     tensors = (problem.query, problem.key, problem.value, problem.partition, problem.rule)
@@ -306,7 +306,7 @@ def alone(problem: Problem) -> bool:
 
 
 def test_a_group_of_one(rank_pool):
-    assert all(rank_pool.run(alone, problem(RULES[5], 2)))
+    assert all(rank_pool.run(called_on_one_rank, problem(RULES[5], 2)))
 
 
 def eager_and_compiled(
@@ -357,7 +357,7 @@ def test_inductor(rank_pool):
 
 
 def test_torchs_collectives_are_what_they_were():
-    """``collectives.py`` alone uses this private module of torch."""
+    """Only ``collectives.py`` uses this private module of torch."""
     functional = collectives.functional
     assert list(inspect.signature(functional.all_to_all_single).parameters) == [
         "self", "output_split_sizes", "input_split_sizes", "group", "tag",

@@ -25,13 +25,13 @@ pytest.importorskip("diffusers")
 import diffusers
 from diffusers.models import attention_processor
 
-from vmoba_flex import BlockPartition, TopK
+from vmoba_flex import BlockPartition, TopK, reference_gates
 from vmoba_flex import reference as oracle
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.rules import Rule
 
 Grid = tuple[int, int, int]
-# What a layer attends: blocks (of the video alone: text is added where the model has it) and rule, or None for all.
+# What a layer attends: blocks (of the video only: text is added where the model has it) and rule, or None for all.
 Choose = Callable[[int], tuple[BlockPartition, Rule] | None]
 
 HEADS, HEAD_DIM = 2, 16
@@ -108,7 +108,7 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 def reference(model: nn.Module, family: Family, choose: Choose) -> Iterator[dict[int, list[float]]]:
     """Makes a stock model compute VMoBA by dense masked attention in float64, gradients included.
 
-    Padded text is attended by nobody. Cross-attention and token refiners are left alone.
+    Padded text is attended by nobody. Cross-attention and token refiners stay as they are.
 
     Args:
         model: a stock model, not compiled.
@@ -210,7 +210,7 @@ def vmoba_mask_of(query: Tensor, key: Tensor, partition: BlockPartition, rule: R
     """The reference's mask ``(B, H, S, S)`` of a layer, and the density of its selection."""
     ids = oracle.block_ids(partition.grid, partition.block)
     video = slice(partition.prefix, partition.prefix + len(ids))
-    selection = oracle.select(oracle.gate(query[:, :, video], key[:, :, video], ids), ids, rule)
+    selection = oracle.select(reference_gates.gate(query[:, :, video], key[:, :, video], ids), ids, rule)
     return oracle.attention_mask(selection, partition), selection.double().mean().item()
 
 

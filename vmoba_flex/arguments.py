@@ -114,6 +114,7 @@ def _add_calibrate(commands: Any, *parents: argparse.ArgumentParser) -> None:
     words = "wanted share of attention weight on the same keys as full attention's: counts what a tail adds"
     wanted.add_argument("--overlap", type=float, help=words)
     wanted.add_argument("--density", type=float, dest="wanted_density", help="wanted share of the pairs")
+    one.add_argument("--by", choices=("kind", "layer"), default="kind", help="what has a rule of its own: %(default)s")
     words = "gates to compare; each kind gets the best (default: the rule's own)"
     one.add_argument("--gates", nargs="+", choices=_GATES, metavar="GATE", help=words)
     one.add_argument("--output", type=Path, metavar="JSON", default=Path("vmoba.json"), help="default: %(default)s")
@@ -136,6 +137,9 @@ def _add_bench(commands: Any, *parents: argparse.ArgumentParser) -> None:
     one.add_argument("--heads", type=int, default=12, help="default: %(default)s")
     one.add_argument("--head-dim", type=int, default=128, help="default: %(default)s")
     one.add_argument("--dispatch", choices=("packed", "shared", "tiles"), default="packed", help="default: %(default)s")
+    place = one.add_mutually_exclusive_group()
+    place.add_argument("--profile", type=Path, metavar="JSON", help="of this GPU, for auto (default: where auto looks)")
+    place.add_argument("--no-profile", action="store_true", help="write none")
 
 
 def _grid(words: str) -> tuple[int, int, int]:

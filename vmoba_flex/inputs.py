@@ -10,7 +10,7 @@ from torch import Tensor
 from block_masks.attention.coarse_steps import check_coarse_size
 from vmoba_flex.checks import check_number
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule, Threshold, TopK
+from vmoba_flex.rules import Rule, Threshold, TopK, check_rule_fits
 from vmoba_flex.tail import Cells, Tail
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -34,7 +34,7 @@ def check_query_key(
 
     Raises:
         TypeError: if an argument has a wrong type or dtype.
-        ValueError: if shapes, devices or ``k`` do not fit, or the selection has 2**31 entries or more.
+        ValueError: if shapes, devices or the rule do not fit, or the selection has 2**31 entries or more.
     """
     if not isinstance(partition, BlockPartition):
         raise TypeError(f"partition must be a BlockPartition, got {type(partition).__name__}")
@@ -60,8 +60,8 @@ def check_query_key(
     _check_like_query("key", key, query, (query.shape[0], key.shape[1], query.shape[2], query.shape[3]))
     if query.shape[1] % max(key.shape[1], 1) or not key.shape[1]:
         raise ValueError(f"key heads must divide query heads {query.shape[1]}, got {key.shape[1]}")
-    if isinstance(rule, TopK):
-        rule.blocks_per_query(partition.num_blocks)
+    if rule is not None:
+        check_rule_fits(rule, partition.num_blocks)
     heads = query.shape[1] // key.shape[1] * -(-key.shape[1] // ranks)  # of one rank, with their key heads
     entries = query.shape[0] * heads * partition.num_video_tokens * partition.num_blocks
     if entries >= 2**31:
@@ -93,6 +93,11 @@ def check_scale(scale: Any) -> float | None:
     if abs(number) > sys.float_info.max or math.isnan(number):
         raise ValueError(f"scale must be finite, got {scale!r}")
     return float(number)
+
+
+def scale_of(scale: float | None, query: Tensor) -> float:
+    """The factor on the scores of a call: as given, or ``1 / sqrt(D)``."""
+    return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
 
 
 def check_text_lengths(text_lengths: Any, query: Tensor, partition: BlockPartition) -> None:

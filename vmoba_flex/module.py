@@ -16,14 +16,17 @@ class VMoBAAttention(nn.Module):
     """The attention of one layer of a config, over projected query, key and value; it has no parameters.
 
     Args:
-        config: of the whole model. The module knows no denoising steps, so it ignores ``dense_steps``: pass
-            ``dense=config.layer(layer, num_layers, step, num_steps).dense`` to ``forward`` instead.
+        config: of the whole model. The module knows no denoising steps. So it ignores ``dense_steps`` and ``remember``:
+            pass ``dense=config.layer(layer, num_layers, step, num_steps).dense``, and a ``selection`` that a dense step
+            made, to ``forward`` instead. It takes no ``BySteps``: make a module for each value, with
+            ``dataclasses.replace(config, rule=..., tail=...)``.
         layer: index of this layer, in 0..num_layers - 1.
         num_layers: layers of the model.
 
     Raises:
         TypeError: if an argument has a wrong type.
-        ValueError: if ``layer`` or ``config.dense_layers`` does not fit ``num_layers``.
+        ValueError: if ``layer``, ``config.dense_layers`` or a list of rules does not fit ``num_layers``, or a
+            rule or tail changes by steps.
 
     Example:
         >>> import torch
@@ -44,7 +47,13 @@ class VMoBAAttention(nn.Module):
         self.config = config
         self.index = layer
         self.num_layers = num_layers
-        self.plan = dataclasses.replace(config, dense_steps=0).layer(layer, num_layers)
+        of_any_step = dataclasses.replace(config, dense_steps=0, remember=None)
+        if of_any_step.needs_step:
+            raise ValueError(
+                "config must have no BySteps for VMoBAAttention, which knows no steps: make a module for each value, "
+                f"with dataclasses.replace(config, rule=..., tail=...), got rule={config.rule} and tail={config.tail}"
+            )
+        self.plan = of_any_step.layer(layer, num_layers)
         self.full = False
 
     def set_warmup(self, share: float) -> None:
@@ -113,7 +122,7 @@ class VMoBAAttention(nn.Module):
             dispatch="dense" if dense else self.config.dispatch,
             backend="auto" if dense else self.config.backend,
             text_lengths=text_lengths,
-            tail=None if dense else self.config.tail,
+            tail=None if dense else self.plan.tail,
             selection=selection,
         )
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Any, Self
+from collections.abc import Iterable
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from block_masks import realize
 from block_masks.launching.constant import constant_size
 from vmoba_flex.checks import check_count, check_int, check_sizes
+from vmoba_flex.reorder import reorder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +124,35 @@ class BlockPartition:
         t, y, x = token // (height * width), token // width % height, token % width
         return (t // bt * cells_y + y // bh) * cells_x + x // bw
 
+    def blocks_of(self, *, frames: Iterable[int] | None = None, tokens: Iterable[int] | None = None) -> tuple[int, ...]:
+        """Ids of the blocks that hold any of these frames or video tokens, in order: what a rule takes as ``always``.
+
+        Args:
+            frames: indices of latent frames, in 0..T - 1.
+            tokens: raster indices of video tokens, without the prefix, in 0..``num_video_tokens`` - 1.
+
+        Raises:
+            TypeError: if an index is no int.
+            ValueError: if both or neither are given, or an index is out of range.
+
+        Example:
+            >>> BlockPartition.spatiotemporal((4, 8, 8), (2, 4, 4)).blocks_of(frames=[0])
+            (0, 1, 2, 3)
+        """
+        if (frames is None) == (tokens is None):
+            raise ValueError(f"exactly one of frames and tokens must be given, got {frames!r} and {tokens!r}")
+        name, chosen, rows = "tokens", tokens, self.num_video_tokens
+        if frames is not None:
+            name, chosen, rows = "frames", frames, self.grid[0]
+        if not isinstance(chosen, Iterable):
+            raise TypeError(f"{name} must hold ints, got {chosen!r}")
+        blocks: list[list[int]] = self.block_ids("cpu").view(rows, -1).tolist()
+        found: set[int] = set()
+        for index in chosen:
+            check_count(name, index, rows, "number of " + name)
+            found.update(blocks[index])
+        return tuple(sorted(found))
+
     def block_sizes(self, device: torch.device | str | None = None) -> Tensor:
         """Video tokens in each block, int64 ``(N,)``."""
         # Without realize, Inductor turns this into a minimum of index expressions, which torch 2.11 may not compile.
@@ -197,31 +228,6 @@ class BlockPartition:
         """Moves the video tokens and leaves prefix and suffix; ``token`` counts from the first video token."""
         is_video = (token >= 0) & (token < self.num_video_tokens)
         return realize(torch.where(is_video, moved, token) + self.prefix)
-
-
-def reorder(x: Tensor, index: Tensor, inverse: Tensor, dim: int) -> Tensor:
-    """``x.index_select(dim, index)`` of a permutation, whose gradient gathers by its ``inverse``."""
-    return _Reorder.apply(x, index, inverse, dim)
-
-
-class _Reorder(torch.autograd.Function):
-    """A permutation whose gradient is the inverse gather, where ``index_select`` would scatter-add."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, index: Tensor, inverse: Tensor, dim: int) -> Tensor:
-        return x.index_select(dim, index)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
-        _, index, inverse, ctx.dim = inputs
-        ctx.save_for_backward(index, inverse)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        index, inverse = ctx.saved_tensors
-        return _Reorder.apply(*grads, inverse, index, ctx.dim), None, None, None
 
 
 def _ceil_div(sizes: tuple[int, int, int], parts: tuple[int, int, int]) -> tuple[int, int, int]:

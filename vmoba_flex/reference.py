@@ -20,9 +20,11 @@ def select(scores: Tensor, ids: Tensor, rule: Any) -> Tensor:
     Args:
         scores: ``(B, H, video tokens, N)``; masses where ``rule.normalize`` is ``"softmax"``.
         ids: block of each token.
-        rule: has ``pool``, and ``tau``, ``max_density`` and ``normalize``, or ``k`` and ``density``.
+        rule: has ``pool`` and ``always``, and ``tau``, ``max_density`` and ``normalize``, or ``k`` and ``density``.
     """
-    own = (ids[:, None].to(scores.device) == torch.arange(scores.shape[-1], device=scores.device)).expand_as(scores)
+    blocks = torch.arange(scores.shape[-1], device=scores.device)
+    kept = torch.isin(blocks, torch.tensor(rule.always, dtype=torch.int64, device=scores.device))
+    own = ((ids[:, None].to(scores.device) == blocks) | kept).expand_as(scores)
     selected = own.clone()
     # Each pool as a view whose dims stand in the order that breaks ties: block, query, head.
     views = {
@@ -48,8 +50,9 @@ def select(scores: Tensor, ids: Tensor, rule: Any) -> Tensor:
 
 def _select_pool(scores: Tensor, own: Tensor, rule: Any, rows: int | None, num_blocks: int) -> Tensor:
     """One pool, entries in the order that breaks ties."""
-    ranked = sorted(range(len(scores)), key=lambda i: (not math.isnan(scores[i]), -scores[i].nan_to_num().item()))
-    others = [i for i in ranked if not own[i]]
+    ranked = sorted(enumerate(scores.tolist()), key=lambda pair: (0, 0.0) if math.isnan(pair[1]) else (1, -pair[1]))
+    is_own = own.tolist()
+    others = [i for i, _ in ranked if not is_own[i]]
     if hasattr(rule, "tau"):
         others = others[: _threshold_length(scores, own, others, rule)]
         if rule.max_density is not None:
@@ -58,7 +61,7 @@ def _select_pool(scores: Tensor, own: Tensor, rule: Any, rows: int | None, num_b
     else:
         assert rows is not None
         k = rule.k if rule.k is not None else max(1, math.floor(rule.density * num_blocks + 0.5))
-        others = others[: (k - 1) * rows]
+        others = others[: max(0, k * rows - int(own.sum()))]
     selected = own.clone()
     selected[others] = True
     return selected

@@ -43,8 +43,9 @@ def packed_attention(
     queries = Queries.of(partition) if part is None else part.queries
     heads = query.shape[1]
     all_heads = part.size if part is not None and part.dim == 1 else heads
+    plan = None
     if isinstance(call.rule, Selection):
-        bound = call.rule.row_bound(heads)
+        bound, plan = call.rule.row_bound(heads), call.rule.plan_of_call(call.text_lengths, part)
     else:
         bound = row_bound(partition, call.rule, all_heads, heads, queries)
     if bound is None and torch.compiler.is_compiling():
@@ -54,8 +55,9 @@ def packed_attention(
         )
     lengths = None if call.text_lengths is None else valid_group_lengths(partition, call.text_lengths)
     coarse = None if call.tail is None else coarse_keys(key, value, partition, call.tail)
+    slots = block_slots(partition, query.device) if plan is None else plan.slots
     return attend_packed(
-        query, key, value, with_text(selection, partition, queries), block_slots(partition, query.device),
+        query, key, value, with_text(selection, partition, queries), slots,
         scale=call.scale, backend=backend, bound=bound, max_row_bytes=call.max_row_bytes, group_lengths=lengths,
-        coarse=coarse,
+        coarse=coarse, plan=None if plan is None else plan.rows,
     )  # fmt: skip

@@ -6,6 +6,7 @@
     measure.py     records, rule or config -> density, recall, overlap, entropy of each head
     calibrate.py   records, a wanted recall, overlap or density -> config
     crossover.py   times of sparse and full attention -> the tokens from which sparse wins
+    profile.py     times of all dispatches -> the machine that "auto" decides by
     plot.py        all of these -> PNG; needs matplotlib
     commands.py    the same on the command line
 

@@ -2,17 +2,20 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import mean
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from vmoba_flex.by_steps import BySteps
 from vmoba_flex.checks import check_choice, check_positive
 from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.config_fields import LayerRule, rule_of_layer
 from vmoba_flex.dispatch.choose import dense_seconds, packed_share, packed_wins
+from vmoba_flex.dispatch.machine import HOPPER, machine_of
 from vmoba_flex.insight.masses import overlap_of, recall_of, true_mass
-from vmoba_flex.insight.measure import choose, layer_of, sample_rows
+from vmoba_flex.insight.measure import choose, layer_of, num_layers_of, sample_rows
 from vmoba_flex.insight.records import Record
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import GATES, Gate, Rule, Threshold
@@ -25,9 +28,12 @@ _TOLERANCE = 0.002
 _HALVINGS = 14
 _Measure = Callable[[Rule, bool], dict[str, float]]  # with overlap, which takes another pass over the keys, or without
 
+By = Literal["kind", "layer"]
+_BY: tuple[By, ...] = get_args(By)
+
 
 class Calibrated(NamedTuple):
-    """What was found for the layers of one kind.
+    """What was found for the layers of one kind, or one layer; of rules that change by steps, for one of them.
 
     Attributes:
         kind: of the blocks.
@@ -40,6 +46,8 @@ class Calibrated(NamedTuple):
         share: estimated time of ``packed`` as a share of full attention's, by which ``auto`` decides: at the largest
             density that the rule allows. ``auto`` also takes ``"dense"`` where full attention takes less time than
             launching ``packed``.
+        layer: the layer, where each has a rule of its own; None for all of the kind.
+        start: from which step or share of the steps on the rule holds; None for all steps.
         kept: whether the config has this rule: one of those with other gates may be better.
     """
 
@@ -51,6 +59,8 @@ class Calibrated(NamedTuple):
     records: int
     auto: str
     share: float
+    layer: int | None = None
+    start: int | float | None = None
     kept: bool = True
 
 
@@ -61,15 +71,18 @@ def calibrate(
     recall: float | None = None,
     overlap: float | None = None,
     density: float | None = None,
+    by: By = "kind",
     gates: Sequence[Gate] = (),
     rows: int = 256,
     seed: int = 0,
 ) -> tuple[VMoBAConfig, list[Calibrated]]:
-    """A config whose rules reach a mean recall, overlap or density over the layers of each kind.
+    """A config whose rules reach a mean recall, overlap or density over the layers of each kind, or in each layer.
 
-    For each kind of the config's cycle, bisection finds the smallest ``tau`` of its ``Threshold``, or the smallest
-    ``density`` of its ``TopK``, that reaches what is wanted. A ``Threshold`` ends within 0.002 above it; a ``TopK``
-    moves in whole blocks, and may exceed it by what one block holds.
+    For each kind of the config's cycle, or each layer, bisection finds the smallest ``tau`` of its ``Threshold``, or
+    the smallest ``density`` of its ``TopK``, that reaches what is wanted. Of a rule that changes by steps, it finds
+    each entry's, on the records of the steps at which the entry holds: a recall then decides how densities fall. A
+    ``Threshold`` ends within 0.002 above it; a ``TopK`` moves in whole blocks, and may exceed it by what one block
+    holds.
 
     A ``Threshold`` without ``max_density`` gets one, since ``dispatch="auto"`` cannot bound its cost otherwise and
     takes full attention: 1.25 times the measured density, or 1.25 times that until recall is within reach. It also
@@ -86,17 +99,19 @@ def calibrate(
         recall: wanted share of attention on chosen blocks and text, in (0, 1].
         overlap: wanted overlap with full attention, in (0, 1], in place of ``recall``: with a tail, what counts.
         density: wanted share of the pairs, in place of ``recall``.
-        gates: to compare, in place of each rule's own. Of these each kind gets the one with the fewest pairs, or, where
+        by: ``"kind"`` for one rule for each kind, ``"layer"`` for one for each layer, which needs records of all layers
+            that are not dense.
+        gates: to compare, in place of each rule's own. Of these each rule gets the one with the fewest pairs, or, where
             a density is wanted, the largest overlap.
         rows: sampled queries of each record.
         seed: of the sample.
 
     Returns:
-        The config, and what was found for each kind and gate.
+        The config, and what was found for each kind or layer, entry by entry, gate by gate.
 
     Raises:
-        ValueError: unless one of ``recall``, ``overlap`` and ``density`` is given, or if it is not in (0, 1], a kind
-            has no records, or what is wanted cannot be reached.
+        ValueError: unless one of ``recall``, ``overlap`` and ``density`` is given, or if it is not in (0, 1], ``by`` is
+            unknown, a kind, layer or entry has no records, or what is wanted cannot be reached.
     """
     given = {"recall": recall, "overlap": overlap, "density": density}
     asked = [(name, value) for name, value in given.items() if value is not None]
@@ -107,27 +122,75 @@ def calibrate(
     if not 0 < wanted <= 1:
         raise ValueError(f"{name} must lie in (0, 1], got {wanted!r}")
     check_positive("rows", rows)
+    check_choice("by", by, _BY)
+    sparse = [record for record in records if layer_of(record, config)[2] is not None]
     for gate in gates:
         check_choice("gates", gate, GATES)
-    found = []
+    found: list[Calibrated] = []
+    by_kind: dict[str, LayerRule] = {}
+    by_layer = _rules_of_layers(records, config) if by == "layer" else []
+    for kind, layer, here in _by_layer(sparse, config, len(by_layer)) if by == "layer" else _by_kind(sparse, config):
+        setting = rule_of_layer(config.rule, kind, here[0].layer, num_layers_of(here[0], config))
+        pairs = []
+        for start, rule, there in _by_entry(setting, here, kind if layer is None else f"layer {layer}"):
+            measure = _measure_of(there, config, rows, seed)
+            with_gates = [dataclasses.replace(rule, gate=gate) for gate in gates or (rule.gate,)]
+            tried = [_find(kind, each, there, config, name, wanted, measure) for each in with_gates]
+            best = min(tried, key=lambda one: -one.overlap if name == "density" else one.density)
+            found += [one._replace(layer=layer, start=start, kept=one is best) for one in tried]
+            pairs.append((start, best.rule))
+        rule = BySteps(pairs) if isinstance(setting, BySteps) else pairs[0][1]
+        if layer is None:
+            by_kind[kind] = rule
+        else:
+            by_layer[layer] = rule
+    return dataclasses.replace(config, rule=by_layer or by_kind), found
+
+
+def _rules_of_layers(records: Sequence[Record], config: VMoBAConfig) -> list[LayerRule]:
+    """Each layer's rule as the config has it."""
+    counts = {num_layers_of(record, config) for record in records}
+    if len(counts) != 1:
+        raise ValueError(f"records must be of models with one number of layers for by='layer', got {sorted(counts)}")
+    (count,) = counts
+    kinds = [config.cycle[layer % len(config.cycle)] for layer in range(count)]
+    return [rule_of_layer(config.rule, kind, layer, count) for layer, kind in enumerate(kinds)]
+
+
+def _by_kind(records: list[Record], config: VMoBAConfig) -> Iterator[tuple[str, None, list[Record]]]:
     for kind in dict.fromkeys(config.cycle):
         here = [record for record in records if layer_of(record, config)[0] == kind]
-        here = [record for record in here if layer_of(record, config)[2] is not None]
         if not here:
             raise ValueError(f"records must have a {kind} layer that is not dense in the config, got none")
-        start = layer_of(here[0], config)[2]
-        assert start is not None  # of a layer that is not dense
-        measure = _measure_of(here, config, rows, seed)
-        starts = [dataclasses.replace(start, gate=gate) for gate in gates or (start.gate,)]
-        tried = [_find(kind, here, config, each, name, wanted, measure) for each in starts]
-        best = min(tried, key=lambda one: -one.overlap if name == "density" else one.density)
-        found += [one._replace(kept=one is best) for one in tried]
-    rules = {one.kind: one.rule for one in found if one.kept}
-    return dataclasses.replace(config, rule=rules), found
+        yield kind, None, here
+
+
+def _by_layer(records: list[Record], config: VMoBAConfig, count: int) -> Iterator[tuple[str, int, list[Record]]]:
+    for layer in range(count):
+        if dataclasses.replace(config, dense_steps=0, remember=None).layer(layer, count, 0, 1).dense:
+            continue
+        here = [record for record in records if record.layer == layer]
+        if not here:
+            raise ValueError(f"records must have layer {layer}, which is not dense in the config, got none")
+        yield config.cycle[layer % len(config.cycle)], layer, here
+
+
+def _by_entry(
+    setting: LayerRule, records: list[Record], where: str
+) -> Iterator[tuple[int | float | None, Rule, list[Record]]]:
+    """Each rule of a layer, and the records of its steps."""
+    if not isinstance(setting, BySteps):
+        yield None, setting, records
+        return
+    for i, (start, rule) in enumerate(setting.pairs):
+        there = [record for record in records if setting.index(record.step, record.num_steps) == i]
+        if not there:
+            raise ValueError(f"records must have a step at which {where} has the rule from {start} on, got none")
+        yield start, rule, there
 
 
 def _find(
-    kind: str, records: list[Record], config: VMoBAConfig, start: Rule, name: str, wanted: float, measure: _Measure
+    kind: str, start: Rule, records: list[Record], config: VMoBAConfig, name: str, wanted: float, measure: _Measure
 ) -> Calibrated:
     found = _smallest(start, name, wanted, measure)
     if found is None:
@@ -137,8 +200,12 @@ def _find(
         found = _smallest_capped(start, name, wanted, measure, found[1]["density"])
     rule, values = found
     values |= measure(rule, True)
-    share = max(packed_share(rule, layer_of(record, config)[1], config.tail) for record in records)
-    wins = all(_auto_is_packed(record, layer_of(record, config)[1], rule, config.tail) for record in records)
+    layers = [layer_of(record, config) for record in records]
+    share = max(packed_share(rule, partition, tail) for _, partition, _, tail in layers)
+    wins = all(
+        _auto_is_packed(record, partition, rule, tail)
+        for record, (_, partition, _, tail) in zip(records, layers, strict=True)
+    )
     auto = "packed" if wins else "dense"
     return Calibrated(kind, rule, values["recall"], values["overlap"], values["density"], len(records), auto, share)
 
@@ -181,27 +248,31 @@ def _rule_at(start: Rule, share: float) -> Rule:
 def _auto_is_packed(record: Record, partition: BlockPartition, rule: Rule, tail: Tail | None) -> bool:
     """Whether ``dispatch="auto"`` takes ``packed`` on a GPU, forward, for one sample and the layer's heads."""
     heads = max(record.heads) + 1  # capture records the last head, if it records more than one
-    dense = dense_seconds(heads, partition.num_tokens, record.query.shape[-1], backward=False)
-    return packed_wins(dense, False, rule, partition, tail)
+    machine = machine_of(record.query.device) if record.query.is_cuda else HOPPER
+    dense = dense_seconds(heads, partition.num_tokens, record.query.shape[-1], False, machine)
+    return packed_wins(dense, False, rule, partition, tail, machine)
 
 
 def _measure_of(records: list[Record], config: VMoBAConfig, rows: int, seed: int) -> _Measure:
     """Mean recall, density and, if asked for, overlap under a rule; the true masses are computed once."""
-    partitions = [layer_of(record, config)[1] for record in records]
-    samples = [sample_rows(partition, rows, seed).to(records[0].query.device) for partition in partitions]
-    masses = [true_mass(*one) for one in zip(records, partitions, samples, strict=True)]
+    layers = [layer_of(record, config) for record in records]
+    samples = [sample_rows(partition, rows, seed).to(records[0].query.device) for _, partition, _, _ in layers]
+    masses = [
+        true_mass(record, partition, sample)
+        for record, (_, partition, _, _), sample in zip(records, layers, samples, strict=True)
+    ]
 
     def measure(rule: Rule, overlap: bool) -> dict[str, float]:
         found: dict[str, list[float]] = {"recall": [], "density": []} | ({"overlap": []} if overlap else {})
-        for record, partition, sample, mass in zip(records, partitions, samples, masses, strict=True):
+        for record, (_, partition, _, tail), sample, mass in zip(records, layers, samples, masses, strict=True):
             chosen = choose(record, partition, rule)
             recall = recall_of(mass, chosen[:, sample])
             found["recall"].append(recall.mean().item())
             found["density"].append(chosen.mean(dtype=torch.float32).item())
             if overlap:
                 shares = recall
-                if config.tail is not None:
-                    shares = overlap_of(record, partition, sample, chosen[:, sample], config.tail)
+                if tail is not None:
+                    shares = overlap_of(record, partition, sample, chosen[:, sample], tail)
                 found["overlap"].append(shares.mean().item())
         return {name: mean(values) for name, values in found.items()}
 

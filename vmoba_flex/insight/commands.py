@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import torch
 
 from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.dispatch.machine import path_of
 from vmoba_flex.insight.calibrate import Calibrated, calibrate
 from vmoba_flex.insight.crossover import Timing, break_even, crossover, grid_of
 from vmoba_flex.insight.measure import inspect
+from vmoba_flex.insight.profile import write_profile
 from vmoba_flex.insight.records import Record, load
 from vmoba_flex.rules import Rule, Threshold, TopK
 from vmoba_flex.tail import Tail
@@ -52,7 +54,7 @@ def run_calibrate(arguments: argparse.Namespace) -> str:
             paper = VMoBAConfig.paper("inference", records[0].partition.grid)
             config = dataclasses.replace(paper, rule=Threshold(0.5, normalize="softmax"), tail=_tail(arguments))
         wanted = {"recall": arguments.recall, "overlap": arguments.overlap, "density": arguments.wanted_density}
-        options = {"gates": arguments.gates or (), "rows": arguments.rows, "seed": arguments.seed}
+        options = {"by": arguments.by, "gates": arguments.gates or (), "rows": arguments.rows, "seed": arguments.seed}
         config, found = calibrate(records, config, **wanted, **options)
         draft.write_text(config.to_json() + "\n")
     lines = [_table(found), *_about_auto(config, [one for one in found if one.kept])]
@@ -102,7 +104,7 @@ def run_plot(arguments: argparse.Namespace) -> str:
 
 
 def run_bench(arguments: argparse.Namespace) -> str:
-    """Times sparse against full attention over token counts."""
+    """Times sparse against full attention over token counts; on a GPU, writes what ``"auto"`` then decides by."""
     rule = _plain_rule(arguments)
     with contextlib.ExitStack() as files, _mendable():
         json_draft = _draft(files, arguments.json, ".json")
@@ -134,6 +136,9 @@ def run_bench(arguments: argparse.Namespace) -> str:
             from vmoba_flex.insight.plot import plot_crossover
 
             plot_crossover(timings, png_draft, name)
+        if on_gpu and not arguments.no_profile:
+            index = torch.cuda.current_device()
+            lines += write_profile(arguments.profile or path_of(index), arguments.heads, arguments.head_dim)
         return "\n".join(lines)
 
 
@@ -227,6 +232,8 @@ def _rule_in_words(rule: Rule | VMoBAConfig) -> Any:
 def _table(rows: Sequence[Any]) -> str:
     """Dataclasses or named tuples as text, one a line."""
     facts = [one._asdict() if hasattr(one, "_asdict") else dataclasses.asdict(one) for one in rows]
+    empty = {name for name in facts[0] if all(one[name] is None for one in facts)}
+    facts = [{name: value for name, value in one.items() if name not in empty} for one in facts]
     cells = [[name.replace("_", " ") for name in facts[0]]]
     cells += [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in one.values()] for one in facts]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

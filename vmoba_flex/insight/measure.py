@@ -80,15 +80,14 @@ def inspect(
             block, or a config's dense layers cannot be known from a record.
     """
     check_positive("rows", rows)
-    if isinstance(rule, VMoBAConfig):
-        if tail is not None:
-            raise ValueError(f"tail must be None next to a config, which has its own, got {tail}")
-        tail = rule.tail
+    if isinstance(rule, VMoBAConfig) and tail is not None:
+        raise ValueError(f"tail must be None next to a config, which has its own, got {tail}")
     return [report for record in records for report in _inspect(record, rule, tail, rows, seed)]
 
 
 def _inspect(record: Record, rule: Rule | VMoBAConfig, tail: Tail | None, rows: int, seed: int) -> list[HeadReport]:
-    kind, partition, plain = layer_of(record, rule)
+    kind, partition, plain, of_config = layer_of(record, rule)
+    tail = of_config or tail
     sample = sample_rows(partition, rows, seed).to(record.query.device)
     mass = true_mass(record, partition, sample)
     chosen = choose(record, partition, plain)
@@ -112,24 +111,28 @@ def _inspect(record: Record, rule: Rule | VMoBAConfig, tail: Tail | None, rows: 
     ]
 
 
-def layer_of(record: Record, rule: Rule | VMoBAConfig) -> tuple[str, BlockPartition, Rule | None]:
-    """A record's kind, blocks and rule; the rule of a dense layer is None.
+def layer_of(record: Record, rule: Rule | VMoBAConfig) -> tuple[str, BlockPartition, Rule | None, Tail | None]:
+    """A record's kind, blocks, rule and the config's tail; the rule of a dense layer is None.
 
     Raises:
-        ValueError: if a config's dense layers cannot be known from the record, or its block exceeds the grid.
+        ValueError: if a config's dense layers or its rule cannot be known from the record, or its block exceeds the
+            grid.
     """
     if not isinstance(rule, VMoBAConfig):
-        return record.kind, record.partition, rule
-    layer = dataclasses.replace(rule, dense_steps=0).layer(record.layer, _num_layers(record, rule))
+        return record.kind, record.partition, rule, None
+    of_sparse_steps = dataclasses.replace(rule, dense_steps=0, remember=None)
+    layer = of_sparse_steps.layer(record.layer, num_layers_of(record, rule), record.step, record.num_steps)
     where = record.partition
     partition = rule.partition(layer.kind, where.grid, where.prefix, where.suffix)
-    return layer.kind, partition, None if layer.dense else layer.rule
+    return layer.kind, partition, None if layer.dense else layer.rule, layer.tail
 
 
-def _num_layers(record: Record, config: VMoBAConfig) -> int:
+def num_layers_of(record: Record, config: VMoBAConfig) -> int:
     """Layers of the record's model, or, if unknown, as many as record and config speak of."""
     if record.num_layers is not None:
         return record.num_layers
+    if isinstance(config.rule, tuple):
+        return len(config.rule)
     dense = config.dense_layers
     if isinstance(dense, int):
         return max(record.layer + 1, dense)

@@ -95,7 +95,7 @@ def plot_choice(
     Raises:
         ValueError: if ``token`` lies outside the grid, or the record has no such head.
     """
-    kind, partition, plain = layer_of(record, rule)
+    kind, partition, plain, of_config = layer_of(record, rule)
     frames, height, width = partition.grid
     if any(not 0 <= place < size for place, size in zip(token, partition.grid, strict=True)):
         raise ValueError(f"query must lie in the grid {frames}x{height}x{width}, got {token}")
@@ -109,7 +109,7 @@ def plot_choice(
     attention = (logits if valid is None else logits.masked_fill(~valid, -torch.inf)).softmax(0)
     attention = attention[partition.prefix : partition.prefix + partition.num_video_tokens].cpu()
     selection = choose(record, partition, plain)
-    tail, caught = rule.tail if isinstance(rule, VMoBAConfig) else tail, ""
+    tail, caught = of_config or tail, ""
     if tail is not None:
         row = torch.tensor([place], device=selection.device)
         overlap = overlap_of(record, partition, row, selection[:, row], tail)[i, 0]

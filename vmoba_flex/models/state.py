@@ -1,19 +1,19 @@
 """What belongs to a model, and what belongs to one forward of it.
 
 To the model (``ModelState``): the config, whether it is enabled, and how far thresholds are warmed up. To a forward
-(``Forward``): grid, step, and for each layer a ``LayerPlan``. The hook before the model's forward makes the plans and
-puts each into its processor's ``now``, a thread-local; the hook after it takes them out. So:
+(``Forward``, in ``plan.py``): grid, step, and for each layer a ``LayerPlan``. The hook before the model's forward makes
+the plans and puts each into its processor's ``now``, a thread-local; the hook after it takes them out. So:
 
 - Threads do not see each other's forwards, and a layer that runs without a forward of its model finds nothing.
-- The hooks stay outside of compiled graphs. Graphs read ``now``: what differs in kind (grid, block, rule, and with
-  gradients dense or sparse) is guarded, and what changes from step to step is a tensor (``flag``, a warmed tau).
+- The hooks stay outside of compiled graphs. Graphs read ``now``: grid and block are guarded, and with gradients also
+  rule, tail and whether the layer is dense. What changes from step to step is a tensor: a warmed tau, and without
+  gradients the plan's number (``handle``), by which an op finds the plan when it runs.
 - Layers that are computed again in backward run in the plans of their own forward, which ``Checkpointing`` binds to
   what a checkpoint recomputes. A checkpoint that it does not know may recompute while all forwards whose graphs are
   alive have the same plans; otherwise it is an error.
 """
 
 import dataclasses
-import threading
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -23,64 +23,15 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.layer import Layer
+from vmoba_flex.models.memory import LayerMemory, Pass, RunMemory, Told
+from vmoba_flex.models.plan import Forward, Grid, LayerPlan, Rest, ThreadLocal
 from vmoba_flex.models.steps import Step, StepSource, counted_step, first_call, running_pipeline, schedule_of, step_at
 from vmoba_flex.rules import Rule
-from vmoba_flex.warmup import WarmedThreshold
-
-Grid = tuple[int, int, int]
-# Where tokens lie that are not the grid's.
-Rest = Literal["none", "prefix", "suffix"]
+from vmoba_flex.warmup import warmed
 
 
-# Not frozen: Dynamo guards on all fields of a frozen dataclass, but only on those that it reads of another one.
-@dataclasses.dataclass(eq=False)
-class LayerPlan:
-    """What one forward asks of one layer.
-
-    Attributes:
-        grid: latent video size after patching.
-        block: of the layer's kind on that grid, in tokens.
-        rule: which chooses the blocks.
-        dense: whether the layer attends everything.
-        flag: ``dense`` as a bool scalar on the CPU, which a compiled graph without gradients reads as it runs.
-        skips_scores: whether the layer's output is its value, as diffusers' layer skipping can ask for.
-        prefix: tokens before the grid's that the adapter counts.
-        rest: where tokens lie that are neither.
-    """
-
-    grid: Grid
-    block: Grid
-    rule: Rule
-    dense: bool
-    flag: Tensor
-    skips_scores: bool
-    prefix: int = 0
-    rest: Rest = "none"
-
-    def facts(self) -> tuple[Any, ...]:
-        """All that decides what the layer computes."""
-        tau = self.rule.now.item() if isinstance(self.rule, WarmedThreshold) else self.rule
-        return self.grid, self.block, tau, self.dense, self.skips_scores, self.prefix, self.rest
-
-
-class _ThreadLocal(threading.local):
-    """Copies and pickles of a model take none of it.
-
-    Attributes are made in ``__init__``, which runs in each thread: Dynamo would take a class's default for the value.
-    """
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()
-
-
-class LayerNow(_ThreadLocal):
-    """The plan of the forward that is under way on this thread."""
-
-    def __init__(self) -> None:
-        self.plan: LayerPlan | None = None
-
-
-class ModelNow(_ThreadLocal):
+class ModelNow(ThreadLocal):
     """This thread's part of a model's state.
 
     Attributes:
@@ -89,6 +40,8 @@ class ModelNow(_ThreadLocal):
             where its scheduler does not count.
         schedule: the timesteps of the run whose callback set the step: each run of a scheduler makes its own.
         settings: of the compiler, which hold until the forward's end.
+        context: the name that the pipeline gives the pass, by ``cache_context``.
+        memory: what layers keep in the run.
     """
 
     def __init__(self) -> None:
@@ -96,14 +49,8 @@ class ModelNow(_ThreadLocal):
         self.step: Step | Literal["first"] | None = None
         self.schedule: Tensor | None = None
         self.settings: AbstractContextManager[Any] | None = None
-
-
-@dataclasses.dataclass(eq=False)
-class Forward:
-    """One forward of a model: a plan for each layer, and the step where it is known."""
-
-    plans: tuple[LayerPlan, ...]
-    step: Step | None
+        self.context: str | None = None
+        self.memory: RunMemory | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -115,26 +62,28 @@ class ModelState:
         source: the pipeline that it was applied to, if it was one.
         given: the grid that was set by hand, and where other tokens lie; None where each forward brings its own.
         enabled: whether layers may be sparse at all.
-        warmup: share of the way from full attention to the config's thresholds.
+        warmup: share of the way from full attention to the config's thresholds; None until one is set.
         processors: of the layers, in order.
         owner: what readies them before each forward.
         recorder: called with each layer's query and key, while these are captured.
         now: the forward under way.
         alive: forwards whose graphs may still need a recomputation.
-        blocks: each grid with each block shape so far, as many as each layer has graphs.
+        told: what has been logged.
+        shapes: each grid with each block shape and numbers of text tokens so far, as many as each layer has graphs.
     """
 
     config: VMoBAConfig
     source: StepSource | None = None
     given: tuple[Grid, Rest] | None = None
     enabled: bool = True
-    warmup: float = 1.0
+    warmup: float | None = None
     processors: list[Any] = dataclasses.field(default_factory=list)
     owner: Any = None
     recorder: Callable[..., None] | None = None
     now: ModelNow = dataclasses.field(default_factory=ModelNow)
     alive: "weakref.WeakSet[Forward]" = dataclasses.field(default_factory=weakref.WeakSet)
-    blocks: set[tuple[Grid, Grid]] = dataclasses.field(default_factory=set)
+    told: Told = dataclasses.field(default_factory=Told)
+    shapes: set[tuple[Grid, Grid, tuple[int, ...]]] = dataclasses.field(default_factory=set)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "alive"}
@@ -155,25 +104,25 @@ class ModelState:
             ValueError: if a block exceeds the grid, or the config needs the step and nobody says it.
         """
         step = self.known_step()
-        if self.config.dense_steps and self.enabled and step is None:
+        if self.config.needs_step and self.enabled and step is None:
+            what = "dense_steps" if self.config.dense_steps else "BySteps"
             raise ValueError(
-                "config.dense_steps needs the denoising step: run a pipeline whose scheduler has a step_index, pass "
-                "callback_on_step_end=handle.on_step_end, or call handle.set_step on the thread of the forward; got "
-                f"{self.config.dense_steps}"
+                f"config with {what} needs the denoising step: run a pipeline whose scheduler has a step_index, pass "
+                "callback_on_step_end=handle.on_step_end, or call handle.set_step on the thread of the forward; got no "
+                "step"
             )
-        all_dense = not self.enabled or not self.warmup
+        all_dense = not self.enabled or self.warmup == 0
         blocks = {kind: self._block(kind, grid) for kind in dict.fromkeys(self.config.cycle)}
         plans, count = [], len(self.processors)
-        # Made here and not when applied, so that no default device and no mode of that time is left in them.
-        with torch.inference_mode(False):
-            flags = {dense: torch.tensor(dense, device="cpu") for dense in (False, True)}
-            for i, (processor, skips) in enumerate(zip(self.processors, skips_scores, strict=True)):
-                dense = all_dense or self.config.layer(i, count, *(step or (None, None))).dense
-                rule = processor.rule
-                if isinstance(rule, WarmedThreshold):
-                    rule = WarmedThreshold.of(rule, self.warmup)
-                plans.append(LayerPlan(grid, blocks[processor.kind], rule, dense, flags[dense], skips, prefix, rest))
-        return Forward(tuple(plans), step)
+        kept_in = None if all_dense or step is None else self._pass(*step)
+        for i, skips in enumerate(skips_scores):
+            layer = self.config.layer(i, count, *(step or (0, 1)))  # layers are all dense where the step is not known
+            rule = layer.rule if self.warmup is None else warmed(layer.rule, self.warmup)
+            dense = all_dense or layer.dense
+            memory, records = self._memory(kept_in, i, layer)
+            block = blocks[layer.kind]
+            plans.append(LayerPlan(grid, block, rule, layer.tail, dense, skips, prefix, rest, memory, records))
+        return Forward(tuple(plans), step, kept_in)
 
     def enter(self, forward: Forward | None) -> Forward | None:
         """Puts a forward under way on this thread, or none; returns the one before."""
@@ -204,13 +153,41 @@ class ModelState:
         """The step that comes next and the number of steps; None where nobody says."""
         if isinstance(self.now.step, tuple) and self.now.schedule is None:
             return self.now.step
-        pipe = running_pipeline()
-        if pipe is None and self.source is not None:
-            pipe = self.source.pipe
+        pipe = self._pipe()
         if isinstance(self.now.step, tuple) and self.now.schedule is schedule_of(pipe):
             return self.now.step
         step = counted_step(pipe)
         return step_at(pipe, first_call(pipe)) if step is None and self.now.step == "first" else step
+
+    def _pipe(self) -> Any:
+        """The pipeline that runs, or the one that VMoBA was applied to."""
+        pipe = running_pipeline()
+        return self.source.pipe if pipe is None and self.source is not None else pipe
+
+    def _pass(self, step: int, num_steps: int) -> tuple[RunMemory, Pass] | None:
+        """The pass that begins, and what its run keeps; None if nothing is remembered."""
+        remember, now = self.config.remember, self.now
+        if remember is None:
+            return None
+        if torch.is_grad_enabled() or self.warmup is not None:
+            self.told.tell("remember has no effect with gradients or a warm-up: layers choose by their rule's own gate")
+            return None
+        schedule = None if isinstance(now.step, tuple) and now.schedule is None else schedule_of(self._pipe())
+        if now.memory is None or not now.memory.is_of(schedule, step, num_steps):
+            now.memory = RunMemory(remember, schedule, num_steps, self.told)
+        return now.memory, now.memory.begin_pass(step, now.context)
+
+    def _memory(
+        self, kept_in: tuple[RunMemory, Pass] | None, i: int, layer: Layer
+    ) -> tuple[LayerMemory | None, tuple[Rule, ...]]:
+        """What layer i keeps in a pass, and the rules whose choice it is to keep now."""
+        if kept_in is None or not (layer.records or layer.recalls):
+            return None, ()
+        run, one = kept_in
+        memory = run.layer(one, i)
+        if layer.recalls and not layer.records and run.remember.refresh is not None and layer.rule not in memory.kept:
+            return memory, (layer.rule,)
+        return memory, layer.records
 
     def _block(self, kind: str, grid: Grid) -> Grid:
         try:

@@ -1,4 +1,4 @@
-"""What each query attends, as bits and back, and what is read from it where no rule is known.
+"""What each query attends, as bits and back.
 
 B batch, H heads, N blocks, R what chooses: video tokens, or the query tiles of ``dispatch="shared"``.
 """
@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from block_masks import RowBound
 from block_masks.plans.rows import TILE
 from vmoba_flex.checks import check_choice
 from vmoba_flex.groups import block_slots, group_sizes
@@ -22,13 +21,15 @@ CHOICES: tuple[Choice, ...] = get_args(Choice)
 def pack_bits(selected: Tensor) -> Tensor:
     """Bools ``(B, H, R, N)`` as uint8 ``(B, H, ceil(N / 8), R)``: bit ``n % 8`` of byte ``n // 8``; the rest is 0."""
     octets = F.pad(selected.mT, (0, 0, 0, -selected.shape[-1] % 8)).unflatten(2, (-1, 8))
-    return torch.where(octets, _places(selected)[:, None], 0).sum(3, dtype=torch.uint8)
+    place = torch.arange(8, dtype=torch.uint8, device=selected.device)[:, None]
+    return (octets.byte() << place).sum(3, dtype=torch.uint8)
 
 
 def unpack_bits(bits: Tensor, num_blocks: int) -> Tensor:
     """The inverse: bool ``(B, H, R, N)``, block by block in memory."""
-    octets = (bits[:, :, :, None] & _places(bits)[:, None]) != 0
-    return octets.flatten(2, 3)[:, :, :num_blocks].mT
+    place = torch.arange(8, dtype=torch.uint8, device=bits.device)[:, None]
+    octets = (bits[:, :, :, None] >> place).bitwise_and_(1)  # in place: a call with a plan waits for its launches
+    return octets.view(torch.bool).flatten(2, 3)[:, :, :num_blocks].mT
 
 
 def of_tokens(of_tiles: Tensor, partition: BlockPartition) -> Tensor:
@@ -36,11 +37,6 @@ def of_tokens(of_tiles: Tensor, partition: BlockPartition) -> Tensor:
     slots = block_slots(partition, of_tiles.device)
     video = slots.key_slot[partition.prefix : partition.prefix + partition.num_video_tokens]
     return of_tiles.index_select(2, video // TILE)
-
-
-def _places(like: Tensor) -> Tensor:
-    """The eight bits of a byte, uint8 ``(8,)``."""
-    return (1 << torch.arange(8, device=like.device)).to(torch.uint8)
 
 
 def check_bits(name: str, x: Any, dtype: torch.dtype, partition: Any, choice: Any) -> None:
@@ -65,16 +61,3 @@ def _choosers(partition: BlockPartition, choice: Choice) -> int:
     if choice == "token":
         return partition.num_video_tokens
     return sum([-(-size // TILE) for size in group_sizes(partition)[: partition.num_blocks]])
-
-
-def read_bounds(selected: Tensor, partition: BlockPartition, choice: Choice) -> tuple[RowBound | None, float]:
-    """The bound and the density of a selection whose rule is not known, read from the device together."""
-    needed = torch.zeros((), dtype=torch.int64, device=selected.device)
-    if choice == "token":
-        queries, text = selected.sum(2), partition.prefix + partition.suffix
-        tiles = (queries + (text + TILE - 1)) // TILE
-        needed = tiles.sum(2).max() + (-(-partition.num_tokens // TILE) if text else 0)
-    tiles, pairs, least = torch.stack([needed, selected.sum(), selected.sum(3).min()]).tolist()
-    if not least:
-        raise ValueError("selected must hold at least one block for each query, got a query without one")
-    return RowBound.rounded(tiles) if choice == "token" else None, pairs / selected.numel()

@@ -40,8 +40,8 @@ def vmoba_selection(
 ) -> Tensor | Selection:
     """Chooses the blocks that each video query attends (arXiv 2506.23858, Sec. 3).
 
-    Every query's own block is chosen. Pools never span samples. Nothing is read back to the host, but for one number
-    with ``as_bits`` and a rule that does not bound its pairs.
+    Every query's own block is chosen, and those of ``rule.always``. Pools never span samples. Nothing is read back to
+    the host, but for one number with ``as_bits`` and a rule that does not bound its pairs.
 
     Args:
         query: ``(B, H, S, D)`` in raster order, prefix and suffix included; floating point. Under autocast both tensors
@@ -51,7 +51,7 @@ def vmoba_selection(
         rule: ``TopK`` or ``Threshold``.
         choice: ``"token"``: each query chooses. ``"tile"``: the queries of each query tile choose together, as in
             ``dispatch="shared"``.
-        text_lengths: as in ``vmoba_attention``.
+        text_lengths: as in ``vmoba_attention``. Text competes for nothing, so that the choice is the same for any.
         as_bits: whether to return a ``Selection``, which later calls take in place of a rule.
 
     Returns:

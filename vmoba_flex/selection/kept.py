@@ -6,23 +6,24 @@ B batch, H heads, S video tokens, N blocks, R what chooses: the S tokens, or the
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from block_masks import RowBound
+from block_masks.attention.grouped import MAX_ROW_BYTES
 from block_masks.plans.rows import TILE
+from vmoba_flex.checks import check_choice, check_positive
 from vmoba_flex.inputs import check_rule
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
-from vmoba_flex.selection.bits import Choice, check_bits, of_tokens, pack_bits, read_bounds, unpack_bits
-from vmoba_flex.selection.bounds import largest_density, row_bound
-from vmoba_flex.user_error import UserError, new_file, one_line
-
-_VERSION = 1
+from vmoba_flex.selection.bits import Choice, check_bits, of_tokens, pack_bits, unpack_bits
+from vmoba_flex.selection.bounds import UNBOUNDED, Bounds, bounds_of
+from vmoba_flex.selection.files import read, write
+from vmoba_flex.selection.plan import Plan, log_planned_again, plan_packed, plan_shared
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -38,10 +39,10 @@ class Selection:
         partition: the blocks.
         choice: what chose: ``"token"``, each of the R = S video tokens, in raster order; or ``"tile"``, each query tile
             of ``dispatch="shared"``, in block order.
-        max_density: a bound on the density.
-        bound: of the rows that ``dispatch="packed"`` needs; None if it is not known, and is then read from the device
-            in each call.
+        bounds: of density and rows, known on the host. Without one of the rows, ``dispatch="packed"`` reads it from the
+            device in each call.
         recall: ``(B, H)``, the share of the attention mass that is attended, if known.
+        plan: what ``planned`` adds. Copies, files and other devices get none.
 
     Raises:
         TypeError: if an attribute has a wrong type or dtype.
@@ -59,9 +60,9 @@ class Selection:
     bits: Tensor
     partition: BlockPartition
     choice: Choice = "token"
-    max_density: float = 1.0
-    bound: RowBound | None = None
+    bounds: Bounds = UNBOUNDED
     recall: Tensor | None = None
+    plan: Plan | None = None
 
     def __post_init__(self) -> None:
         check_bits("bits", self.bits, torch.uint8, self.partition, self.choice)
@@ -95,14 +96,9 @@ class Selection:
         if rule is not None:
             check_rule(rule)
         partition = partition.constant()
-        heads = selected.shape[1]
-        bound = None if rule is None or choice == "tile" else row_bound(partition, rule, heads, heads)
-        density = 1.0 if rule is None else largest_density(rule, partition.num_blocks)
-        if bound is None and (choice == "token" or rule is None) and _can_read(selected):
-            bound, found = read_bounds(selected, partition, choice)
-            density = found if rule is None else density
         with _kept_mode():
-            return cls(pack_bits(selected), partition, choice, density, bound, recall)
+            bounds = bounds_of(selected, partition, choice, rule)
+            return cls(pack_bits(selected), partition, choice, bounds, recall)
 
     def selected(self, part: Part | None = None) -> Tensor:
         """What each video token attends.
@@ -122,13 +118,48 @@ class Selection:
         return F.pad(self._rows(part), (0, int(text > 0), 0, -(-text // TILE)), value=True)
 
     def row_bound(self, heads: int) -> RowBound | None:
-        """``bound``, of some of its heads."""
-        bound = self.bound
+        """That of ``bounds``, for some of the heads."""
+        bound = self.bounds.rows
         return bound if bound is None or bound.heads == 1 else RowBound(bound.row_tiles, heads)
 
     def density(self) -> Tensor:
         """The share of the (query, block) pairs of each sample and head that are attended, float32 ``(B, H)``."""
         return self.selected().double().mean((2, 3)).float()
+
+    def planned(
+        self, query: Tensor, backend: Literal["triton", "flash"] = "triton", *, max_row_bytes: int = MAX_ROW_BYTES
+    ) -> Self:
+        """The same with a plan: later calls attend and merge, and nothing else. It takes a few times the bits.
+
+        A call whose backend, ``max_row_bytes``, text lengths or ranks ask for another plan makes it again, and says so
+        once in the log. On a CPU any backend will do.
+
+        Args:
+            query: of the calls to come: only its dtype and head dim matter.
+            backend: of the calls to come.
+            max_row_bytes: as in ``vmoba_attention``.
+
+        Raises:
+            ValueError: if ``backend`` is neither, or the rows have no bound.
+        """
+        check_choice("backend", backend, ("triton", "flash"))
+        check_positive("max_row_bytes", max_row_bytes)
+        with _kept_mode():
+            if self.choice == "tile":
+                return dataclasses.replace(self, plan=plan_shared(self.tiles(), self.partition, backend))
+            if self.bounds.rows is None:
+                raise ValueError("bounds must have rows for a plan, got None: make the selection outside of a graph")
+            max_rows = max_row_bytes // (query.shape[-1] * query.element_size())
+            plan = plan_packed(self.selected(), self.partition, self.bounds, max_rows, backend)
+            return dataclasses.replace(self, plan=plan)
+
+    def plan_of_call(self, text_lengths: Tensor | None, part: Part | None) -> Plan | None:
+        """The plan, if it is one of a call with these."""
+        if self.plan is not None and (text_lengths is not None or part is not None):
+            if not torch.compiler.is_compiling():
+                log_planned_again("it was made without text lengths and for one device")
+            return None
+        return self.plan
 
     def check(self, query: Tensor, partition: BlockPartition, choice: Choice, call: str) -> None:
         """Raises ``ValueError`` unless it is of a call with such a query, partition and choice; ``call``: its name."""
@@ -146,14 +177,15 @@ class Selection:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        return self.bits.nbytes + (0 if self.recall is None else self.recall.nbytes)
+        """Bytes of its tensors, the plan's too."""
+        recall, plan = self.recall, self.plan
+        return self.bits.nbytes + (0 if recall is None else recall.nbytes) + (0 if plan is None else plan.nbytes)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on another device."""
+        """The same on another device, without a plan."""
         with _kept_mode():
             recall = None if self.recall is None else self.recall.to(device)
-            return dataclasses.replace(self, bits=self.bits.to(device), recall=recall)
+            return dataclasses.replace(self, bits=self.bits.to(device), recall=recall, plan=None)
 
     def save(self, path: Path | str) -> None:
         """Writes it to a ``.pt`` file, which appears whole or not at all.
@@ -161,17 +193,9 @@ class Selection:
         Raises:
             UserError: a ``ValueError``, if the name has another suffix or the file cannot be written.
         """
-        saved = {
-            "version": _VERSION,
-            "bits": self.bits.cpu(),
-            "partition": self.partition.flat,
-            "choice": self.choice,
-            "max_density": self.max_density,
-            "bound": None if self.bound is None else [*self.bound],
-            "recall": None if self.recall is None else self.recall.cpu(),
-        }
-        with new_file(Path(path), ".pt", "a selection is a file of torch.save") as draft:
-            torch.save(saved, draft)
+        recall = {} if self.recall is None else {"recall": self.recall}
+        settings = {"partition": self.partition.flat, "choice": self.choice, "bounds": self.bounds.flat}
+        write({"bits": self.bits} | recall, settings, path)
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
@@ -180,21 +204,19 @@ class Selection:
         Raises:
             UserError: a ``ValueError``, if the file cannot be read or holds no selection.
         """
-        try:
-            with _kept_mode():
-                saved = torch.load(path, weights_only=True)
-            if saved.pop("version") != _VERSION:
-                raise ValueError(f"version must be {_VERSION}")
-            bound = saved["bound"] and RowBound(*saved["bound"])
-            return cls(**saved | {"partition": BlockPartition.of_flat(saved["partition"]), "bound": bound})
-        except Exception as error:  # torch.load raises any of many for what is no file of its own
-            raise UserError(f"{path} holds no Selection ({one_line(error)[:200]}): name a file of save") from error
+        with _kept_mode():
+            tensors, settings = read(path)
+            partition, bounds = BlockPartition.of_flat(settings["partition"]), Bounds.of_flat(settings["bounds"])
+            return cls(tensors["bits"], partition, settings["choice"], bounds, tensors.get("recall"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"plan": None}
 
     def __repr__(self) -> str:
         batch, heads, _, rows = self.bits.shape
         return (
             f"Selection({batch} x {heads} heads, {rows} {self.choice}s choose of {self.partition.num_blocks} blocks, "
-            f"density at most {self.max_density:.3g}, {self.bits.device}, {self.nbytes / 1e6:.1f} MB)"
+            f"density at most {self.bounds.density:.3g}, {self.bits.device}, {self.nbytes / 1e6:.1f} MB)"
         )
 
     def _rows(self, part: Part | None) -> Tensor:
@@ -217,10 +239,6 @@ def one_of(rule: Any, selection: Any) -> Rule | Selection:
     if (rule is None) == (selection is None):
         raise ValueError(f"exactly one of rule and selection must be given, got {rule!r} and {selection!r}")
     return rule if selection is None else selection
-
-
-def _can_read(selected: Tensor) -> bool:
-    return not selected.is_meta and not torch.compiler.is_compiling()
 
 
 def _kept_mode() -> contextlib.AbstractContextManager[Any]:

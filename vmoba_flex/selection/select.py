@@ -58,10 +58,10 @@ def select(scores: Tensor, own: Tensor, rule: Rule, part: Part | None = None) ->
 
     Args:
         scores: floating ``(B, H, S, N)``; masses in 0..1, or NaN, for a ``Threshold`` with ``normalize="softmax"``.
-        own: bool ``(S, N)``, True at each query's own block.
+        own: bool ``(S, N)``, True at each query's own block; blocks of ``rule.always`` count as own for all.
         rule: ``TopK`` or ``Threshold``.
         part: the part of a call that these scores are; None for all. If its heads or queries compete with other ranks',
-            all ranks of its group call this, and the choice is that of a single process, to the bit.
+            all ranks of its group call this, and the choice equals a single process's, to the bit.
 
     Returns:
         bool ``(B, H, S, N)``, the transpose of a contiguous ``(B, H, N, S)``.
@@ -79,6 +79,7 @@ def _select(
     scores: Tensor, own: Tensor, words: str, counts: list[int], shares: list[float], now: Tensor | None
 ) -> Tensor:
     rule = rule_of_flat(words, counts, shares, now)
+    own = _with_always(own, rule)
     apart, competing = POOL_DIMS[rule.pool]
     targets = _targets(rule, scores, math.prod([scores.shape[dim] for dim in competing]))
     search = _search(scores, rule.pool)
@@ -108,7 +109,7 @@ def _select_across(
 
     rule = rule_of_flat(words, counts, shares, now)
     apart, competing = POOL_DIMS[rule.pool]
-    pools, own = _pools(scores, own, apart, competing)
+    pools, own = _pools(scores, _with_always(own, rule), apart, competing)
     place, length = torch.zeros((), dtype=torch.int64, device=scores.device), 1
     for each in competing:
         whole = size if each == dim else scores.shape[each]
@@ -116,6 +117,15 @@ def _select_across(
         place, length = (place[..., None] * whole + along).flatten(), length * whole
     taken = take_across(pools, own, place, length, _targets(rule, scores, length), group)
     return _unpooled(taken, scores, apart, competing)
+
+
+def _with_always(own: Tensor, rule: Rule) -> Tensor:
+    """``own``, and the blocks of ``rule.always`` for each query."""
+    if rule.always:
+        own = own.clone()
+        for block in rule.always:  # fills, since an index of ids would have to come from the host
+            own[:, block] = True
+    return own
 
 
 def _targets(rule: Rule, scores: Tensor, length: int) -> Targets:
