@@ -24,7 +24,8 @@ ORDER = {
     "block_masks": ["checks", "precision", "launching", "plans", "masks", "attention", "block_masks"],
     "vmoba_flex": [
         *("reference", "version", "user_error"),
-        *("checks", "partition", "approx_blocks", "tail", "cell_kernels", "cells", "rules", "warmup"),
+        *("checks", "partition", "approx_blocks", "tail", "cell_kernels", "cells", "cell_slot_kernels"),
+        *("cell_slots", "rules", "warmup"),
         *("call", "part", "groups", "inputs", "collectives"),
         *("selection", "mask", "flex_inputs", "stats", "dispatch", "distributed", "attention"),
         *("paper", "dense_schedule", "config_fields", "config_json", "config", "module", "models", "vmoba_flex"),

@@ -6,7 +6,7 @@ from torch import Tensor
 from block_masks import RowBound, attend_packed
 from block_masks.plans.rows import TILE
 from vmoba_flex.call import Call, ChosenBackend
-from vmoba_flex.cells import coarse_keys
+from vmoba_flex.cell_slots import slots_and_cells
 from vmoba_flex.groups import block_slots, group_sizes, valid_group_lengths, with_text
 from vmoba_flex.part import Part, Queries
 from vmoba_flex.partition import BlockPartition
@@ -51,9 +51,12 @@ def packed_attention(
             "or use TopK"
         )
     lengths = None if call.text_lengths is None else valid_group_lengths(partition, call.text_lengths)
-    coarse = None if call.tail is None else coarse_keys(key, value, partition, call.tail)
+    slots, coarse = block_slots(partition, query.device), None
+    if call.tail is not None:
+        key, value, coarse = slots_and_cells(key, value, partition, call.tail, slots)
+        slots = slots.placed
     return attend_packed(
-        query, key, value, with_text(selection, partition, queries), block_slots(partition, query.device),
+        query, key, value, with_text(selection, partition, queries), slots,
         scale=call.scale, backend=backend, bound=bound, max_row_bytes=call.max_row_bytes, group_lengths=lengths,
         coarse=coarse,
     )  # fmt: skip
