@@ -94,7 +94,9 @@ def key_backward_kernel(
 
 
 @triton.jit
-def _sum_parts(sums, total, head, cell, heads, cells, repeats, parts, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_parts(
+    sums, total, head, cell, heads, cells, repeats, parts, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr
+):
     """The gradient of some coarse keys or values of one key head."""
     dim = tl.arange(0, BLOCK_D)[None, :]
     mask = (cell < cells)[:, None] & (dim < D)

@@ -25,7 +25,8 @@ def words_kernel(
 ):
     """Packs one word of some rows of one head: each group that its coarse keys are parts of is read once.
 
-    ``selected`` is 0 or 1, as uint8. The first programs also write the bias of the word's coarse keys in base 2, and zero after the last one.
+    ``selected`` is 0 or 1, as uint8. The first programs also write the bias of the word's coarse keys in base 2, and
+    zero after the last one.
     """
     word, head = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -132,7 +133,8 @@ def _sums(
 @QuickLaunch
 @triton.jit
 def merge_kernel(
-    query, keys, values, log2_bias, words, output, lse, merged, merged_lse, scale, queries, cells, repeats, together, rows,
+    query, keys, values, log2_bias, words, output, lse, merged, merged_lse,
+    scale, queries, cells, repeats, together, rows,
     LIMIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
