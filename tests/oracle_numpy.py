@@ -40,6 +40,44 @@ def gate(query: ArrayLike, key: ArrayLike, ids: ArrayLike, num_blocks: int) -> N
     return result
 
 
+def cell_gate(
+    query: ArrayLike, key: ArrayLike, grid: tuple[int, int, int], block: tuple[int, int, int],
+    cell: tuple[int, int, int], spread: bool,
+) -> NDArray[np.float64]:  # fmt: skip
+    """Score of every block by its cells, (B, H, S, N): the gates "cells" and, with ``spread``, "spread".
+
+    Args:
+        query: (B, H, S, D), video tokens only.
+        key: (B, Hkv, S, D), video tokens only.
+        grid: frames, height, width.
+        block: tokens of a block along these.
+        cell: tokens of a cell along these, counted from the corner of the block.
+        spread: whether a cell's mass is weighted by the standard deviation of its scores.
+    """
+    query, key = np.asarray(query, np.float64), np.asarray(key, np.float64)
+    counts = [-(-size // side) for size, side in zip(grid, block, strict=True)]
+    places = np.indices(grid).reshape(3, -1).T
+    mass = np.zeros((*query.shape[:3], np.prod(counts)))
+    for corner in {(*p // block, *p % block // cell) for p in places}:
+        inside = [i for i, p in enumerate(places) if (*p // block, *p % block // cell) == corner]
+        n = np.ravel_multi_index(corner[:3], counts)
+        for b, h, s in np.ndindex(query.shape[:3]):
+            x, keys = query[b, h, s] / np.sqrt(query.shape[-1]), key[b, h // (query.shape[1] // key.shape[1]), inside]
+            v = x**2 @ keys.var(axis=0)
+            mass[b, h, s, n] += len(inside) * np.exp(x @ keys.mean(axis=0) + v / 2) * (max(v, 1e-12) ** 0.5) ** spread
+    return np.log(mass)
+
+
+def exact_gate(query: ArrayLike, key: ArrayLike, ids: ArrayLike, num_blocks: int) -> NDArray[np.float64]:
+    """Log of every block's summed exponential scores, (B, H, S, N), scaled by 1/sqrt(D); arguments as of ``gate``."""
+    query, key, ids = np.asarray(query, np.float64), np.asarray(key, np.float64), np.asarray(ids)
+    result, group = np.empty((*query.shape[:3], num_blocks)), query.shape[1] // key.shape[1]
+    for b, h, n in np.ndindex(*query.shape[:2], num_blocks):
+        score = query[b, h] @ key[b, h // group, ids == n].T / np.sqrt(query.shape[-1])
+        result[b, h, :, n] = score.max(axis=1) + np.log(np.exp(score - score.max(axis=1)[:, None]).sum(axis=1))
+    return result
+
+
 def mass(gate: ArrayLike, ids: ArrayLike, head_dim: int) -> NDArray[np.float64]:
     """Estimated attention mass of every block, (B, H, S, N): that of its tokens, had they all its mean key.
 

@@ -8,8 +8,18 @@ import itertools
 
 import torch
 
+from tests.test_gates import cells_of
 from vmoba_flex import BlockPartition
-from vmoba_flex.selection import gate_kernels, long_pool_kernels, short_pool_kernels
+from vmoba_flex.selection import (
+    cell_gate_kernels,
+    exact_gate,
+    exact_kernels,
+    gate_kernels,
+    long_pool_kernels,
+    short_pool_kernels,
+)
+from vmoba_flex.selection.cell_gate import cell_scores, cell_stats
+from vmoba_flex.selection.cell_places import CellStats, gate_cells
 from vmoba_flex.selection.gate import block_means, gate
 from vmoba_flex.selection.select import SHORT
 from vmoba_flex.selection.sorted_pools import take_sorted
@@ -126,8 +136,60 @@ def check_gate() -> None:
         assert ((scores - expected).abs() <= bound).all()
 
 
+def check_cell_gate() -> None:
+    # In float16 throughout: the interpreter cuts what it should round to bfloat16.
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    for batch, partition, cell, dim, dtype in [
+        (2, BlockPartition((3, 7, 8), (2, 5, 5), prefix=3, suffix=2), (2, 2, 3), 24, torch.float16),  # 6 cells of 8
+        (1, BlockPartition((3, 7, 8), (2, 5, 5)), (1, 1, 1), 16, torch.float16),  # 50 of 64
+        (1, BlockPartition((2, 9, 17), (2, 9, 10)), (1, 1, 2), 16, torch.float16),  # 90 of 128: two tiles a block
+        (1, BlockPartition((1, 6, 12), (1, 1, 1)), 64, 130, torch.float16),  # one token a block
+        (1, BlockPartition((9, 5, 5), (9, 5, 5)), (9, 5, 5), 8, torch.float16),  # more tokens than are read at once
+    ]:
+        query = torch.randn(batch, partition.num_tokens, 2, dim, generator=generator).transpose(1, 2).to(dtype)
+        key = torch.randn(batch, 1, partition.num_tokens, dim, generator=generator).to(dtype) + 0.5
+        with cells_of(cell):
+            stats = cell_gate_kernels.cell_stats(key, gate_cells(partition))
+            expected, exact = (cell_stats(x.cpu(), partition) for x in (key, key.double()))
+        epsilon = torch.finfo(dtype).eps
+        for found, wide in zip(stats[:2], exact[:2], strict=True):
+            # Rounded once, from a float32 sum.
+            assert ((found.double().cpu() - wide).abs() <= epsilon * wide.abs() + 4e-6).all()
+        assert torch.equal(stats.bias.isinf().cpu(), expected.bias.isinf())
+        assert (stats.bias.exp().cpu() - expected.bias.exp()).abs().max() < 1e-4
+        count, before, blocks = partition.num_video_tokens, partition.prefix, partition.num_blocks
+        for spread in (False, True):
+            scores = cell_gate_kernels.cell_scores(query, stats, blocks, before, count, spread)
+            on_cpu = CellStats(*(x.cpu() for x in stats))
+            twin = cell_scores(query.cpu(), on_cpu, blocks, before, count, spread)
+            assert scores.stride() == twin.stride()
+            # "spread" has the square root of a sum of products, each rounded.
+            torch.testing.assert_close(scores.cpu(), twin, rtol=1e-5, atol=2e-5)
+
+
+def check_exact_gate() -> None:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    for batch, partition, dim, dtype, lengths, launch in [
+        (2, BlockPartition((3, 7, 8), (2, 5, 5), prefix=3, suffix=2), 24, torch.float16, [0, 4], None),
+        (1, BlockPartition((2, 8, 16), (2, 8, 8)), 16, torch.float16, None, exact_kernels.Launch(32, 16, 4, 1, False)),
+        (1, BlockPartition((1, 6, 12), (1, 1, 1), suffix=70), 130, torch.float32, [65], None),
+    ]:
+        query = torch.randn(batch, partition.num_tokens, 2, dim, generator=generator).transpose(1, 2).to(dtype)
+        key = torch.randn(batch, 1, partition.num_tokens, dim, generator=generator).to(dtype)
+        lengths = None if lengths is None else torch.tensor(lengths)
+        groups = partition.num_blocks + (partition.prefix + partition.suffix > 0)
+        for scale, count in ((dim**-0.5, groups), (-0.3, partition.num_blocks), (0.0, groups)):
+            inputs = partition, partition.prefix, partition.num_video_tokens, scale, count
+            found = exact_kernels.group_lse(query, key, *inputs, lengths, launch)
+            on_cpu = None if lengths is None else lengths.cpu()
+            expected = exact_gate.group_lse(query.double().cpu(), key.double().cpu(), *inputs, on_cpu)
+            torch.testing.assert_close(found.double().cpu(), expected, rtol=1e-5, atol=2e-5)
+
+
 if __name__ == "__main__":
     torch.set_default_device(DEVICE)
     check_selection()
     check_longest_pools_of_one_query()
     check_gate()
+    check_cell_gate()
+    check_exact_gate()

@@ -14,7 +14,7 @@ from torch import Tensor
 from vmoba_flex import BlockPartition, Tail, Threshold, TopK
 from vmoba_flex.call import BACKENDS, DISPATCHES
 from vmoba_flex.config import KINDS, ApproxBlocks, VMoBAConfig
-from vmoba_flex.rules import NORMALIZE, POOLS, Rule
+from vmoba_flex.rules import GATES, NORMALIZE, POOLS, Rule
 from vmoba_flex.selection.mass import block_mass
 
 
@@ -62,19 +62,20 @@ def partitions(draw: st.DrawFn, text: bool = True) -> BlockPartition:
 
 @st.composite
 def rules(draw: st.DrawFn, num_blocks: int, pool: str | None = None, exact: bool = False) -> Rule:
-    """Both rules over all of their pools, or one, with the extremes k = 1, k = N and tau = 1 common.
+    """Both rules over all of their pools, or one, and all gates, with the extremes k = 1, k = N and tau = 1 common.
 
     With ``exact``, none that takes exponentials, which no two devices or precisions round alike.
     """
+    gate = "mean" if exact else draw(st.sampled_from(GATES))
     if pool is None:
         pool = draw(st.sampled_from(POOLS))
     if pool != "block" and draw(st.booleans()):
         if draw(st.booleans()):
-            return TopK(draw(st.integers(1, num_blocks)), pool=pool)
-        return TopK(density=draw(shares()), pool=pool)
+            return TopK(draw(st.integers(1, num_blocks)), pool=pool, gate=gate)
+        return TopK(density=draw(shares()), pool=pool, gate=gate)
     max_density = draw(st.none() | shares())
     normalize = "minmax" if exact else draw(st.sampled_from(NORMALIZE))
-    return Threshold(draw(shares()), pool=pool, max_density=max_density, normalize=normalize)
+    return Threshold(draw(shares()), pool=pool, max_density=max_density, normalize=normalize, gate=gate)
 
 
 def shares() -> st.SearchStrategy[float]:

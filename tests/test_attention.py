@@ -25,7 +25,7 @@ from tests.paths import (
 )
 from tests.strategies import Problem, partitions, problems
 from tests.test_block_masks import INDEX_TENSORS
-from vmoba_flex import BlockPartition, Threshold, TopK, reference, vmoba_attention, vmoba_mask, vmoba_selection
+from vmoba_flex import BlockPartition, Tail, Threshold, TopK, reference, vmoba_attention, vmoba_mask, vmoba_selection
 
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 
@@ -55,9 +55,9 @@ def test_gradients_equal_dense_masked_attention(path: str, problem: Problem):
 @given(problems(), st.sampled_from(["attention, tiles", *TILE_SIZES]))
 def test_whole_attention_equals_the_reference_with_its_own_selection(problem: Problem, path: str):
     tile_size = TILE_SIZES.get(path)
-    expected, selection = reference.vmoba(
-        problem.query, problem.key, problem.value, problem.partition, problem.rule, problem.scale, tile_size
-    )
+    inputs, partition = (problem.query, problem.key, problem.value), problem.partition
+    cell = Tail().cell_of(partition)
+    expected, selection = reference.vmoba(*inputs, partition, problem.rule, problem.scale, tile_size, gate_cell=cell)
     # Where rounding of the gate decides, two selections are right, and the reference's may be the other one.
     if torch.equal(reference.attention_mask(selection, problem.partition), expected_mask(problem, tile_size)):
         assert (SPARSE_PATHS[path](problem) - expected).abs().max() < 1e-5 * expected.abs().max()

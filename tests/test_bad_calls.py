@@ -104,6 +104,8 @@ def objects() -> Iterator[Case]:
     for value in [*NO_WORDS, "block"]:
         yield "pool", lambda value: TopK(1, pool=value), value
         yield "normalize", lambda value: Threshold(0.5, normalize=value), value
+        yield "gate", lambda value: Threshold(0.5, gate=value), value
+        yield "gate", lambda value: TopK(1, gate=value), value
     for value in NO_WORDS:
         yield "pool", lambda value: Threshold(0.5, pool=value), value
     for value in [*NO_INTS, 0, -1]:

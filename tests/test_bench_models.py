@@ -16,6 +16,7 @@ from bench.models.report import ModelReport
 from bench.models.run import parse
 from tests.test_bench import ROOT
 from vmoba_flex import Threshold, TopK
+from vmoba_flex.models import apply_vmoba
 
 pytest.importorskip("diffusers")
 MODES = ("training step, checkpointing", "training step", "inference forward")
@@ -71,7 +72,8 @@ def test_small_run_measures_every_mode_and_attention(tmp_path: Path):
 
 def test_gpus_share_the_rows(tmp_path: Path):
     output = tmp_path / "small.json"
-    printed = run(output, "--gpus", "2", "--only", "inference,SDPA", "--only", "HunyuanVideo,inference,none")
+    rows_to_run = ("Wan,inference,SDPA", "HunyuanVideo,inference,SDPA", "HunyuanVideo,inference,none")
+    printed = run(output, "--gpus", "2", *(word for row in rows_to_run for word in ("--only", row)))
     report = json.loads(output.read_text())
     rows = {(row["model"], row["attention"]): row for row in report["rows"]}
     assert len(rows) == 4 and {row["status"] for row in rows.values()} == {"ok"}, printed
@@ -80,6 +82,15 @@ def test_gpus_share_the_rows(tmp_path: Path):
     assert {path.name for path in tmp_path.iterdir()} == {"small.json", "small.md"}
     (one,) = report["runs"]  # the same device and command
     assert one["command"].endswith("--device cpu --small --gpus 2") and "_gpu" not in one["command"]
+
+
+@pytest.mark.parametrize(("model", "grid"), shapes.SMALL.more, ids=lambda x: getattr(x, "name", ""))
+def test_models_with_a_grid_of_their_own_run(model: shapes.Model, grid: tuple[int, int, int]):
+    built = model.build(model.parts[0], "cpu", torch.float32)
+    inputs = model.inputs(grid, "cpu", torch.float32)
+    with apply_vmoba(built, shapes.SMALL.config(grid, False, "packed")) as handle, torch.no_grad():
+        assert built(**inputs)[0].isfinite().all()
+        assert f"grid {'x'.join(map(str, grid))}" in handle.summary() and handle.summary().count("sparse") == 3
 
 
 def test_every_row_has_one_share_and_shapes_stay_together():

@@ -170,3 +170,39 @@ def test_wide_values_have_no_kernel():
         query, output = (torch.empty(1, 1, 4, dim, device="cuda") for dim in (64, 512))
     assert coarse_attention._modules(query, output)[0] is coarse_steps
     assert coarse_attention._modules(output, query)[0] is coarse_steps
+
+
+@pytest.mark.parametrize(
+    ("most", "more", "words"),
+    [
+        ((1, 2**31 - 1, 64), (1, 2**31, 64), "below 2..31, which kernels index, got 2147483648 . 1: let each"),
+        ((9, 2**25 - 1, 64 * 64), (9, 2**25 - 1, 64 * 64 + 1), "got 33554431 . 65"),
+        ((1, 9, 64 * 65_535), (1, 9, 64 * 65_535 + 1), "at most 4194240 coarse keys, got 4194241"),
+        ((65_535, 9, 9), (65_536, 9, 9), "batch . heads of at most 65535 on a GPU, got 65536: split the batch"),
+    ],
+)
+def test_as_many_coarse_keys_as_kernels_index(most: tuple[int, ...], more: tuple[int, ...], words: str):
+    coarse_steps.check_coarse_size("coarse", *most)
+    with pytest.raises(ValueError, match=f"coarse must .*{words}"):
+        coarse_steps.check_coarse_size("coarse", *more)
+    # An element of the keys of a head is indexed with int32, too.
+    assert coarse_steps._MAX_PROGRAMS * 64 * coarse_steps.MAX_KERNEL_DIM < 2**31
+
+
+@pytest.mark.parametrize("path", ["packed", "merge", "slots"])
+def test_too_many_coarse_keys_for_a_gpu_are_refused_at_the_door(path: str):
+    queries, keys = 2**20, 64
+    with FakeTensorMode():
+        query, key = (torch.empty(1, 1, n, 8, device="cuda") for n in (queries, keys))
+        coarse_key, bias = torch.empty(1, 2**17 + 1, 8, device="cuda"), torch.empty(2**17 + 1, device="cuda")
+        coarse = CoarseKeys(coarse_key, coarse_key, bias, torch.empty_like(bias, dtype=torch.int64))
+        lse = torch.empty(1, 1, queries, device="cuda")
+        selected = torch.ones(1, 1, queries, 1, dtype=torch.bool, device="cuda")
+        slots = plan_slots(torch.zeros(keys, dtype=torch.int64, device="cuda"), [keys], 64)
+        calls = {
+            "packed": lambda: attend_packed(query, key, key, selected, slots, backend="triton", coarse=coarse),
+            "merge": lambda: merge_coarse_keys(query, query, lse, coarse, selected, 1.0),
+            "slots": lambda: attend_slots(query, key, key, selected, slots, 1.0, coarse=coarse),
+        }
+        with pytest.raises(ValueError, match=r"coarse must keep rows .* got 1048576 \* 2049"):
+            calls[path]()

@@ -59,7 +59,7 @@ def test_json_is_readable():
         '  "temporal": 3,',
         '  "spatial": [5, 13],',
         '  "spatiotemporal": {"approx_blocks": 72},',
-        '  "rule": {"spatial": {"k": 6, "pool": "query"}},',
+        '  "rule": {"spatial": {"k": 6, "pool": "query", "gate": "mean"}},',
     ]
 
 
@@ -96,6 +96,7 @@ def test_json_takes_defaults():
         (own(rule=0.25), ValueError, "rule must be an object with 'tau', or with 'k' or 'density', got 0.25"),
         (own(rule={"tau": 1.5}), ValueError, r"tau must lie in \(0, 1\], got 1.5"),
         (own(rule={"k": 2.5}), TypeError, "k must be an int, got 2.5"),
+        (own(rule={"k": 2, "gate": "average"}), ValueError, "gate must be one of .*'exact'.*, got 'average'"),
         (own(rule={"tau": 0.5, "k": 2}), ValueError, "rule must have keys of .*, got 'k': 2"),
         (own(rule={"topk": 2}), ValueError, "rule must have keys of .*, got 'topk': 2"),
         (own(rule={"1d": {"k": 2}}), ValueError, "rule must have keys of .*, got '1d'"),

@@ -31,15 +31,15 @@ ROOT = Path(__file__).parent.parent
 RULES = [
     TopK(2),
     TopK(2, pool="head"),
-    TopK(density=0.4, pool="global"),
+    TopK(density=0.4, pool="global", gate="cells"),
     Threshold(0.3, pool="query"),
     Threshold(0.3, pool="block", max_density=0.5),
     Threshold(0.25, pool="head"),
     Threshold(0.25, pool="head", max_density=0.3),
     Threshold(0.3, pool="global"),
     Threshold(0.9, pool="global", max_density=0.4),
-    Threshold(0.6, pool="global", normalize="softmax"),
-    WarmedThreshold(0.1, pool="block", now=torch.tensor([0.5], dtype=torch.float64)),
+    Threshold(0.6, pool="global", normalize="softmax", gate="exact"),
+    WarmedThreshold(0.1, pool="block", gate="spread", now=torch.tensor([0.5], dtype=torch.float64)),
 ]
 DISPATCHES = ["tiles", "packed", "shared", "dense"]
 PARTITION = BlockPartition((5, 6, 7), (2, 3, 4), prefix=3, suffix=5)

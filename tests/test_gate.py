@@ -7,7 +7,7 @@ from hypothesis import given
 
 from tests import oracle_numpy
 from tests.strategies import Problem, problems
-from vmoba_flex import BlockPartition, reference
+from vmoba_flex import BlockPartition, reference, reference_gates
 from vmoba_flex.selection.gate import block_means, gate
 
 
@@ -17,7 +17,7 @@ def _video(x: torch.Tensor, partition: BlockPartition) -> torch.Tensor:
 
 def _reference(problem: Problem) -> torch.Tensor:
     p = problem.partition
-    return reference.gate(_video(problem.query, p), _video(problem.key, p), reference.block_ids(p.grid, p.block))
+    return reference_gates.gate(_video(problem.query, p), _video(problem.key, p), reference.block_ids(p.grid, p.block))
 
 
 @given(problems(exact=True))

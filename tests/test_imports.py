@@ -23,7 +23,7 @@ MAX_LINES = 250
 ORDER = {
     "block_masks": ["checks", "precision", "launching", "plans", "masks", "attention", "block_masks"],
     "vmoba_flex": [
-        *("reference", "version", "user_error"),
+        *("reference_gates", "reference", "version", "user_error"),
         *("checks", "partition", "approx_blocks", "tail", "cell_kernels", "cells", "cell_slot_kernels"),
         *("cell_slots", "rules", "warmup"),
         *("call", "part", "groups", "inputs", "collectives"),
@@ -114,7 +114,9 @@ def test_vmoba_flex_imports_block_masks_and_torch_only(path: Path):
 
 
 def test_reference_imports_nothing_that_it_checks():
-    assert imported(ROOT / "vmoba_flex" / "reference.py") == {"torch"}
+    assert imported(ROOT / "vmoba_flex" / "reference_gates.py") == {"torch"}
+    assert set(imports(ROOT / "vmoba_flex" / "reference.py")) - NAMES.keys() == {"math", "typing", "torch"}
+    assert set(imports(ROOT / "vmoba_flex" / "reference.py")) & NAMES.keys() == {"vmoba_flex.reference_gates"}
     assert imported(ROOT / "tests" / "oracle_numpy.py") == {"numpy"}
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.strategies import Problem, problems
-from vmoba_flex import BlockPartition, Threshold, TopK, VMoBAConfig, reference, vmoba_selection
+from vmoba_flex import BlockPartition, Tail, Threshold, TopK, VMoBAConfig, reference, vmoba_selection
 from vmoba_flex.dispatch.choose import choose_dispatch
 from vmoba_flex.insight import Record, Timing, break_even, calibrate, crossover, inspect, load, save
 from vmoba_flex.insight.calibrate import MARGIN, _auto_is_packed
@@ -264,14 +264,17 @@ def test_calibrate_keeps_a_cap():
 @pytest.mark.parametrize(
     "rule", [Threshold(0.9), Threshold(0.9, max_density=0.3), TopK(density=0.5), TopK(density=0.7)]
 )
-def test_calibrate_knows_what_auto_takes(tokens: tuple[int, int, int], heads: tuple[int, int], rule: Any):
+@pytest.mark.parametrize("tail", [None, Tail(1)])
+def test_calibrate_knows_what_auto_takes(
+    tokens: tuple[int, int, int], heads: tuple[int, int], rule: Any, tail: Tail | None
+):
     partition = CONFIG.partition("spatial", tokens)
     one = Record(*torch.empty(2, 2, partition.num_tokens, 128), partition, heads=heads)
     with FakeTensorMode():
         shape = (1, max(heads) + 1, partition.num_tokens, 128)
         q, k, v = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for _ in range(3))
-        auto = choose_dispatch(q, k, v, partition, rule)
-    assert _auto_is_packed(one, partition, rule) == (auto == "packed")
+        auto = choose_dispatch(q, k, v, partition, rule, tail)
+    assert _auto_is_packed(one, partition, rule, tail) == (auto == "packed")
 
 
 def test_calibrate_moves_top_k_in_whole_blocks():

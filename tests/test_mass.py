@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests import oracle_numpy
 from tests.strategies import gates, partitions
 from tests.test_selection import own_blocks
-from vmoba_flex import BlockPartition, Threshold, reference, vmoba_selection
+from vmoba_flex import BlockPartition, Threshold, reference, reference_gates, vmoba_selection
 from vmoba_flex.rules import POOLS
 from vmoba_flex.selection.gate import gate
 from vmoba_flex.selection.mass import block_mass
@@ -21,7 +21,7 @@ def test_masses_are_those_of_both_oracles(data: st.DataObject, head_dim: int):
     partition = data.draw(partitions(text=False))
     scores, ids = data.draw(gates(partition)), reference.block_ids(partition.grid, partition.block)
     mass = block_mass(scores, partition, head_dim)
-    expected = reference.mass(scores.double(), ids, head_dim)
+    expected = reference_gates.mass(scores.double(), ids, head_dim)
     np.testing.assert_allclose(expected, oracle_numpy.mass(scores.numpy(), ids.numpy(), head_dim), rtol=1e-12)
     # The error of a float32 logit is its own half-ulp, and that of its exponential as large in relative terms.
     tolerance = 8 * torch.finfo(torch.float32).eps * (1 + scores.abs().max().item() / head_dim**0.5)
@@ -38,7 +38,7 @@ def test_a_query_with_a_bad_score_has_no_mass_and_its_pool_keeps_everything(pool
     mass = block_mass(scores, partition, 8)
     broken = mass.isnan()
     assert broken[0, 1, 3].all() and broken.sum() == partition.num_blocks
-    assert torch.equal(reference.mass(scores.double(), partition.block_ids(), 8).isnan(), broken)
+    assert torch.equal(reference_gates.mass(scores.double(), partition.block_ids(), 8).isnan(), broken)
     for dim in {"query": (3,), "block": (1, 2), "head": (2, 3), "global": (1, 2, 3)}[pool]:
         broken = broken.any(dim, keepdim=True)
     selection = select(mass, own_blocks(partition), Threshold(0.01, pool=pool, normalize="softmax"))

@@ -55,6 +55,8 @@ def test_rules_are_values():
         (lambda: TopK(density="0.5"), TypeError, "density must be a number, got '0.5'"),
         (lambda: TopK(2, pool="block"), ValueError, "pool must be 'query', 'head' or 'global' for TopK, got 'block'"),
         (lambda: TopK(2, pool="row"), ValueError, "pool must be one of .* got 'row'"),
+        (lambda: TopK(2, gate="exakt"), ValueError, "gate must be one of .* got 'exakt'"),
+        (lambda: Threshold(0.5, gate=None), ValueError, "gate must be one of .* got None"),
         (lambda: Threshold(0), ValueError, r"tau must lie in \(0, 1\], got 0"),
         (lambda: Threshold(1.5), ValueError, r"tau must lie in \(0, 1\], got 1.5"),
         (lambda: Threshold(None), TypeError, "tau must be a number, got None"),

@@ -46,6 +46,7 @@ def test_whole_selection_equals_the_reference_where_arithmetic_is_exact(problem:
 
 @given(problems(dtype=torch.bfloat16))
 def test_16_bit_inputs_choose_as_their_float32_copies_do(problem: Problem):
+    problem = dataclasses.replace(problem, rule=dataclasses.replace(problem.rule, gate="mean"))  # no sum is rounded
     assert torch.equal(choose(problem), choose(problem, query=problem.query.float(), key=problem.key.float()))
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from tests import oracle_numpy
@@ -395,3 +396,12 @@ def test_the_log_sum_exp(dispatch: str):
     for actual, target in zip((output, lse[..., None]), (expected[0], expected[1][..., None]), strict=True):
         pairs = (x.transpose(1, 2)[valid].double() for x in (actual, target))
         torch.testing.assert_close(*pairs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dispatch", ["auto", "packed", "shared", "tiles"])
+def test_cells_too_small_for_the_kernels_are_refused_at_the_door(dispatch: Any):
+    partition = BlockPartition.spatial((1, 1024, 1024), (128, 128))
+    with FakeTensorMode():
+        query = torch.empty(1, 1, partition.num_tokens, 8, device="cuda", dtype=torch.bfloat16)
+        with pytest.raises(ValueError, match=r"tail must keep rows .* got 1048576 \* 8192: let each coarse key stand"):
+            vmoba_attention(query, query, query, partition, TopK(1), dispatch=dispatch, tail=Tail((1, 1, 2)))

@@ -74,7 +74,7 @@ class Family:
     def build(self, seed: int = 0, num_layers: int = 3, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A random model on the CPU, in eval mode."""
         model = getattr(diffusers, self.class_name)(**self.config(num_layers))
-        _draw_parameters(model, torch.Generator().manual_seed(seed))
+        draw_parameters(model, torch.Generator().manual_seed(seed))
         return model.to(dtype).eval()
 
     def inputs(
@@ -133,7 +133,7 @@ def reference(model: nn.Module, family: Family, choose: Choose) -> Iterator[dict
         text = query.shape[2] - partition.num_video_tokens
         partition = dataclasses.replace(partition, **({family.text: text} if family.text else {}))
         assert partition.num_tokens == query.shape[2]
-        mask, density = _vmoba_mask(query, key, partition, rule)
+        mask, density = vmoba_mask_of(query, key, partition, rule)
         densities.setdefault(inside[-1], []).append(density)
         if attn_mask is not None:
             # Only keys count: a stock mask may also silence padded queries, which would leave softmax nothing.
@@ -206,7 +206,8 @@ def _leave(inside: list[int], *_: Any) -> None:
 
 
 @torch.no_grad()
-def _vmoba_mask(query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule) -> tuple[Tensor, float]:
+def vmoba_mask_of(query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule) -> tuple[Tensor, float]:
+    """The reference's mask ``(B, H, S, S)`` of a layer, and the density of its selection."""
     ids = oracle.block_ids(partition.grid, partition.block)
     video = slice(partition.prefix, partition.prefix + len(ids))
     selection = oracle.select(oracle.gate(query[:, :, video], key[:, :, video], ids), ids, rule)
@@ -214,7 +215,8 @@ def _vmoba_mask(query: Tensor, key: Tensor, partition: BlockPartition, rule: Rul
 
 
 @torch.no_grad()
-def _draw_parameters(model: nn.Module, generator: torch.Generator) -> None:
+def draw_parameters(model: nn.Module, generator: torch.Generator) -> None:
+    """Random parameters with which no gate is shut."""
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("scale_shift_table"):

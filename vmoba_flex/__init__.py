@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vmoba_flex.module import VMoBAAttention
     from vmoba_flex.partition import BlockPartition
     from vmoba_flex.rules import Threshold, TopK
+    from vmoba_flex.selection.exact_gate import block_masses
     from vmoba_flex.selection.select import vmoba_selection
     from vmoba_flex.stats import AttentionStats
     from vmoba_flex.tail import Tail
@@ -45,6 +46,7 @@ __all__ = [
     "Warmup",
     "__version__",
     "apply_vmoba",
+    "block_masses",
     "register_adapter",
     "vmoba_attention",
     "vmoba_inputs",
@@ -66,6 +68,7 @@ _MODULES = {
     "VMoBAHandle": "models",
     "Warmup": "warmup",
     "apply_vmoba": "models",
+    "block_masses": "selection.exact_gate",
     "register_adapter": "models",
     "vmoba_attention": "attention",
     "vmoba_inputs": "flex_inputs",

@@ -13,6 +13,7 @@ from vmoba_flex.inputs import (
     check_query_key,
     check_scale,
     check_tail,
+    check_tail_size,
     check_text_lengths,
     check_value,
     under_autocast,
@@ -132,7 +133,8 @@ def vmoba_attention(
 
     Raises:
         TypeError: if an argument has a wrong type or dtype.
-        ValueError: if shapes, devices or values do not fit, or the selection has 2**31 entries or more.
+        ValueError: if shapes, devices or values do not fit, the selection has 2**31 entries or more, or a tail has more
+            cells than kernels index.
 
     Example:
         >>> from vmoba_flex import BlockPartition, Threshold
@@ -202,6 +204,7 @@ def attend(
     check_text_lengths(call.text_lengths, query, call.partition)
     if call.tail is not None:
         check_tail(call.tail, call.partition)
+        check_tail_size(call.tail, call.partition, query)
         if dispatch == "dense":
             raise ValueError(f"tail must be None for dispatch='dense', which skips no block, got {call.tail}")
     if key.shape[1] != query.shape[1] and not call.enable_gqa:
@@ -213,6 +216,6 @@ def attend(
 
         return attend_across(query, key, value, call, dispatch, backend, layout, balance)
     if dispatch == "auto":
-        dispatch = choose_dispatch(query, key, value, call.partition, call.rule)
+        dispatch = choose_dispatch(query, key, value, call.partition, call.rule, call.tail)
     chosen = choose_backend(backend, dispatch, query, key, value, call.partition, call.text_lengths is not None)
     return attend_here(query, key, value, call, dispatch, chosen)

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from block_masks.attention.coarse_steps import check_coarse_size
 from vmoba_flex.checks import check_number
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK
-from vmoba_flex.tail import Tail
+from vmoba_flex.tail import Cells, Tail
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -108,6 +109,14 @@ def check_tail(tail: Any, partition: BlockPartition) -> None:
     if not isinstance(tail, Tail):
         raise TypeError(f"tail must be a Tail or None, got {tail!r}")
     tail.cell_of(partition)
+
+
+def check_tail_size(tail: Tail, partition: BlockPartition, query: Tensor) -> None:
+    """Raises ``ValueError`` if a tail has more cells than kernels index on query's device."""
+    if query.is_cuda:
+        # By all tokens and heads, so that ranks that share a call agree.
+        cells = Cells(partition, tail.cell_of(partition)).total
+        check_coarse_size("tail", query.shape[0] * query.shape[1], partition.num_tokens, cells)
 
 
 def under_autocast(*tensors: Any) -> tuple[Any, ...]:

@@ -1,48 +1,17 @@
 """VMoBA in float64, by its definition: what every fast path is tested against.
 
 Everything is computed from coordinates, in raster order, pool by pool, with S x S masks: slow on purpose. This module
-imports none of the code that it checks, and reads only the fields of partitions and rules.
+and ``reference_gates``, which has the gates, import none of the code that they check, and read only the fields of
+partitions and rules.
 """
 
-import itertools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def block_ids(grid: tuple[int, int, int], block: tuple[int, int, int]) -> Tensor:
-    """Block id of each video token in raster order, int64 ``(T * H * W,)``."""
-    t, y, x = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
-    _, cells_y, cells_x = (math.ceil(size / part) for size, part in zip(grid, block, strict=True))
-    ids = t // block[0] * (cells_y * cells_x) + y // block[1] * cells_x + x // block[2]
-    return ids.reshape(-1)
-
-
-def gate(query: Tensor, key: Tensor, ids: Tensor) -> Tensor:
-    """Products of queries with block means, float64 ``(B, H, video tokens, N)``.
-
-    Args:
-        query: ``(B, H, video tokens, D)``.
-        key: ``(B, key heads, video tokens, D)``.
-        ids: block of each token.
-    """
-    query, key = query.double(), _match_heads(key.double(), query.shape[1])
-    means = [key[:, :, ids == n].mean(2) for n in range(int(ids.max()) + 1)]
-    return torch.einsum("bhsd,bhnd->bhsn", query, torch.stack(means, dim=2))
-
-
-def mass(scores: Tensor, ids: Tensor, head_dim: int) -> Tensor:
-    """The attention mass of each block if all of its keys were their mean, float64 like ``scores``.
-
-    Args:
-        scores: the gate ``(B, H, queries, N)``.
-        ids: block of each token that is a key.
-        head_dim: of query and key.
-    """
-    terms = ids.bincount() * ((scores - scores.amax(-1, keepdim=True)).double() / math.sqrt(head_dim)).exp()
-    return torch.where(scores.isfinite().all(-1, keepdim=True), terms / terms.sum(-1, keepdim=True), math.nan)
+from vmoba_flex.reference_gates import block_ids, cell_members, gate_scores, match_heads, ranked, tile_scores
 
 
 def select(scores: Tensor, ids: Tensor, rule: Any) -> Tensor:
@@ -110,10 +79,6 @@ def _threshold_length(scores: Tensor, own: Tensor, others: list[int], rule: Any)
     return int(reached.int().argmax()) + 1 if reached.any() else len(others)
 
 
-def _ranked(scores: Tensor, ids: Tensor, rule: Any, head_dim: int) -> Tensor:
-    return mass(scores, ids, head_dim) if getattr(rule, "normalize", None) == "softmax" else scores
-
-
 def shared_tiles(ids: Tensor, tile_size: int) -> Tensor:
     """Query tile of each video token, for the dispatch ``"shared"``: int64 ``(video tokens,)``.
 
@@ -168,7 +133,7 @@ def attention(
     Returns:
         The output ``(B, H, S, value dim)`` and the natural log-sum-exp of the scores ``(B, H, S)``.
     """
-    key, value = _match_heads(key.double(), query.shape[1]), _match_heads(value.double(), query.shape[1])
+    key, value = match_heads(key.double(), query.shape[1]), match_heads(value.double(), query.shape[1])
     scores = query.double() @ key.mT * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if bias is not None:
         scores = scores + bias
@@ -194,16 +159,14 @@ def with_cells(
         Key and value with ``S + C`` keys, the mask ``(B, H, S, S + C)``, and the bias ``(S + C,)``, the log of a cell's
         tokens; float64.
     """
-    ids = block_ids(partition.grid, partition.block)
-    members: dict[tuple[int, ...], list[int]] = {}
-    for token, place in enumerate(itertools.product(*map(range, partition.grid))):
-        corner = [p % side // part for p, side, part in zip(place, partition.block, cell, strict=True)]
-        members.setdefault((int(ids[token]), *corner), []).append(partition.prefix + token)
-    means = [torch.stack([x.double()[:, :, at].mean(2) for at in members.values()], 2) for x in (key, value)]
-    blocks = torch.tensor([block for block, *_ in members], device=key.device)
+    members = cell_members(partition, cell)
+    first, count = partition.prefix, math.prod(partition.grid)
+    video = [x.double()[:, :, first : first + count] for x in (key, value)]
+    means = [torch.stack([x[:, :, at].mean(2) for _, at in members], 2) for x in video]
+    blocks = torch.tensor([block for block, _ in members], device=key.device)
     others = torch.zeros((*mask.shape[:3], len(members)), dtype=torch.bool, device=mask.device)
-    others[:, :, partition.prefix : partition.prefix + len(ids)] = ~selection[..., blocks]
-    sizes = torch.tensor([len(at) for at in members.values()], dtype=torch.float64, device=key.device)
+    others[:, :, first : first + count] = ~selection[..., blocks]
+    sizes = torch.tensor([len(at) for _, at in members], dtype=torch.float64, device=key.device)
     bias = torch.cat([torch.zeros(key.shape[2], dtype=torch.float64, device=key.device), sizes.log()])
     key, value = (torch.cat([x.double(), mean], 2) for x, mean in zip((key, value), means, strict=True))
     return key, value, torch.cat([mask, others], -1), bias
@@ -218,31 +181,29 @@ def vmoba(
     scale: float | None = None,
     tile_size: int | None = None,
     cell: tuple[int, int, int] | None = None,
+    gate_cell: tuple[int, int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The whole of VMoBA: the output in float64 ``(B, H, S, value dim)`` and the selection it used.
 
     With ``tile_size``, the approximation that the dispatch ``"shared"`` makes: one selection for each query tile, made
     from the mean of its queries, and given to all of them. With ``cell``, skipped blocks take part by cells.
+    ``gate_cell``: the cells of the gates "cells" and "spread".
     """
     ids = block_ids(partition.grid, partition.block).to(query.device)
     video = slice(partition.prefix, partition.prefix + len(ids))
     with torch.no_grad():
         queries, keys = query[:, :, video].double(), key[:, :, video]
         if tile_size is None:
-            selection = select(_ranked(gate(queries, keys, ids), ids, rule, query.shape[-1]), ids, rule)
+            scores = gate_scores(queries, keys, partition, rule.gate, gate_cell)
+            selection = select(ranked(scores, ids, rule, query.shape[-1]), ids, rule)
         else:
             tiles = shared_tiles(ids, tile_size)
-            members = [tiles == tile for tile in range(int(tiles.max()) + 1)]
-            means = torch.stack([queries[:, :, member].mean(2) for member in members], dim=2)
-            tile_block = torch.stack([ids[member][0] for member in members])
-            scores = _ranked(gate(means, keys, ids), ids, rule, query.shape[-1])
+            scores = tile_scores(queries, keys, tiles, partition, rule.gate, gate_cell)
+            tile_block = torch.stack([ids[tiles == tile][0] for tile in range(scores.shape[2])])
+            scores = ranked(scores, ids, rule, query.shape[-1])
             selection = select(scores, tile_block, rule)[:, :, tiles]
     mask, bias = attention_mask(selection, partition), None
     if cell is not None:
         key, value, mask, bias = with_cells(key, value, selection, mask, partition, cell)
     output, _ = attention(query, key, value, mask, scale, bias)
     return output, selection
-
-
-def _match_heads(x: Tensor, heads: int) -> Tensor:
-    return x.repeat_interleave(heads // x.shape[1], dim=1)

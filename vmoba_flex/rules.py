@@ -12,6 +12,8 @@ Pool = Literal["query", "block", "head", "global"]
 Normalize = Literal["minmax", "softmax"]
 POOLS: tuple[Pool, ...] = get_args(Pool)
 NORMALIZE: tuple[Normalize, ...] = get_args(Normalize)
+Gate = Literal["mean", "cells", "spread", "exact"]
+GATES: tuple[Gate, ...] = get_args(Gate)
 
 # A rule as the schema of a custom op takes it: its words, its counts, its shares, and the tau in force where it is
 # warmed up. Counts are apart because they stay symbolic in graphs with dynamic shapes.
@@ -25,11 +27,27 @@ class TopK:
     A pool with R queries keeps ``k * R`` pairs. Own blocks count, and rank first. Ties go to the lower block id, then
     the lower query index, then the lower head.
 
+    The gate scores each block for each query. Three of the four gates estimate the logarithm of the attention mass that
+    the query has on the block; none sees prefix, suffix or the ``scale`` of a call, in whose place stands
+    ``s = 1 / sqrt(D)``.
+
+    | gate | score of a block |
+    |---|---|
+    | ``"mean"`` | the paper's: query . mean key, without ``s`` |
+    | ``"cells"`` | log of the sum over its cells of ``exp(s query . mean key + log(tokens) + v / 2)`` |
+    | ``"spread"`` | the same with ``log(v) / 2`` more in each exponent |
+    | ``"exact"`` | log of the sum over its keys of ``exp(s query . key)``: what full attention does, at half its cost |
+
+    The cells are those of ``Tail()``. ``v`` estimates the variance of the scaled scores inside a cell:
+    ``s**2 sum_d query_d**2 var_d``, with ``var_d`` the variance of the cell's keys along dim d. ``"cells"`` finds the
+    masses of blocks whose keys differ; ``"spread"`` prefers blocks that a tail's mean keys would stand for badly.
+
     Attributes:
         k: blocks per query, on average over the pool, in 1..N.
         density: instead of ``k``, the share of the N blocks in (0, 1], rounded half up, at least one block.
         pool: what competes: ``"query"`` (the blocks of one query: the paper's training-free setting), ``"head"`` (all
             pairs of one head) or ``"global"`` (all pairs of one sample).
+        gate: ``"mean"``, ``"cells"``, ``"spread"`` or ``"exact"``.
 
     Raises:
         TypeError: if ``k`` or ``density`` has a wrong type.
@@ -43,6 +61,7 @@ class TopK:
     k: int | None = None
     density: float | None = dataclasses.field(default=None, kw_only=True)
     pool: Pool = dataclasses.field(default="query", kw_only=True)
+    gate: Gate = dataclasses.field(default="mean", kw_only=True)
 
     def __post_init__(self) -> None:
         if (self.k is None) == (self.density is None):
@@ -56,6 +75,7 @@ class TopK:
         if self.density is not None:
             object.__setattr__(self, "density", check_share("density", self.density))
         check_choice("pool", self.pool, POOLS)
+        check_choice("gate", self.gate, GATES)
         if self.pool == "block":
             raise ValueError(
                 "pool must be 'query', 'head' or 'global' for TopK, got 'block': k counts the blocks of a query, and a "
@@ -65,14 +85,15 @@ class TopK:
     @classmethod
     def of_flat(cls, words: str, counts: list[int], shares: list[float]) -> Self:
         """The rule with this ``flat`` form."""
-        _, pool = words.split()
-        return cls(counts[0] if counts else None, density=shares[0] if shares else None, pool=cast(Pool, pool))
+        _, pool, gate = words.split()
+        k, density = counts[0] if counts else None, shares[0] if shares else None
+        return cls(k, density=density, pool=cast(Pool, pool), gate=cast(Gate, gate))
 
     @property
     def flat(self) -> FlatRule:
         """The rule, as the schema of a custom op takes it."""
         counts = [] if self.k is None else [self.k]
-        return f"topk {self.pool}", counts, [] if self.density is None else [self.density], None
+        return f"topk {self.pool} {self.gate}", counts, [] if self.density is None else [self.density], None
 
     def blocks_per_query(self, num_blocks: int) -> int:
         """Blocks per query out of ``num_blocks``.
@@ -105,10 +126,11 @@ class Threshold:
     density of 0.19 at tau 0.25.
 
     ``"softmax"``: the weights are estimated attention masses, in float32 (float64 for float64 inputs). The mass of a
-    query on block n, which has ``size_n`` tokens and the gate's score ``g_n``, is
-    ``size_n exp(g_n / sqrt(D)) / sum_m size_m exp(g_m / sqrt(D))``. The masses of a query sum to 1, so that tau is a
-    share of the pool's attention: peaked heads keep few pairs, flat heads many. In pools of many queries, peaked
-    queries rank first. Prefix, suffix and the ``scale`` of a call have no effect.
+    query on block n, which has ``size_n`` tokens and the mean gate's score ``g_n``, is
+    ``size_n exp(g_n / sqrt(D)) / sum_m size_m exp(g_m / sqrt(D))``. The scores of the other gates are logarithms of
+    masses: their softmax is the masses, and with ``gate="exact"`` they are those of full attention. The masses of a
+    query sum to 1, so that tau is a share of the pool's attention: peaked heads keep few pairs, flat heads many. In
+    pools of many queries, peaked queries rank first. Prefix, suffix and the ``scale`` of a call have no effect.
 
     Attributes:
         tau: share of the pool's summed weights to reach, in (0, 1].
@@ -118,6 +140,7 @@ class Threshold:
         max_density: caps the pairs per pool at this share of them, in (0, 1], rounded half up, best first. Own blocks
             count, and are kept even if they exceed the cap.
         normalize: ``"minmax"`` or ``"softmax"``.
+        gate: as in ``TopK``.
 
     Raises:
         TypeError: if ``tau`` or ``max_density`` has a wrong type.
@@ -128,6 +151,7 @@ class Threshold:
     pool: Pool = dataclasses.field(default="head", kw_only=True)
     max_density: float | None = dataclasses.field(default=None, kw_only=True)
     normalize: Normalize = dataclasses.field(default="minmax", kw_only=True)
+    gate: Gate = dataclasses.field(default="mean", kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tau", check_share("tau", self.tau))
@@ -135,13 +159,15 @@ class Threshold:
             object.__setattr__(self, "max_density", check_share("max_density", self.max_density))
         check_choice("pool", self.pool, POOLS)
         check_choice("normalize", self.normalize, NORMALIZE)
+        check_choice("gate", self.gate, GATES)
 
     @classmethod
     def of_flat(cls, words: str, shares: list[float]) -> Self:
         """The rule with this ``flat`` form."""
-        _, pool, normalize = words.split()
+        _, pool, normalize, gate = words.split()
         cap = shares[1] if shares[1:] else None
-        return cls(shares[0], pool=cast(Pool, pool), max_density=cap, normalize=cast(Normalize, normalize))
+        rule = cls(shares[0], pool=cast(Pool, pool), max_density=cap, normalize=cast(Normalize, normalize))
+        return dataclasses.replace(rule, gate=cast(Gate, gate))
 
     @property
     def flat(self) -> FlatRule:
@@ -150,7 +176,7 @@ class Threshold:
 
     def _flat(self, now: Tensor | None) -> FlatRule:
         cap = [] if self.max_density is None else [self.max_density]
-        return f"threshold {self.pool} {self.normalize}", [], [self.tau, *cap], now
+        return f"threshold {self.pool} {self.normalize} {self.gate}", [], [self.tau, *cap], now
 
     def max_pairs(self, pool_pairs: int, num_blocks: int) -> int | None:
         """Pairs that a pool of ``pool_pairs`` may keep, own pairs included; None for no cap."""

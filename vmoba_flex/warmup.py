@@ -1,7 +1,7 @@
 """A schedule for training, from full attention to a config's thresholds, that compiles nothing again."""
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -70,7 +70,9 @@ class WarmedThreshold(Threshold):
         return self._flat(self.now)
 
     def __repr__(self) -> str:
-        return repr(Threshold(self.now.item(), pool=self.pool, max_density=self.max_density, normalize=self.normalize))
+        fields: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(Threshold)}
+        fields["tau"] = self.now.item()
+        return repr(Threshold(**fields))
 
 
 def rule_of_flat(words: str, counts: list[int], shares: list[float], now: Tensor | None) -> Rule:

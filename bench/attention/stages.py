@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 _MOVE = [f"block_masks.attention.{module}" for module in ("row_steps", "row_kernels")]
 _ATTEND = [f"block_masks.attention.{module}" for module in ("row_steps", "attend_kernels", "flash_kernels")]
 STAGES = {
-    "gate": ["vmoba_flex.selection.select.gate"],
+    "gate": ["vmoba_flex.selection.select.gate_scores"],
     "select": ["vmoba_flex.selection.select.select"],
     "plan": ["block_masks.attention.row_attention.plan_rows", "vmoba_flex.dispatch.packed.block_slots"],
     "gather": [*(f"{module}.take_slots" for module in _MOVE), "block_masks.plans.move_kernels.take_rows"],

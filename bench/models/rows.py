@@ -103,6 +103,8 @@ def specs(sizes: ModelSizes, device: str) -> Iterator[Spec]:
         for model in others:
             yield from rows(model, grid, training, everything)
             yield from rows(model, grid, (FORWARD,), everything)
+    for model, grid in sizes.more:
+        yield from rows(model, grid, (CHECKPOINTED, FORWARD), everything)
     # Where "auto" stays dense.
     yield from rows(wan, few, (*training, FORWARD), (PACKED,))
     for grid in (more, large, most):

@@ -3,9 +3,9 @@
     python -m bench.models.run --output bench/results/<gpu>_<date>_models.json
 
 The models are transformers of diffusers in their real shapes, with random weights, which say nothing about quality:
-the whole Wan 1.3B, and a few layers of Wan 14B and HunyuanVideo, whose times are scaled to all layers. A row is one
-model, number of tokens, mode and attention. The modes are a training step (forward, backward and optimizer) with and
-without gradient checkpointing, and an inference forward. The attentions are
+the whole Wan 1.3B, and a few layers of Wan 14B, HunyuanVideo, MiniMax-H3 and LTX-2, whose times are scaled to all
+layers. A row is one model, number of tokens, mode and attention. The modes are a training step (forward, backward and
+optimizer) with and without gradient checkpointing, and an inference forward. The attentions are
 
     cuDNN, FlashAttention-4    dense
     exact, shared              ours, dispatch "auto" (which may stay dense) and "shared"

@@ -1,6 +1,7 @@
 """The models of the end-to-end benchmark, and how they are built."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from vmoba_flex.config import ApproxBlocks, VMoBAConfig
 
 TRAINING_RULE = Threshold(0.25, pool="head", max_density=0.25)
 INFERENCE_RULE = TopK(density=0.25)
+Random = Callable[..., Tensor]
 # Factor of the weight of the norm on queries. Fresh weights attend all keys about equally, and the output would hardly
 # depend on the attention.
 _SHARPEN = 3.0
@@ -46,7 +48,7 @@ class Model:
         text_tokens: of the text that comes with the video.
         arguments: of the class, without the numbers of layers.
         parts: measured one after another; times are added up, each scaled to the layers of the whole model.
-        text: makes the keyword arguments other than latents and timestep, given a function that makes random tensors.
+        draw: makes forward's arguments for a grid, given a function that makes random tensors.
     """
 
     name: str
@@ -56,7 +58,7 @@ class Model:
     text_tokens: int
     arguments: dict[str, Any]
     parts: tuple[Part, ...]
-    text: Callable[["Model", Callable[..., Tensor]], dict[str, Tensor]]
+    draw: Callable[["Model", Sizes3, Random], dict[str, Any]]
 
     def build(self, part: Part, device: str, dtype: torch.dtype) -> Any:
         """The transformer of diffusers with random weights, made on the device; the same at each call."""
@@ -86,19 +88,17 @@ class Model:
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-        frames, height, width = grid
-        latents = random(1, self.arguments["in_channels"], frames, 2 * height, 2 * width)
-        timestep = torch.tensor([500], device=device)
-        return {"hidden_states": latents, "timestep": timestep, **self.text(self, random), "return_dict": False}
+        return {**self.draw(self, grid, random), "return_dict": False}
 
 
-def _wan_text(model: Model, random: Callable[..., Tensor]) -> dict[str, Tensor]:
-    return {"encoder_hidden_states": random(1, model.text_tokens, model.arguments["text_dim"])}
+def _wan_inputs(model: Model, grid: Sizes3, random: Random) -> dict[str, Any]:
+    return {**_latents(model, grid, random), "encoder_hidden_states": _text(model, random, "text_dim")}
 
 
-def _hunyuan_text(model: Model, random: Callable[..., Tensor]) -> dict[str, Tensor]:
-    text = random(1, model.text_tokens, model.arguments["text_embed_dim"])
+def _hunyuan_inputs(model: Model, grid: Sizes3, random: Random) -> dict[str, Any]:
+    latents, text = _latents(model, grid, random), _text(model, random, "text_embed_dim")
     return {
+        **latents,
         "encoder_hidden_states": text,
         "encoder_attention_mask": torch.ones(text.shape[:2], dtype=torch.bool, device=text.device),
         "pooled_projections": random(1, model.arguments["pooled_projection_dim"]),
@@ -106,10 +106,20 @@ def _hunyuan_text(model: Model, random: Callable[..., Tensor]) -> dict[str, Tens
     }
 
 
+def _latents(model: Model, grid: Sizes3, random: Random) -> dict[str, Tensor]:
+    frames, height, width = grid
+    latents = random(1, model.arguments["in_channels"], frames, 2 * height, 2 * width)
+    return {"hidden_states": latents, "timestep": torch.tensor([500], device=latents.device)}
+
+
+def _text(model: Model, random: Random, channels: str) -> Tensor:
+    return random(1, model.text_tokens, model.arguments[channels])
+
+
 def _wan(name: str, layers: int, of: int, heads: int, head_dim: int, text: int, **arguments: int) -> Model:
     arguments |= {"num_attention_heads": heads, "attention_head_dim": head_dim, "in_channels": 16, "out_channels": 16}
     parts = (Part(layers, of, {"num_layers": layers}),)
-    return Model(name, "WanTransformer3DModel", heads, head_dim, text, arguments, parts, _wan_text)
+    return Model(name, "WanTransformer3DModel", heads, head_dim, text, arguments, parts, _wan_inputs)
 
 
 def _hunyuan(dual: int, single: int, heads: int, head_dim: int, text: int, **arguments: Any) -> Model:
@@ -120,7 +130,59 @@ def _hunyuan(dual: int, single: int, heads: int, head_dim: int, text: int, **arg
         Part(3, single, {"num_layers": 0, "num_single_layers": 3}),
     )
     name = "HunyuanVideo"
-    return Model(name, "HunyuanVideoTransformer3DModel", heads, head_dim, text, arguments, parts, _hunyuan_text)
+    return Model(name, "HunyuanVideoTransformer3DModel", heads, head_dim, text, arguments, parts, _hunyuan_inputs)
+
+
+def _minimax_h3(of: int, heads: int, hidden: int, head_dim: int = 128, **arguments: int) -> Model:
+    """With 512 text tokens and 400 of audio before the video: of all rows, and no condition frames."""
+    arguments |= {"num_attention_heads": heads, "attention_head_dim": head_dim, "hidden_size": hidden}
+    arguments |= {"num_refiner_layers": 0, "in_channels": 24, "audio_in_channels": 32}
+    parts = (Part(3, of, {"num_layers": 3}),)
+    return Model("MiniMax-H3", "MiniMaxH3Transformer3DModel", heads, head_dim, 512, arguments, parts, _h3_inputs)
+
+
+def _h3_inputs(model: Model, grid: Sizes3, random: Random) -> dict[str, Any]:
+    text, audio, video = model.text_tokens, 400, math.prod(grid)
+    kinds = torch.tensor([1] * text + [2] * audio + [0] * video)
+    axes = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
+    positions = torch.zeros(len(kinds), 3)
+    positions[text + audio :] = torch.stack(axes, -1).flatten(0, 2)
+    latents = random(1, video, 4 * model.arguments["in_channels"])
+    on_device = {
+        "timestep": torch.tensor([0.5]),
+        "timestep_indices": torch.zeros_like(kinds),
+        "token_tags": kinds,
+        "position_ids": positions,
+        **{f"{name}_indices": (kinds == kind).nonzero()[:, 0] for kind, name in enumerate(("video", "text", "audio"))},
+    }
+    return {
+        "hidden_states": latents,
+        "audio_hidden_states": random(1, audio, model.arguments["audio_in_channels"]),
+        "encoder_hidden_states": _text(model, random, "text_dim"),
+        **{name: x.to(latents.device) for name, x in on_device.items()},
+    }
+
+
+def _ltx2(of: int, heads: int, head_dim: int, text: int, **arguments: Any) -> Model:
+    """With ten seconds of audio, 250 tokens, of another stream."""
+    arguments |= {"num_attention_heads": heads, "attention_head_dim": head_dim, "in_channels": 128}
+    arguments |= {"cross_attention_dim": heads * head_dim}
+    parts = (Part(3, of, {"num_layers": 3}),)
+    return Model("LTX-2", "LTX2VideoTransformer3DModel", heads, head_dim, text, arguments, parts, _ltx2_inputs)
+
+
+def _ltx2_inputs(model: Model, grid: Sizes3, random: Random) -> dict[str, Any]:
+    latents = random(1, math.prod(grid), model.arguments["in_channels"])
+    return {
+        "hidden_states": latents,
+        "audio_hidden_states": random(1, 250, 128),
+        "encoder_hidden_states": _text(model, random, "caption_channels"),
+        "audio_encoder_hidden_states": _text(model, random, "caption_channels"),
+        "timestep": torch.tensor([500.0], device=latents.device),
+        **dict(zip(("num_frames", "height", "width"), grid, strict=True)),
+        "audio_num_frames": 250,
+        "fps": 24.0,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +192,7 @@ class ModelSizes:
     Attributes:
         dtype: of weights and inputs.
         models: one to measure whole, and those of which a few layers are measured.
+        more: other models, of which a few layers are measured on one grid.
         grids: five latent video sizes from small to large, after patching.
         about: how many blocks the three kinds have; None for the paper's block shapes, or on other grids for about as
             many blocks.
@@ -137,6 +200,7 @@ class ModelSizes:
 
     dtype: torch.dtype
     models: tuple[Model, Model, Model]
+    more: tuple[tuple[Model, Sizes3], ...]
     grids: tuple[Sizes3, ...]
     about: tuple[int, int, int] | None = None
 
@@ -150,12 +214,17 @@ class ModelSizes:
         return VMoBAConfig(temporal, spatial, cubes, rule, dispatch=dispatch)
 
 
+_SMALL_AUDIO = {"audio_num_attention_heads": 2, "audio_attention_head_dim": 4, "audio_cross_attention_dim": 8}
 FULL = ModelSizes(
     dtype=torch.bfloat16,
     models=(
         _wan("Wan 1.3B", 30, 30, heads=12, head_dim=128, text=512, ffn_dim=8960, text_dim=4096),
         _wan("Wan 14B", 3, 40, heads=40, head_dim=128, text=512, ffn_dim=13824, text_dim=4096),
         _hunyuan(20, 40, heads=24, head_dim=128, text=256, text_embed_dim=4096, pooled_projection_dim=768),
+    ),
+    more=(
+        (_minimax_h3(50, heads=56, hidden=5376, ffn_dim=14336, text_dim=5120), (37, 34, 60)),
+        (_ltx2(48, heads=32, head_dim=128, text=1024, caption_channels=3840), (31, 34, 60)),
     ),
     grids=((14, 24, 40), (21, 30, 52), (24, 36, 64), (21, 45, 80), (32, 48, 72)),
 )
@@ -167,6 +236,10 @@ SMALL = ModelSizes(
         _hunyuan(
             6, 9, heads=2, head_dim=16, text=8, text_embed_dim=24, pooled_projection_dim=24, rope_axes_dim=(4, 6, 6)
         ),
+    ),
+    more=(
+        (_minimax_h3(6, 2, 24, head_dim=16, ffn_dim=32, text_dim=8, time_embed_dim=16, rope_freq_dim=2), (3, 4, 6)),
+        (_ltx2(6, heads=2, head_dim=16, text=8, caption_channels=16, **_SMALL_AUDIO), (3, 4, 6)),
     ),
     grids=((3, 4, 6),) * 5,
     about=(2, 4, 6),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from block_masks.attention import coarse_steps, row_steps
-from block_masks.attention.coarse_steps import CoarseKeys
+from block_masks.attention.coarse_steps import CoarseKeys, check_coarse_size
 from block_masks.attention.plain import plain_merge
 from block_masks.launching.autograd import differentiable_grads
 from block_masks.launching.device import on_device
@@ -30,7 +30,12 @@ def merge_coarse_keys(
 
     Returns:
         The output, differentiable in all floating inputs, and the log-sum-exp, without a gradient.
+
+    Raises:
+        ValueError: on a GPU, if there are more coarse keys than kernels index.
     """
+    if query.is_cuda:
+        check_coarse_size("coarse", query.shape[0] * query.shape[1], selected.shape[2], len(coarse.bias))
     if in_transform(query, output, lse, *coarse):
         return _plain(query, output, lse, *coarse, selected, scale, together)
     return _merge(query, output, lse, *coarse, selected, scale, together)

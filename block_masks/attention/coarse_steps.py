@@ -16,6 +16,9 @@ from torch import Tensor
 from block_masks.precision import without_autocast
 
 MAX_KERNEL_DIM = 256  # of the forms in Triton
+# Triton forms index the words of a head, one for each row of choices and 64 coarse keys, with int32. Words, and the
+# heads of all samples, are programs along dims of a grid that end here.
+_WORD_BITS, _MAX_WORDS, _MAX_PROGRAMS = 64, 2**31 - 1, 65_535
 # Scores held at a time: 256 MiB in float32.
 _CHUNK_SCORES = 2**26
 
@@ -40,6 +43,30 @@ class CoarseKeys(NamedTuple):
         """As an op was given them, or not."""
         present = [x for x in tensors if x is not None]
         return cls(*present) if present else None
+
+
+def check_coarse_size(name: str, heads: int, rows: int, cells: int) -> None:
+    """Raises ``ValueError`` if the Triton forms cannot index so many coarse keys.
+
+    Args:
+        name: the argument to blame.
+        heads: of all samples.
+        rows: rows of choices, of one head.
+        cells: C, coarse keys of one head.
+    """
+    words = -(-cells // _WORD_BITS)
+    if rows * words > _MAX_WORDS:
+        raise ValueError(
+            f"{name} must keep rows * ceil(coarse keys / {_WORD_BITS}) below 2**31, which kernels index, got "
+            f"{rows} * {words}: let each coarse key stand for more keys"
+        )
+    if words > _MAX_PROGRAMS:
+        most = _MAX_PROGRAMS * _WORD_BITS
+        raise ValueError(f"{name} must have at most {most} coarse keys, got {cells}: let each stand for more keys")
+    if heads > _MAX_PROGRAMS:
+        raise ValueError(
+            f"{name} must go with batch * heads of at most {_MAX_PROGRAMS} on a GPU, got {heads}: split the batch"
+        )
 
 
 def merge_coarse(

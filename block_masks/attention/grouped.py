@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from block_masks.attention.coarse_steps import MAX_KERNEL_DIM, CoarseKeys
+from block_masks.attention.coarse_steps import MAX_KERNEL_DIM, CoarseKeys, check_coarse_size
 from block_masks.attention.plain import plain_rows
 from block_masks.attention.row_attention import Room, attend_rows
 from block_masks.checks import check_positive
@@ -106,7 +106,9 @@ def attend_packed(
     if coarse is not None and query_group is not None:
         raise ValueError("coarse must be None with query_group: a coarse key of a later group would not be masked")
     kernels = _backend(backend, query, key, value)
-    batch, heads, _, head_dim = query.shape
+    batch, heads, queries, head_dim = query.shape
+    if coarse is not None and kernels != "eager":
+        check_coarse_size("coarse", batch * heads, queries, len(coarse.bias))
     if query_group is not None:
         groups = torch.arange(selected.shape[-1], device=selected.device)
         selected = selected & (groups <= query_group[:, None])

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from block_masks.attention.coarse_steps import CoarseKeys
+from block_masks.attention.coarse_steps import CoarseKeys, check_coarse_size
 from block_masks.attention.plain import plain_slots
 from block_masks.launching.autograd import grad_of, save_of
 from block_masks.launching.device import on_device
@@ -66,12 +66,14 @@ def attend_slots(
 
     Raises:
         ValueError: if the dtype is float16, in which ``exp(-lse)`` overflows, and a group is no whole number of tiles
-            or ``group_lengths`` is given.
+            or ``group_lengths`` is given; on a GPU, if there are more coarse keys than kernels index.
     """
     if query.dtype == torch.float16 and not slots.whole:
         raise ValueError(f"query must not be float16 where groups are no whole tiles, got sizes {slots.group_sizes}")
     if query.dtype == torch.float16 and group_lengths is not None:
         raise ValueError("query must not be float16 with group_lengths, got torch.float16")
+    if coarse is not None and query.is_cuda:
+        check_coarse_size("coarse", query.shape[0] * query.shape[1], selected.shape[2], len(coarse.bias))
     if in_transform(query, key, value, *(coarse or ())):
         return plain_slots(query, key, value, selected, group_lengths, slots, scale, coarse)
     return _attend(query, key, value, selected, group_lengths, *(coarse or [None] * 4), *slots.flat, scale)

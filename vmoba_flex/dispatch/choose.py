@@ -12,17 +12,25 @@ from vmoba_flex.dispatch.compiled import has_flex_kernel
 from vmoba_flex.groups import group_sizes
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK
+from vmoba_flex.tail import Cells, Tail
 
 # What "auto" decides by, measured on an H200 or H100 (bench/NOTES.md). Pairs: forward, and forward + backward.
 _DENSE_RATE = 6.5e14  # operations per second of the fastest dense peer
 _BACKWARD = 3.5  # its forward + backward takes so many times its forward
 _SHARE = (0.12, 1.3)  # "packed" takes this constant plus this factor times the density, as a share of the dense time
+_TAIL_SHARE = (2.75, 2.97)  # a tail adds this factor times its cells per token: both grow with heads, tokens and dim
 _LAUNCHES = (3.5e-3, 8e-3)  # but at least these seconds, in which the host launches it
 _FLASH_FROM = (10e-3, 18e-3)  # dense seconds from which FlashAttention-4 gains more than its launches cost
 
 
 def choose_dispatch(
-    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Rule, ranks: int = 1
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    partition: BlockPartition,
+    rule: Rule,
+    tail: Tail | None = None,
+    ranks: int = 1,
 ) -> Literal["tiles", "packed", "dense"]:
     """What ``dispatch="auto"`` runs; see ``vmoba_attention``.
 
@@ -32,6 +40,7 @@ def choose_dispatch(
         value: ``(B, key heads, S, value dim)``.
         partition: the blocks.
         rule: ``TopK`` or ``Threshold``.
+        tail: how skipped blocks take part; None if they do not.
         ranks: how many share the call. All make the same choice.
 
     Returns:
@@ -45,7 +54,7 @@ def choose_dispatch(
     if query.dtype == torch.float64 or max(query.shape[-1], value.shape[-1]) > 256:
         return "tiles"
     dense, backward = _dense_seconds(query, key, value, partition)
-    if not packed_wins(dense / ranks, backward, rule, partition.num_blocks):
+    if not packed_wins(dense / ranks, backward, rule, partition, tail):
         return "dense"
     return "tiles" if unbounded and compiled else "packed"
 
@@ -61,15 +70,18 @@ def dense_seconds(heads: int, tokens: int, head_dim: int, backward: bool) -> flo
     return 4 * heads * tokens**2 * head_dim / _DENSE_RATE * (_BACKWARD if backward else 1)
 
 
-def packed_share(rule: Rule, num_blocks: int) -> float:
+def packed_share(rule: Rule, partition: BlockPartition, tail: Tail | None, backward: bool = False) -> float:
     """Estimated time of ``"packed"`` as a share of the dense peer's, at the largest density that the rule allows."""
     constant, factor = _SHARE
-    return constant + factor * _largest_density(rule, num_blocks)
+    share = constant + factor * _largest_density(rule, partition.num_blocks)
+    if tail is None:
+        return share
+    return share + _TAIL_SHARE[int(backward)] * Cells(partition, tail.cell_of(partition)).total / partition.num_tokens
 
 
-def packed_wins(dense: float, backward: bool, rule: Rule, num_blocks: int) -> bool:
+def packed_wins(dense: float, backward: bool, rule: Rule, partition: BlockPartition, tail: Tail | None) -> bool:
     """Whether ``"auto"`` expects ``"packed"`` to beat a dense peer that takes ``dense`` seconds."""
-    return max(_LAUNCHES[int(backward)], packed_share(rule, num_blocks) * dense) < dense
+    return max(_LAUNCHES[int(backward)], packed_share(rule, partition, tail, backward) * dense) < dense
 
 
 def _largest_density(rule: Rule, blocks: int) -> float:

@@ -47,7 +47,7 @@ def attend_across(
     """
     ranks, partition = layout.ranks, call.partition
     if dispatch == "auto":
-        dispatch = choose_dispatch(query, key, value, partition, call.rule, ranks.size)
+        dispatch = choose_dispatch(query, key, value, partition, call.rule, call.tail, ranks.size)
     # Chosen by the whole call, so that all ranks take the same backend, the one that a single GPU would take.
     chosen = choose_backend(backend, dispatch, query, key, value, partition, call.text_lengths is not None)
     of_keys = None

@@ -14,6 +14,7 @@ from vmoba_flex.insight.measure import choose, layer_of, recall_of, sample_rows,
 from vmoba_flex.insight.records import Record
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold
+from vmoba_flex.tail import Tail
 
 MARGIN = 1.25
 """``max_density`` over the density that was measured: videos may be denser by so much before it cuts."""
@@ -115,8 +116,8 @@ def _find(
     if isinstance(start, Threshold) and start.max_density is None:
         found = _smallest_capped(start, name, wanted, measure, found[1]["density"])
     rule, values = found
-    share = max(packed_share(rule, layer_of(record, config)[1].num_blocks) for record in records)
-    wins = all(_auto_is_packed(record, layer_of(record, config)[1], rule) for record in records)
+    share = max(packed_share(rule, layer_of(record, config)[1], config.tail) for record in records)
+    wins = all(_auto_is_packed(record, layer_of(record, config)[1], rule, config.tail) for record in records)
     return Calibrated(
         kind, rule, values["recall"], values["density"], len(records), "packed" if wins else "dense", share
     )
@@ -157,11 +158,11 @@ def _rule_at(start: Rule, share: float) -> Rule:
     return dataclasses.replace(start, **changes)
 
 
-def _auto_is_packed(record: Record, partition: BlockPartition, rule: Rule) -> bool:
+def _auto_is_packed(record: Record, partition: BlockPartition, rule: Rule, tail: Tail | None) -> bool:
     """Whether ``dispatch="auto"`` takes ``packed`` on a GPU, forward, for one sample and the layer's heads."""
     heads = max(record.heads) + 1  # capture records the last head, if it records more than one
     dense = dense_seconds(heads, partition.num_tokens, record.query.shape[-1], backward=False)
-    return packed_wins(dense, False, rule, partition.num_blocks)
+    return packed_wins(dense, False, rule, partition, tail)
 
 
 def _measure_of(records: list[Record], config: VMoBAConfig, rows: int, seed: int) -> _Measure:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 
-from vmoba_flex.models.adapters import Adapter, find_adapter, forward_arguments
+from vmoba_flex.models.adapter import Adapter
+from vmoba_flex.models.adapters import device_of, find_adapter, forward_arguments
 from vmoba_flex.models.processor import VMoBAProcessor
 from vmoba_flex.models.state import Checkpointing, Forward, ModelState
 
@@ -24,15 +25,15 @@ class Applied:
         adapter = find_adapter(model)
         self.state, state.owner = state, self
         self.recompile_limit: int = dynamo_config.recompile_limit
-        layers = adapter.layers(model)
+        layers = adapter.layers_of(model)
         self.names = [name for name, _ in layers]
         self.processors: list[VMoBAProcessor] = state.processors
         for i, (_, layer) in enumerate(layers):
             # The step matters to no kind and no rule.
             plan = state.config.layer(i, len(layers), step=0, num_steps=1)
-            layer.processor = adapter.processor(layer.processor, state, plan.kind, plan.rule)
+            layer.processor = adapter.processor_for(model, layer.processor, state, plan.kind, plan.rule)
             self.processors.append(layer.processor)
-        _register_for_layer_skipping(adapter.processor)
+            _register_for_layer_skipping(type(layer.processor))
         # Methods of an instance and no closures: they can be pickled, and a copy of the model has copies of them.
         self.hooks = [
             model.register_forward_pre_hook(self.begin, with_kwargs=True),
@@ -46,13 +47,17 @@ class Applied:
         if torch.compiler.is_exporting() and self.state.config.dense_steps:
             raise ValueError(f"config.dense_steps must be 0 for an export: {_EXPORT}")
         adapter = find_adapter(model)
-        layers = adapter.layers(model)
+        layers = adapter.layers_of(model)
         self._keep_processors(layers, adapter)
         if reason := adapter.refuse(model):
             raise ValueError(reason)
         arguments = forward_arguments(model, args, kwargs)
-        forward = self.state.plan(adapter.grid(model, arguments), [_skips_scores(layer) for _, layer in layers])
-        device = arguments["hidden_states"].device
+        if self.state.given is not None:
+            (grid, rest), prefix = self.state.given, 0
+        else:
+            grid, prefix, rest = adapter.grid(model, arguments), adapter.prefix(model, arguments), adapter.rest
+        forward = self.state.plan(grid, [_skips_scores(layer) for _, layer in layers], prefix, rest)
+        device = device_of(arguments)
         for processor, plan in zip(self.processors, forward.plans, strict=True):
             processor.ready(plan, device)
         if torch.is_grad_enabled():
@@ -81,7 +86,7 @@ class Applied:
 
     def remove(self, model: nn.Module) -> None:
         """Puts everything back."""
-        for (_, layer), processor in zip(find_adapter(model).layers(model), self.processors, strict=True):
+        for (_, layer), processor in zip(find_adapter(model).layers_of(model), self.processors, strict=True):
             if layer.processor is processor:
                 layer.processor = processor.stock
         # Where a model keeps processors to put back itself, it must not put back ours.
@@ -134,15 +139,9 @@ def _register_for_layer_skipping(processor: type[VMoBAProcessor]) -> None:
         from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
     except ImportError:
         return
-    skip: Any = _skip_joint if processor.joint else _skip
+    skip: Any = _skip
     AttentionProcessorRegistry.register(processor, AttentionProcessorMetadata(skip))
 
 
-def _skip(layer: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return hidden_states
-
-
-def _skip_joint(
-    layer: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    return hidden_states, encoder_hidden_states
+def _skip(layer: Any, hidden_states: Any, encoder_hidden_states: Any = None, *_: Any, **__: Any) -> Any:
+    return hidden_states if encoder_hidden_states is None else (hidden_states, encoder_hidden_states)

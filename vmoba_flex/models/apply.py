@@ -14,15 +14,15 @@ from vmoba_flex.models.steps import StepSource
 
 
 def apply_vmoba(pipe_or_model: Any, config: VMoBAConfig) -> VMoBAHandle:
-    """Makes the self-attention of a video transformer sparse, by swapping its attention processors.
+    """Makes the self-attention of a video transformer sparse: its layers hand query, key and value over to VMoBA.
 
-    Text in joint attention is always attended, padding never. Each forward brings its grid. Weights, their names and
-    cross-attention stay as they are.
+    Text and other tokens next to the video are always attended, padding never. Each forward brings its grid. Weights,
+    their names and cross-attention stay as they are.
 
     Args:
         pipe_or_model: a diffusers pipeline (its ``transformer``, and ``transformer_2`` if it has one), or a model:
-            Wan 2.1 and 2.2, HunyuanVideo, HunyuanVideo-1.5, CogVideoX, LTX, Mochi, SkyReels-V2, or one that
-            ``register_adapter`` knows; also inside ``torch.compile``, PEFT, DDP or FSDP.
+            of a class in ``models/table.py``, or one that ``register_adapter`` knows; also inside ``torch.compile``,
+            PEFT, DDP or FSDP.
         config: what each layer does.
 
     Returns:
@@ -32,6 +32,7 @@ def apply_vmoba(pipe_or_model: Any, config: VMoBAConfig) -> VMoBAHandle:
         TypeError: if ``config`` is no ``VMoBAConfig`` or the model is of an unknown class.
         ValueError: if VMoBA is applied already, a layer has a processor that is not the model's own, or the mode of
             the model or the pipeline is one that VMoBA cannot run in. The model is left as it was.
+        RuntimeError: if VMoBA does not fit the installed diffusers.
 
     Example:
         >>> handle = apply_vmoba(pipe, VMoBAConfig.paper("inference"))  # doctest: +SKIP
@@ -58,7 +59,7 @@ def _check(name: str, model: nn.Module, config: VMoBAConfig, pipeline: type) -> 
             raise ValueError(f"pipe_or_model must not be a {cls.__name__}, got one: {way_out}")
     if reason := adapter.refuse(model):
         raise ValueError(f"{name}: {reason}")
-    layers = adapter.layers(model)
+    layers = adapter.layers_of(model)
     for layer_name, layer in layers:
         processor = layer.processor
         if isinstance(processor, VMoBAProcessor):
@@ -66,11 +67,7 @@ def _check(name: str, model: nn.Module, config: VMoBAConfig, pipeline: type) -> 
                 f"{name} must not have VMoBA applied yet, got it in {layer_name}: call remove() on its "
                 "handle, or on VMoBAHandle.of(...)"
             )
-        if type(processor).__name__ not in adapter.stock:
-            raise ValueError(
-                f"{name} must have a processor of its own ({' or '.join(adapter.stock)}) in each layer, got "
-                f"{type(processor).__name__} in {layer_name}"
-            )
-        joint = adapter.processor.joint
-        ranks_of(getattr(processor, "_parallel_config", None), joint, type(processor).__name__)  # raises if it must not
+        adapter.check(processor, f"{name}: {layer_name}")
+        # Raises if it must not be parallel as it is.
+        ranks_of(getattr(processor, "_parallel_config", None), adapter.joint(model), type(processor).__name__)
     config.layer(0, len(layers), step=0, num_steps=1)  # dense_layers fits

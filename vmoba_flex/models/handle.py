@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from torch import Tensor, nn
 
-from vmoba_flex.checks import check_count, check_positive
+from vmoba_flex.checks import check_choice, check_count, check_positive
 from vmoba_flex.models.adapters import find_adapter, unwrap
 from vmoba_flex.models.processor import VMoBAProcessor
-from vmoba_flex.models.state import ModelState
+from vmoba_flex.models.state import Grid, ModelState
 from vmoba_flex.models.steps import Step, first_call, schedule_of, step_at
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.warmup import check_warmup, warmed
@@ -16,8 +16,8 @@ from vmoba_flex.warmup import check_warmup, warmed
 if TYPE_CHECKING:  # loads torch._dynamo
     from vmoba_flex.models.applied import Applied
 
-# Where pipelines keep their transformers; Wan 2.2 has two experts.
-_COMPONENTS = ("transformer", "transformer_2")
+# Where pipelines keep their transformers; Wan 2.2 has two experts, and MiniMax-H3 one for references.
+_COMPONENTS = ("transformer", "transformer_2", "transformer_ref")
 
 
 class VMoBAHandle:
@@ -36,7 +36,7 @@ class VMoBAHandle:
         """
         applied = {}
         for name, model in models_of(pipe_or_model).items():
-            found = [layer.processor for _, layer in find_adapter(model).layers(model)]
+            found = [layer.processor for _, layer in find_adapter(model).layers_of(model)]
             states = [processor.state for processor in found if isinstance(processor, VMoBAProcessor)]
             if not states:
                 raise ValueError(f"{name} must have VMoBA applied, got none")
@@ -63,6 +63,25 @@ class VMoBAHandle:
             raise TypeError(f"enabled must be a bool, got {enabled!r}")
         for state in self.states().values():
             state.enabled = enabled
+
+    def set_grid(self, grid: Grid | None, *, rest: Literal["prefix", "suffix"] = "prefix") -> None:
+        """Sets the latent video size by hand, from the next forward on.
+
+        For a model that is not told its grid, and for frames that condition the video and are to be no part of its
+        blocks: the tokens that are not the grid's attend all, and all attend them.
+
+        Args:
+            grid: in tokens: frames, height, width; None leaves it to each forward again.
+            rest: whether tokens that are not the grid's lie before the video or after it.
+
+        Raises:
+            TypeError: if an argument has a wrong type.
+            ValueError: if it has a wrong value.
+        """
+        check_choice("rest", rest, ("prefix", "suffix"))
+        given = None if grid is None else (BlockPartition(grid, grid).grid, rest)
+        for state in self.states().values():
+            state.given = given
 
     def set_warmup(self, share: float) -> None:
         """Sets how far thresholds are on their way from full attention, from the next forward on; see ``Warmup``.

@@ -11,7 +11,7 @@ def ranks_of(parallel_config: Any, joint: bool, name: str) -> "Ranks | None":
 
     Args:
         parallel_config: what ``enable_parallelism`` gives to a processor, or None.
-        joint: whether text and video attend together in the layer.
+        joint: whether other tokens attend together with the video.
         name: of the layer's stock processor.
 
     Raises:
@@ -27,8 +27,9 @@ def ranks_of(parallel_config: Any, joint: bool, name: str) -> "Ranks | None":
         )
     if joint:
         raise ValueError(
-            f"context parallelism must be off for {name} with VMoBA applied: diffusers has no plan (_cp_plan) for its "
-            f"model, whose text and video attend together, got ulysses_degree={config.ulysses_degree}"
+            f"context parallelism must be off for {name} with VMoBA applied: diffusers has no plan (_cp_plan) that "
+            "keeps the video's tokens apart from others that attend with them, got "
+            f"ulysses_degree={config.ulysses_degree}"
         )
     from vmoba_flex.collectives import Ranks
 

@@ -20,8 +20,9 @@ from vmoba_flex.rules import Rule
 class VMoBAProcessor:
     """An attention processor of diffusers for one self-attention layer.
 
-    The subclass of a model family says in ``sparse`` how the layer makes query, key and value. A processor holds the
-    layer's kind and never its index, so that ``torch.compile`` makes a graph for each kind, not for each layer.
+    Its subclass for models that use diffusers' dispatcher is in ``hook.py``. That of another model family says in
+    ``sparse`` how the layer makes query, key and value. A processor holds the layer's kind and never its index, so that
+    ``torch.compile`` makes a graph for each kind, not for each layer.
 
     Attributes:
         stock: the processor that it replaces, which runs dense layers and steps unless they are recorded.
@@ -32,11 +33,11 @@ class VMoBAProcessor:
         last: the plan of the last forward, to look at.
         density: what the last forward attended, a float32 scalar on the model's device.
         ranks: that share the video's tokens, under diffusers' context parallelism; None for one.
-        joint: whether the layer also takes text and returns it.
+        joint: whether other tokens attend together with the video.
         has_dense: whether dense layers and steps also run here, and not in the stock processor.
     """
 
-    joint: ClassVar[bool] = False
+    joint: bool = False
     has_dense: ClassVar[bool] = False
 
     def __init__(self, stock: Any, state: ModelState, kind: str, rule: Rule) -> None:
@@ -87,12 +88,15 @@ class VMoBAProcessor:
     ) -> Any:
         """The layer's output, and its text's where it is joint."""
         arguments = (attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        if not _decides_as_it_runs() and self.plan().dense:  # in this order, so that one graph serves both
-            with torch.no_grad():
-                self.density.fill_(1)
-            if not self.has_dense and self.state.recorder is None:
-                return self.stock(*arguments)
-        return self.sparse(*arguments)
+        return self.stock(*arguments) if self.runs_stock() else self.sparse(*arguments)
+
+    def runs_stock(self) -> bool:
+        """Whether the call that begins is the stock processor's; notes the density of a dense layer."""
+        if _decides_as_it_runs() or not self.plan().dense:  # in this order, so that one graph serves both
+            return False
+        with torch.no_grad():
+            self.density.fill_(1)
+        return not self.has_dense and self.state.recorder is None
 
     def sparse(
         self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any
@@ -122,8 +126,8 @@ class VMoBAProcessor:
 
         Args:
             query: ``(B, H, S, D)``, video tokens in raster order.
-            key: ``(B, H, S, D)``.
-            value: ``(B, H, S, D)``.
+            key: ``(B, key heads, S, D)``.
+            value: ``(B, key heads, S, D)``.
             prefix: text tokens before the video's.
             suffix: text tokens after the video's.
             text_lengths: as in ``vmoba_attention``.
@@ -152,7 +156,8 @@ class VMoBAProcessor:
         elif plan.dense:
             output = attend_everything(query, key, value, text_lengths, partition, dense_backend)
         else:
-            call = Call(partition, plan.rule, text_lengths=text_lengths, tail=tail)
+            gqa = key.shape[1] != query.shape[1]
+            call = Call(partition, plan.rule, enable_gqa=gqa, text_lengths=text_lengths, tail=tail)
             attended = attend(query, key, value, call, dispatch, backend, layout_of(self.ranks, partition))
             output = attended.output
             record_density(self.density, attended.density())

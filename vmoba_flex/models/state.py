@@ -28,6 +28,8 @@ from vmoba_flex.rules import Rule
 from vmoba_flex.warmup import WarmedThreshold
 
 Grid = tuple[int, int, int]
+# Where tokens lie that are not the grid's.
+Rest = Literal["none", "prefix", "suffix"]
 
 
 # Not frozen: Dynamo guards on all fields of a frozen dataclass, but only on those that it reads of another one.
@@ -42,6 +44,8 @@ class LayerPlan:
         dense: whether the layer attends everything.
         flag: ``dense`` as a bool scalar on the CPU, which a compiled graph without gradients reads as it runs.
         skips_scores: whether the layer's output is its value, as diffusers' layer skipping can ask for.
+        prefix: tokens before the grid's that the adapter counts.
+        rest: where tokens lie that are neither.
     """
 
     grid: Grid
@@ -50,11 +54,13 @@ class LayerPlan:
     dense: bool
     flag: Tensor
     skips_scores: bool
+    prefix: int = 0
+    rest: Rest = "none"
 
     def facts(self) -> tuple[Any, ...]:
         """All that decides what the layer computes."""
         tau = self.rule.now.item() if isinstance(self.rule, WarmedThreshold) else self.rule
-        return self.grid, self.block, tau, self.dense, self.skips_scores
+        return self.grid, self.block, tau, self.dense, self.skips_scores, self.prefix, self.rest
 
 
 class _ThreadLocal(threading.local):
@@ -107,6 +113,7 @@ class ModelState:
     Attributes:
         config: what was applied.
         source: the pipeline that it was applied to, if it was one.
+        given: the grid that was set by hand, and where other tokens lie; None where each forward brings its own.
         enabled: whether layers may be sparse at all.
         warmup: share of the way from full attention to the config's thresholds.
         processors: of the layers, in order.
@@ -119,6 +126,7 @@ class ModelState:
 
     config: VMoBAConfig
     source: StepSource | None = None
+    given: tuple[Grid, Rest] | None = None
     enabled: bool = True
     warmup: float = 1.0
     processors: list[Any] = dataclasses.field(default_factory=list)
@@ -134,12 +142,14 @@ class ModelState:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, alive=weakref.WeakSet())
 
-    def plan(self, grid: Grid, skips_scores: Iterable[bool]) -> Forward:
+    def plan(self, grid: Grid, skips_scores: Iterable[bool], prefix: int = 0, rest: Rest = "none") -> Forward:
         """Plans a forward.
 
         Args:
             grid: latent video size after patching.
             skips_scores: of each layer; see ``LayerPlan``.
+            prefix: of all layers; see ``LayerPlan``.
+            rest: of all layers; see ``LayerPlan``.
 
         Raises:
             ValueError: if a block exceeds the grid, or the config needs the step and nobody says it.
@@ -162,7 +172,7 @@ class ModelState:
                 rule = processor.rule
                 if isinstance(rule, WarmedThreshold):
                     rule = WarmedThreshold.of(rule, self.warmup)
-                plans.append(LayerPlan(grid, blocks[processor.kind], rule, dense, flags[dense], skips))
+                plans.append(LayerPlan(grid, blocks[processor.kind], rule, dense, flags[dense], skips, prefix, rest))
         return Forward(tuple(plans), step)
 
     def enter(self, forward: Forward | None) -> Forward | None:

@@ -1,7 +1,7 @@
 """Attention as one op that reads when it runs whether the step is dense, so that one graph serves all steps."""
 
 import functools
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -80,7 +80,8 @@ def _attend_at_step(
 
             return by_heads(everything, query, key, value, text_lengths, layout).contiguous()
         return everything(query, key, value, text_lengths).contiguous()
-    call = Call(partition, rule, text_lengths=text_lengths, tail=Tail.of_flat(cell))
+    gqa = key.shape[1] != query.shape[1]
+    call = Call(partition, rule, enable_gqa=gqa, text_lengths=text_lengths, tail=Tail.of_flat(cell))
     attended = attend(query, key, value, call, cast(Dispatch, dispatch), cast(Backend, backend), layout)
     density.copy_(attended.density())
     return attended.output.contiguous()
@@ -120,11 +121,12 @@ def attend_everything(
     query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None, partition: BlockPartition, backend: str
 ) -> Tensor:
     """Full attention by a backend of diffusers, by name, or by the fastest of torch's if the name is empty."""
-    valid = valid_keys(partition, text_lengths)
+    valid, gqa = valid_keys(partition, text_lengths), key.shape[1] != query.shape[1]
     if not backend:
-        return dense_attention(query, key, value, None, False, valid)
+        return dense_attention(query, key, value, None, gqa, valid)
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
     mask = None if valid is None else valid[:, None, None]
     tokens_first = (x.transpose(1, 2) for x in (query, key, value))
-    return dispatch_attention_fn(*tokens_first, attn_mask=mask, backend=AttentionBackendName(backend)).transpose(1, 2)
+    options: dict[str, Any] = {"backend": AttentionBackendName(backend), "enable_gqa": gqa}
+    return dispatch_attention_fn(*tokens_first, attn_mask=mask, **options).transpose(1, 2)

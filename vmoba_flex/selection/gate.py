@@ -1,4 +1,4 @@
-"""Query, key and a partition -> the gate: the product of each query with the mean key of each block.
+"""Query, key and a partition -> the gate "mean": the product of each query with the mean key of each block.
 
 B batch, H heads, S tokens, N blocks, D head dim.
 """
@@ -38,7 +38,7 @@ def _block_means(key: Tensor, sizes: list[int]) -> Tensor:
 
 @_block_means.register_fake
 def _(key: Tensor, sizes: list[int]) -> Tensor:
-    return key.new_empty((*key.shape[:2], _num_blocks(sizes), key.shape[3]), dtype=accumulator(key))
+    return key.new_empty((*key.shape[:2], num_blocks(sizes), key.shape[3]), dtype=accumulator(key))
 
 
 def _means(key: Tensor, partition: BlockPartition) -> Tensor:
@@ -108,12 +108,12 @@ def _gate(query: Tensor, key: Tensor, sizes: list[int], before: int, count: int)
 
 @_gate.register_fake
 def _(query: Tensor, key: Tensor, sizes: list[int], before: int, count: int) -> Tensor:
-    shape = (*query.shape[:2], _num_blocks(sizes), count)
+    shape = (*query.shape[:2], num_blocks(sizes), count)
     return query.new_empty(shape, dtype=accumulator(query)).mT
 
 
-def _num_blocks(sizes: list[int]) -> int:
-    """Blocks of the partition with these ``flat`` sizes, which may be symbolic: of those no partition can be made."""
+def num_blocks(sizes: list[int]) -> int:
+    """N of the partition with these ``flat`` sizes, which may be symbolic: of those no partition can be made."""
     return math.prod([-(-size // part) for size, part in zip(sizes[:3], sizes[3:6], strict=True)])
 
 

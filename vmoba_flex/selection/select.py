@@ -15,9 +15,8 @@ from block_masks.launching.device import on_device
 from vmoba_flex.inputs import check_query_key, under_autocast
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Pool, Rule, Threshold, TopK
-from vmoba_flex.selection.gate import gate
-from vmoba_flex.selection.mass import block_mass
+from vmoba_flex.rules import Pool, Rule, TopK
+from vmoba_flex.selection.scores import gate_scores, ranked
 from vmoba_flex.selection.sorted_pools import take_sorted
 from vmoba_flex.selection.weights import Targets
 from vmoba_flex.warmup import WarmedThreshold, rule_of_flat
@@ -70,14 +69,9 @@ def choose_blocks(
         queries = part.queries
         ids = ids[queries.first : queries.first + queries.video]
     blocks = torch.arange(partition.num_blocks, device=query.device)
-    scores = ranked(gate(query, key, partition, queries), partition, rule, query.shape[-1])
+    scores = gate_scores(query, key, partition, rule.gate, queries)
+    scores = ranked(scores, partition, rule, query.shape[-1])
     return select(scores, (blocks[:, None] == ids).mT, rule, part)
-
-
-def ranked(scores: Tensor, partition: BlockPartition, rule: Rule, head_dim: int) -> Tensor:
-    """What a rule ranks: the gate's scores, or the masses that they estimate."""
-    softmax = isinstance(rule, Threshold) and rule.normalize == "softmax"
-    return block_mass(scores, partition, head_dim) if softmax else scores
 
 
 def select(scores: Tensor, own: Tensor, rule: Rule, part: Part | None = None) -> Tensor:

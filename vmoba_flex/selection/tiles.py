@@ -9,8 +9,8 @@ from vmoba_flex.groups import block_slots
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
-from vmoba_flex.selection.gate import block_means, products
-from vmoba_flex.selection.select import ranked, select
+from vmoba_flex.selection.scores import ranked, tile_scores
+from vmoba_flex.selection.select import select
 
 
 @torch.no_grad()
@@ -30,13 +30,10 @@ def choose_tiles(
     Returns:
         bool ``(B, H, tiles, G)``; prefix and suffix, if any, are the last group and the last tiles.
     """
-    means = block_means(key, partition)
-    sums = query_slots.unflatten(2, (-1, slots.tile_size)).sum(3, dtype=means.dtype)
-    text_tiles = -(-(partition.prefix + partition.suffix) // slots.tile_size)
-    video_tiles = len(slots.tile_group) - text_tiles
-    queries = (sums / slots.tile_keys[:, None])[:, :, :video_tiles]
-    own = slots.tile_group[:video_tiles, None] == torch.arange(partition.num_blocks, device=key.device)
-    chosen = select(ranked(products(queries, means), partition, rule, key.shape[-1]), own, rule, part)
+    scores = tile_scores(query_slots, key, partition, rule.gate, slots)
+    own = slots.tile_group[: scores.shape[2], None] == torch.arange(partition.num_blocks, device=key.device)
+    chosen = select(ranked(scores, partition, rule, key.shape[-1]), own, rule, part)
+    text_tiles = len(slots.tile_group) - scores.shape[2]
     return F.pad(chosen, (0, int(text_tiles > 0), 0, text_tiles), value=True)
 
 

@@ -1,0 +1,228 @@
+"""The hook: a stock processor of diffusers makes query, key and value, and hands them to VMoBA.
+
+Almost every processor ends in diffusers' dispatcher, ``dispatch_attention_fn``, with two attributes of its own: the
+backend and the parallel config. A layer's VMoBA processor calls a copy of the stock one in which the first names a
+backend of ours, and the second is the VMoBA processor itself. The dispatcher looks the backend up and passes the config
+on to it as it is, so the call arrives here, after projections, norms and rotary embedding, with the layer that it is
+for. Both are checked before anything is applied.
+
+B batch, H heads, S tokens, D head dim.
+"""
+
+import copy
+import functools
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vmoba_flex.models.processor import VMoBAProcessor
+from vmoba_flex.models.state import ModelState
+from vmoba_flex.rules import Rule
+
+# Where padding lies among tokens that are not the grid's.
+Padding = Literal["none", "last", "anywhere"]
+
+
+class HookedProcessor(VMoBAProcessor):
+    """A layer whose stock processor runs as it is, up to the attention itself; made by ``hooked``.
+
+    Attributes:
+        padding: where padding lies among tokens that are not the grid's, if the layer has a mask.
+        handing_over: the copy of the stock processor that calls ``attend_call``.
+    """
+
+    def __init__(self, stock: Any, state: ModelState, kind: str, rule: Rule, *, padding: Padding, joint: bool) -> None:
+        self.padding: Padding = padding
+        self.joint = joint
+        super().__init__(stock, state, kind, rule)
+        self.handing_over = self._handing_over()
+
+    def _handing_over(self) -> Any:
+        processor = copy.copy(self.stock)  # a stock processor may be shared by layers that stay dense
+        processor._attention_backend, processor._parallel_config = our_backend(), self
+        return processor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies make a copy of the stock processor themselves: ours names a backend that no enum can look up.
+        state = {name: value for name, value in vars(self).items() if name != "handing_over"}
+        return _unmade, (type(self.stock),), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.handing_over = self._handing_over()
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output, by whichever stock processor this call is for."""
+        return self.stock(*args, **kwargs) if self.runs_stock() else self.handing_over(*args, **kwargs)
+
+    def attend_call(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, **options: Any
+    ) -> Tensor:
+        """What the dispatcher returns.
+
+        Args:
+            query: ``(B, S, H, D)``.
+            key: ``(B, S, H, D)``.
+            value: ``(B, S, H, D)``.
+            mask: of the call.
+            is_causal: whether the call is one of text among itself, which stays dense.
+            **options: of the call, for a dense one.
+
+        Returns:
+            ``(B, S, H, D)``.
+
+        Raises:
+            ValueError: if the call has dropout, a scale or a mask of other than padding, or the grid does not match the
+                tokens.
+        """
+        if is_causal:
+            from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+            options |= {"backend": self._attention_backend, "parallel_config": self._parallel_config}
+            return dispatch_attention_fn(query, key, value, attn_mask=mask, is_causal=True, **options)
+        if options["dropout_p"] or options["scale"] is not None:
+            raise ValueError(f"dropout_p must be 0 and scale None with VMoBA applied, got {options}")
+        tokens, order = key.shape[1], None
+        prefix, suffix = self._others(tokens)
+        valid = None if mask is None else self._valid(mask)
+        # Queries may be fewer, where tokens before the video have a call of their own.
+        without = tokens - query.shape[1]
+        query = F.pad(query, (0, 0, 0, 0, without, 0)) if without else query
+        if valid is not None and self.padding == "anywhere":
+            order = _around(valid, prefix, suffix).sort(dim=1, descending=True, stable=True).indices
+            query, key, value = (_reordered(x, order, prefix, suffix) for x in (query, key, value))
+        lengths = None if valid is None else valid.sum(1) - (tokens - prefix - suffix)
+        turned = (x.transpose(1, 2) for x in (query, key, value))
+        output = self.attend(*turned, prefix=prefix, suffix=suffix, text_lengths=lengths)
+        output = output.unflatten(2, (query.shape[2], -1))
+        output = output if order is None else _reordered(output, order.argsort(1), prefix, suffix)
+        return output[:, without:] if without else output
+
+    def _others(self, tokens: int) -> tuple[int, int]:
+        """How many tokens lie before and after the video's."""
+        plan, ranks = self.plan(), 1 if self.ranks is None else self.ranks.size
+        if plan.rest == "none":
+            return plan.prefix, 0
+        rest = tokens * ranks - math.prod(plan.grid) - plan.prefix
+        if rest < 0 or (rest and ranks > 1):
+            which = "no more than the" if ranks == 1 else "all"
+            raise ValueError(
+                f"grid must have {which} {tokens * ranks - plan.prefix} tokens that arrive, got {plan.grid}"
+            )
+        return (plan.prefix + rest, 0) if plan.rest == "prefix" else (plan.prefix, rest)
+
+    def _valid(self, mask: Tensor) -> Tensor:
+        """Which tokens are valid, bool ``(B, S)``."""
+        if self.padding == "none" or mask.dtype != torch.bool or mask.shape[1:3] != (1, 1):
+            masks = "None" if self.padding == "none" else "None or bool (B, 1, 1, S)"
+            raise ValueError(f"attention_mask must be {masks} with VMoBA applied and enabled, got a mask")
+        return mask[:, 0, 0]
+
+
+def _around(x: Tensor, prefix: int, suffix: int) -> Tensor:
+    """What stands before and after the video ``(B, S, ...)``, together."""
+    return torch.cat([x[:, :prefix], x[:, x.shape[1] - suffix :]], 1)
+
+
+def _reordered(x: Tensor, order: Tensor, prefix: int, suffix: int) -> Tensor:
+    """``(B, S, H, D)`` with the tokens around the video in ``order``, int64 ``(B, prefix + suffix)``."""
+    around = _around(x, prefix, suffix)
+    around = around.gather(1, order[..., None, None].expand_as(around))
+    return torch.cat([around[:, :prefix], x[:, prefix : x.shape[1] - suffix], around[:, prefix:]], 1)
+
+
+@functools.cache
+def hooked(stock: type) -> type[HookedProcessor]:
+    """The processor class for a stock one, whose signature it has: diffusers passes it what that names."""
+
+    @functools.wraps(stock.__call__)
+    def call(self: HookedProcessor, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+    return type(f"VMoBA{stock.__name__}", (HookedProcessor,), {"__call__": call, "__module__": __name__})
+
+
+def _unmade(stock: type) -> HookedProcessor:
+    return object.__new__(hooked(stock))
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    _parallel_config: Any = None,
+) -> Tensor:
+    """Our backend of diffusers' dispatcher, whose names these are."""
+    if not hasattr(_parallel_config, "attend_call"):
+        raise ValueError(
+            "every call of a layer with VMoBA applied must pass the parallel config of its processor, got one with "
+            f"{type(_parallel_config).__name__}"
+        )
+    options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
+    return _parallel_config.attend_call(query, key, value, attn_mask, is_causal, **options)
+
+
+class _Probe:
+    """Stands for a layer, and shows that a call arrives."""
+
+    def attend_call(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, is_causal: bool, **options: Any) -> Any:
+        return key - query + value + mask
+
+
+@functools.cache
+def our_backend() -> Any:
+    """The backend that diffusers' dispatcher knows VMoBA by. It is in no enum, so that no user can set it by name.
+
+    Raises:
+        RuntimeError: if the dispatcher of the installed diffusers does not do what the hook needs.
+    """
+    import diffusers
+    from diffusers.models import attention_dispatch
+
+    try:
+        backend = str.__new__(attention_dispatch.AttentionBackendName, "vmoba")
+        backend._name_, backend._value_ = "VMOBA", "vmoba"
+        attention_dispatch._AttentionBackendRegistry.register(backend)(_attend)
+        x = torch.arange(4.0, device="cpu").view(4, 1, 1, 1, 1)
+        dispatch: Any = attention_dispatch.dispatch_attention_fn
+        arrived = dispatch(x[0], x[1], x[2], attn_mask=x[3], backend=backend, parallel_config=_Probe())
+        if arrived.item() != 6:
+            raise ValueError(f"the dispatcher changed query, key, value or mask, got {arrived.item()} for 6")
+    except Exception as error:
+        raise RuntimeError(
+            f"diffusers {diffusers.__version__} must pass calls of dispatch_attention_fn on to a registered backend "
+            f"for VMoBA, which was tested with 0.42.1, got {type(error).__name__}: {error}"
+        ) from error
+    return backend
+
+
+def check_hands_over(processor: Any, where: str) -> None:
+    """Raises unless a stock processor hands its attention to the dispatcher, with its own backend and config.
+
+    Args:
+        processor: of a layer.
+        where: the name of the layer.
+
+    Raises:
+        ValueError: if it does not.
+        RuntimeError: as in ``our_backend``.
+    """
+    import diffusers
+
+    names: tuple[str, ...] = getattr(getattr(type(processor).__call__, "__code__", None), "co_names", ())
+    missing = [x for x in ("dispatch_attention_fn", "_attention_backend", "_parallel_config") if x not in names]
+    if missing:
+        raise ValueError(
+            f"{where} must have a processor that calls diffusers' dispatch_attention_fn with its _attention_backend "
+            f"and _parallel_config, got {type(processor).__name__} without {missing[0]} (diffusers "
+            f"{diffusers.__version__}; tested with 0.42.1)"
+        )
+    our_backend()
