@@ -13,7 +13,7 @@ from block_masks.launching.launch import QuickLaunch
 from vmoba_flex.cell_kernels import axis_place, cell_index, geometry
 from vmoba_flex.tail import Cells
 
-_TOKENS, _WARPS = 64, 4  # that a program of a cell reads at once, and its warps (bench/NOTES.md)
+_TOKENS, _WARPS = 64, 2  # that a program of a cell reads at once, and its warps (bench/NOTES.md)
 _ROWS = 32  # tokens or slots of a program of the others
 
 

@@ -22,12 +22,12 @@ from block_masks.attention.coarse_steps import CoarseKeys
 
 # Queries, coarse keys, warps and stages of each kernel's tile: the fastest of those timed (bench/NOTES.md).
 _SHAPES = {
-    "16 bit": {"merge": (64, 64, 4, 2), "query": (128, 64, 8, 3), "key": (64, 128, 8, 3)},
+    "16 bit": {"merge": (64, 64, 4, 2), "query": (64, 64, 4, 2), "key": (64, 128, 8, 3)},
     "wide": {"merge": (64, 32, 4, 2), "query": (64, 32, 4, 1), "key": (32, 32, 4, 1)},
     "float32": {"merge": (64, 32, 4, 1), "query": (32, 32, 8, 1), "key": (32, 32, 8, 1)},
 }
 _WORD_BITS = 64  # the kernels spell it out
-_ROWS = 512  # that one program packs
+_ROWS = 1024  # that one program packs
 # The gradient of coarse keys has this many programs a multiprocessor: each sums over a part of the queries.
 _WAVES = 2
 # Weights that a dtype holds beside one of 1, with room for the values that they are multiplied by.
