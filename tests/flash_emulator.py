@@ -53,7 +53,7 @@ def _flash_attn_fwd(
 
 
 def _flash_attn_bwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, **options: Any) -> Any:
-    """Gradients, either of sequences packed one behind another or over listed tiles of queries."""
+    """Gradients, either of sequences packed one after another or over listed tiles of queries."""
     backward = _of_sequences if "cu_seqlens_q" in options else _of_tiles
     gradients = backward(*(x.float() for x in (q, k, v, out, dout)), lse, **options)
     return tuple(x.to(q.dtype) for x in gradients)
@@ -135,6 +135,6 @@ def _tokens(tiles: Tensor, size: int) -> Tensor:
 
 
 def _reach(x: Tensor, start: int, count: int, tile: int) -> Tensor:
-    """What whole tiles from ``start`` read: what stands behind a sequence too, and zeros behind everything."""
+    """What whole tiles from ``start`` read: what follows a sequence, too, and zeros after everything."""
     padded = torch.cat([x, x.new_zeros(tile, *x.shape[1:])])
     return padded[start : start + -(-count // tile) * tile]

@@ -1,6 +1,6 @@
 """The whole of VMoBA in plain NumPy and float64, written to be read rather than run fast.
 
-An independent oracle: it imports NumPy alone and shares no code with the library that it checks. It reads in the order
+An independent oracle: it imports only NumPy and shares no code with the library that it checks. It reads in the order
 in which the data flows: grid -> block ids -> gate -> selection -> mask -> attention. Source: arXiv 2506.23858; the
 exact rules, where the paper leaves room, are those that ``vmoba_flex.rules`` states.
 
@@ -105,6 +105,7 @@ def select(
     tau: float | None = None,
     max_density: float | None = None,
     normalize: str = "minmax",
+    always: ArrayLike = (),
 ) -> NDArray[np.bool_]:
     """Selected pairs, (B, H, S, N): in each pool the own ones, then the best of the others as far as the rule goes.
 
@@ -118,6 +119,7 @@ def select(
         tau: share of the pool's normalised score to reach. A pool with a non-finite score takes everything.
         max_density: with tau, the largest share of the pool's pairs to select; own ones are in even beyond it.
         normalize: "minmax" scales a pool's scores to [0, 1] before they are added up; "softmax" adds them as they are.
+        always: blocks that are every query's own, too.
 
     Raises:
         ValueError: the pool is unknown, or the rule is not one of those above.
@@ -130,7 +132,7 @@ def select(
         raise ValueError(f"max_density goes with tau only, got max_density={max_density} with k={k}")
     gate, ids = np.asarray(gate, np.float64), np.asarray(ids)
     head, query, block = np.meshgrid(*map(np.arange, gate.shape[1:]), indexing="ij")
-    own = ids[query] == block
+    own = (ids[query] == block) | np.isin(block, always)
     result = np.empty(gate.shape, bool)
     for b in range(gate.shape[0]):
         for where in _pools(pool, *gate.shape[1:]):
@@ -166,7 +168,7 @@ def _pools(pool: str, heads: int, tokens: int, blocks: int) -> list[tuple[slice,
 
 
 def _threshold_count(score: NDArray, own: NDArray, others: NDArray, tau: float, normalize: str) -> int:
-    """How many of ``others`` (indices into ``score``, best first) it takes, beside the own pairs, to reach tau."""
+    """How many of ``others`` (indices into ``score``, best first) it takes, next to the own pairs, to reach tau."""
     if not np.isfinite(score).all():
         return others.size
     share = score
@@ -194,7 +196,7 @@ def attention_mask(selection: NDArray[np.bool_], ids: ArrayLike, prefix: int, su
 def attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike, mask: NDArray[np.bool_], scale: float | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Softmax attention over the allowed keys alone: what is masked out has no influence, not even as NaN.
+    """Softmax attention over only the allowed keys: what is masked out has no influence, not even as NaN.
 
     Args:
         query: (B, H, L, D).

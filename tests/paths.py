@@ -49,7 +49,8 @@ def attend(problem: Problem, **options: Any) -> Any:
     fixed: Any = {"scale": problem.scale, "enable_gqa": problem.gqa, "text_lengths": problem.text_lengths}
     if problem.tail is not None:
         fixed["tail"] = problem.tail
-    return vmoba_attention(*tensors, problem.partition, problem.rule, **fixed, **options)
+    rule = None if "selection" in options else problem.rule
+    return vmoba_attention(*tensors, problem.partition, rule, **fixed, **options)
 
 
 def through_attention(dispatch: str, backend: str = "auto") -> Path:
@@ -144,7 +145,7 @@ def assert_within_budget(actual: list[Tensor], low: list[Tensor], exact: list[Te
 
     Rounding the exact result to the tensor's dtype is always granted: a lucky reference may hit it exactly. So is
     float32's rounding of a sum over the head dim of products as large as the results: gradients are differences of such
-    sums, and where they cancel, as with one key alone, the reference may take them in an order that leaves nothing.
+    sums, and where they cancel, as with only one key, the reference may take them in an order that leaves nothing.
     """
     largest = max(truth.abs().max() for truth in exact)
     names = ("output", "dquery", "dkey", "dvalue")[: len(actual)]

@@ -46,7 +46,7 @@ def check_plan(heads: int, queries: int, sizes: list[int], density: float, toget
     names = ("row_query", "row_pool", "query_rows", "query_count", "first_tile", "tiles")
     for name, actual in zip(names, _plan_on_gpu(selected, row_tiles, together, 128), strict=True):
         expected = getattr(plan, name)
-        if name == "query_rows":  # anything may stand behind the last row
+        if name == "query_rows":  # anything may follow the last row
             actual, expected = (row_steps._listed(x, plan.query_count) for x in (actual, expected))
         assert torch.equal(actual, expected), name
     check_take(plan, queries)
@@ -100,7 +100,7 @@ def check_lists(shape: tuple[int, ...], by_columns: bool) -> None:
 
 
 def check_take(plan: RowPlan, queries: int) -> None:
-    """Queries to the rows of a section, up to the tile behind the last used one where that is wanted."""
+    """Queries to the rows of a section, up to the tile after the last used one where that is wanted."""
     row_query, row_pool = plan.row_query[0], plan.row_pool[0]
     used = int((row_pool >= 0).sum())
     source = torch.randn(len(plan.query_count) * queries, 5)

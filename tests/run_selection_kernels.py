@@ -150,7 +150,7 @@ def check_cell_gate() -> None:
         key = torch.randn(batch, 1, partition.num_tokens, dim, generator=generator).to(dtype) + 0.5
         with cells_of(cell):
             stats = cell_gate_kernels.cell_stats(key, gate_cells(partition))
-            expected, exact = (cell_stats(x.cpu(), partition) for x in (key, key.double()))
+            expected, exact = (cell_stats(x.cpu(), gate_cells(partition)) for x in (key, key.double()))
         epsilon = torch.finfo(dtype).eps
         for found, wide in zip(stats[:2], exact[:2], strict=True):
             # Rounded once, from a float32 sum.

@@ -6,12 +6,13 @@ apart, and tokens are capped by the sizes drawn. Integer values make ties common
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vmoba_flex import BlockPartition, Tail, Threshold, TopK
+from vmoba_flex import BlockPartition, BySteps, Tail, Threshold, TopK
 from vmoba_flex.call import BACKENDS, DISPATCHES
 from vmoba_flex.config import KINDS, ApproxBlocks, VMoBAConfig
 from vmoba_flex.rules import GATES, NORMALIZE, POOLS, Rule
@@ -64,18 +65,22 @@ def partitions(draw: st.DrawFn, text: bool = True) -> BlockPartition:
 def rules(draw: st.DrawFn, num_blocks: int, pool: str | None = None, exact: bool = False) -> Rule:
     """Both rules over all of their pools, or one, and all gates, with the extremes k = 1, k = N and tau = 1 common.
 
+    A third of them keep up to two blocks always.
+
     With ``exact``, none that takes exponentials, which no two devices or precisions round alike.
     """
     gate = "mean" if exact else draw(st.sampled_from(GATES))
     if pool is None:
         pool = draw(st.sampled_from(POOLS))
+    block = st.integers(0, num_blocks - 1)
+    always = draw(st.just(()) | st.just(()) | st.lists(block, min_size=1, max_size=2).map(tuple))
     if pool != "block" and draw(st.booleans()):
         if draw(st.booleans()):
-            return TopK(draw(st.integers(1, num_blocks)), pool=pool, gate=gate)
-        return TopK(density=draw(shares()), pool=pool, gate=gate)
+            return TopK(draw(st.integers(1, num_blocks)), pool=pool, gate=gate, always=always)
+        return TopK(density=draw(shares()), pool=pool, gate=gate, always=always)
     max_density = draw(st.none() | shares())
     normalize = "minmax" if exact else draw(st.sampled_from(NORMALIZE))
-    return Threshold(draw(shares()), pool=pool, max_density=max_density, normalize=normalize, gate=gate)
+    return Threshold(draw(shares()), pool=pool, max_density=max_density, normalize=normalize, gate=gate, always=always)
 
 
 def shares() -> st.SearchStrategy[float]:
@@ -84,13 +89,28 @@ def shares() -> st.SearchStrategy[float]:
 
 
 @st.composite
+def by_steps(draw: st.DrawFn, values: st.SearchStrategy[Any]) -> BySteps[Any]:
+    """Up to five values one after another, from steps and then from shares on."""
+    steps = draw(st.sets(st.integers(1, 12), max_size=2))
+    shares = draw(st.sets(st.floats(0, 1, exclude_min=True, exclude_max=True), max_size=2))
+    return BySteps({start: draw(values) for start in (0, *sorted(steps), *sorted(shares))})
+
+
+@st.composite
 def configs(draw: st.DrawFn) -> VMoBAConfig:
-    """Blocks of up to 6 tokens a side or about so many, one rule or one per kind, and any cycle."""
+    """Blocks of up to 6 tokens a side or about so many; one rule, one per kind or one for each of 12 layers.
+
+    Rules and tails that change by steps, and any cycle.
+    """
     sides = st.integers(1, 6)
     about = st.integers(1, 100).map(ApproxBlocks)
     cycle = draw(st.just(KINDS) | st.lists(st.sampled_from(KINDS), min_size=1, max_size=5).map(tuple))
     steps, half = (st.integers(0, 12) | st.floats(0, most, exclude_max=True) for most in (1, 0.5))
-    rule = draw(rules(4) | st.fixed_dictionaries({kind: rules(4) for kind in sorted(set(cycle))}))
+    one = rules(4) | by_steps(rules(4))
+    by_kind = st.fixed_dictionaries(dict.fromkeys(sorted(set(cycle)), one))
+    rule = draw(one | by_kind | st.lists(one, min_size=12, max_size=12).map(tuple))
+    dispatch = draw(st.sampled_from(DISPATCHES))
+    tails = st.none() | st.builds(Tail, st.integers(1, 64) | st.tuples(sides, sides, sides))
     return VMoBAConfig(
         draw(sides | about),
         draw(st.tuples(sides, sides) | about),
@@ -99,7 +119,8 @@ def configs(draw: st.DrawFn) -> VMoBAConfig:
         cycle=cycle,
         dense_layers=draw(st.integers(0, 3) | st.lists(st.integers(-5, 5), max_size=3).map(tuple)),
         dense_steps=draw(steps | st.tuples(half, half)),
-        dispatch=draw(st.sampled_from(DISPATCHES)),
+        dispatch=dispatch,
+        tail=draw(st.none() if dispatch == "dense" else tails | by_steps(tails)),
         backend=draw(st.sampled_from(BACKENDS)),
     )
 

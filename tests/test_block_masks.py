@@ -54,7 +54,7 @@ def test_group_mask_equals_create_block_mask(choice):
 
 
 @given(choices())
-def test_mask_mod_alone_says_everything(choice):
+def test_mask_mod_says_everything_by_itself(choice):
     selected, group, tile_size = choice
     mask_mod = group_mask(selected, group, tile_size=tile_size).mask_mod
     index = torch.meshgrid(*(torch.arange(size) for size in dense(selected, group).shape), indexing="ij")

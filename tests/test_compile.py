@@ -164,7 +164,7 @@ def test_compiled_gradients_equal_eager_ones(dispatch: str):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
-def test_a_gradient_in_value_alone_is_enough():
+def test_a_gradient_in_value_only_is_enough():
     case = problem("spatial", TopK(2), batch=1)
     value = case.value.requires_grad_()
     output = torch.compile(through_attention("tiles"), backend="aot_eager", fullgraph=True)(case)

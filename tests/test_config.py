@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import pickle
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.strategies import configs
-from vmoba_flex import Threshold, TopK
+from vmoba_flex import BySteps, Tail, Threshold, TopK
 from vmoba_flex.approx_blocks import _even_sides
 from vmoba_flex.config import KINDS, ApproxBlocks, Layer, VMoBAConfig
 
@@ -38,9 +39,12 @@ def config(**changes: object) -> VMoBAConfig:
 
 @given(configs(), st.integers(0, 11))
 def test_layers_cycle_through_the_kinds(config: VMoBAConfig, i: int):
-    layer = config.layer(i, 12, step=0, num_steps=4)
+    layer = config.layer(i, 12, step=1, num_steps=4)
     assert layer.kind == config.cycle[i % len(config.cycle)]
-    assert layer.rule == (config.rule if isinstance(config.rule, TopK | Threshold) else config.rule[layer.kind])
+    rules: Any = config.rule
+    rule = rules[layer.kind] if isinstance(rules, Mapping) else rules[i] if isinstance(rules, tuple) else rules
+    assert layer.rule == (rule.at(1, 4) if isinstance(rule, BySteps) else rule)
+    assert layer.tail == (config.tail.at(1, 4) if isinstance(config.tail, BySteps) else config.tail)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +122,24 @@ def test_dense_layers_keep_their_place_in_the_cycle():
     assert config(dense_layers=1, rule=PER_KIND).layer(0, 6) == Layer("temporal", TopK(1), dense=True)
 
 
+def test_rules_and_tails_change_by_steps():
+    falling = {0: TopK(density=0.5), 0.25: TopK(density=0.25), 0.75: TopK(1)}
+    ours = config(rule=BySteps(falling), tail=BySteps({0: None, 2: Tail(8)}), dense_steps=1)
+    layers = [ours.layer(4, 6, step, 8) for step in range(8)]
+    assert [layer.rule for layer in layers] == [falling[start] for start in (0, 0, 0.25, 0.25, 0.25, 0.25, 0.75, 0.75)]
+    assert [layer.tail for layer in layers] == [None, None, *[Tail(8)] * 6]
+    assert [layer.dense for layer in layers] == [True, *[False] * 7]
+    assert ours.needs_step and not config(tail=Tail(8)).needs_step
+    per_kind = config(rule=PER_KIND | {"spatial": BySteps({0: RULE, 1: TopK(1)})})
+    assert [per_kind.layer(i, 3, step=1).rule for i in range(3)] == [TopK(1), TopK(1), TopK(density=0.5)]
+
+
+def test_a_rule_for_each_layer():
+    ours = config(rule=[TopK(1), RULE, BySteps({0: TopK(2), 3: TopK(1)})])
+    assert [ours.layer(i, 3, step=2).rule for i in range(3)] == [TopK(1), RULE, TopK(2)]
+    assert hash(ours) == hash(config(rule=ours.rule))
+
+
 @pytest.mark.parametrize(
     ("changes", "arguments", "error", "message"),
     [
@@ -138,6 +160,24 @@ def test_dense_layers_keep_their_place_in_the_cycle():
         ({"dense_steps": 0.5}, (0, 3, 1), ValueError, "num_steps must be given where .* a share, 0.5, got None"),
         ({"dense_steps": (1, 1)}, (0, 3, 1), ValueError, r"num_steps must be .* has last steps, \(1, 1\), got None"),
         ({"dense_steps": (0, 1)}, (0, 3), ValueError, r"step must be given where .* \(0, 1\), got None"),
+        (
+            {"rule": BySteps({0: RULE, 1: TopK(1)})},
+            (0, 3),
+            ValueError,
+            r"step must be given where .* BySteps\({0: Threshold\(.*, 1: TopK\(.*, got None",
+        ),
+        (
+            {"tail": BySteps({0: None, 0.5: Tail()})},
+            (0, 3, 1),
+            ValueError,
+            r"num_steps must be given where .* share of them, BySteps\({0: None, 0.5: Tail\(cell=64\)}\), got None",
+        ),
+        (
+            {"rule": [RULE, RULE]},
+            (0, 3),
+            ValueError,
+            "rule must have one entry for each layer, num_layers = 3, got 2",
+        ),
         ({"dense_layers": [0, 3]}, (0, 3), ValueError, r"dense_layers must lie in .* = -3..2, got 3 in \(0, 3\)"),
         ({"dense_layers": [-4]}, (0, 3), ValueError, r"dense_layers must lie in .* = -3..2, got -4 in \(-4,\)"),
     ],
@@ -185,7 +225,7 @@ def test_approx_blocks_come_near_to_the_count(grid: tuple[int, int, int], count:
 
 
 @given(st.tuples(st.integers(8, 40), st.integers(24, 60), st.integers(24, 60)), st.integers(16, 60))
-@example((23, 23, 46), 23)  # divided by 23 x 23 x 2 alone
+@example((23, 23, 46), 23)  # divided by 23 x 23 x 2 only
 def test_approx_blocks_are_not_slivers(grid: tuple[int, int, int], count: int):
     about = VMoBAConfig(1, ApproxBlocks(count), ApproxBlocks(count), RULE)
     _, *window = about.partition("spatial", grid).block
@@ -322,7 +362,17 @@ def test_takes_lists_and_rules_for_kinds_outside_the_cycle():
         ({"spatial": (2, 0)}, ValueError, "spatial must be at least 1, got 0"),
         ({"spatiotemporal": (2, 2.0, 2)}, TypeError, "spatiotemporal must be an int, got 2.0"),
         ({"spatiotemporal": (2, 2)}, ValueError, r"spatiotemporal must have 3 sizes, got \(2, 2\)"),
-        ({"rule": 0.25}, TypeError, "rule must be a TopK, a Threshold or a mapping from kind to these, got 0.25"),
+        ({"rule": 0.25}, TypeError, "rule must be a TopK, a Threshold, BySteps of these, .*, got 0.25"),
+        ({"rule": BySteps({0: RULE, 2: 2})}, TypeError, "rule must hold TopKs and Thresholds, got 2$"),
+        ({"rule": [RULE, None]}, TypeError, "rule must hold TopKs and Thresholds, got None for layer 1"),
+        ({"rule": []}, ValueError, r"rule must have one entry for each layer, got \[\]"),
+        ({"tail": 64}, TypeError, "tail must be a Tail or None, or BySteps of these, got 64"),
+        ({"tail": BySteps({0: None, 1: 64})}, TypeError, "tail must be a Tail or None, .*, got BySteps"),
+        (
+            {"tail": BySteps({0: None, 1: Tail()}), "dispatch": "dense"},
+            ValueError,
+            "tail must be None for dispatch='dense', which skips no block, got BySteps",
+        ),
         ({"rule": PER_KIND | {"1d": RULE}}, ValueError, "rule must have keys of .*, got '1d'"),
         ({"rule": PER_KIND | {"spatial": 2}}, TypeError, "rule must hold TopKs and Thresholds, got 2 for 'spatial'"),
         ({"rule": {"temporal": RULE}}, ValueError, "rule must have every kind of cycle .*, got none for 'spatial'"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.strategies import configs
 from tests.test_config import PER_KIND, SMALL, config
-from vmoba_flex import Threshold, TopK, config_json
+from vmoba_flex import BySteps, Tail, Threshold, TopK, config_json
 from vmoba_flex.config import KINDS, ApproxBlocks, VMoBAConfig
 
 # The file that FastVideo ships for Wan 1.3B at 77x448x832.
@@ -63,6 +63,16 @@ def test_json_is_readable():
     ]
 
 
+def test_json_of_steps_is_readable():
+    falling = BySteps({0: TopK(density=0.25), 0.5: TopK(1)})
+    ours = config(rule=falling, tail=BySteps({0: None, 3: Tail((1, 2, 3))}))
+    lines = ours.to_json().splitlines()
+    assert lines[5] == (
+        '  "rule": {"by_steps": [[0, {"density": 0.25, "pool": "query"}], [0.5, {"k": 1, "pool": "query"}]]},'
+    )
+    assert '  "tail": {"by_steps": [[0, null], [3, [1, 2, 3]]]}' in lines
+
+
 def test_json_has_every_field():
     assert [field.name for field in dataclasses.fields(VMoBAConfig)] == list(config_json.FIELDS)
 
@@ -105,6 +115,16 @@ def test_json_takes_defaults():
             ValueError,
             "rule of 'spatial' must have keys of .*, got 'k': 2",
         ),
+        (own(rule={"by_steps": {"0": {"k": 2}}}), ValueError, r"rule must be {.by_steps.: \[\[start, .*, got {'by_"),
+        (
+            own(rule={"by_steps": [[0, {"k": 2}, 1]]}),
+            ValueError,
+            r'rule must be {"by_steps": \[\[start, value\], ...\]} where it changes by steps, got',
+        ),
+        (own(rule={"by_steps": [[0, 2]]}), ValueError, "rule from 0 must be an object with .*, got 2"),
+        (own(rule={"by_steps": [["0", {"k": 2}]]}), TypeError, "a start of BySteps must be a step .*, got '0'"),
+        (own(rule=[{"k": 2}, {"k": 2, "l": 3}]), ValueError, "rule of layer 1 must have keys of .*, got 'l': 3"),
+        (own(tail={"by_steps": []}), ValueError, r"BySteps must have 0 as its first start, got \[\]"),
         (own(rule={"spatial": {"k": 2}, "tau": 1}), ValueError, "rule of 'tau' must be an object .*, got 1"),
     ],
 )
@@ -200,7 +220,7 @@ def test_fastvideo_pools(name: str, pool: str):
 
 
 @given(st.tuples(*[st.integers(0, 3)] * 3).filter(any), st.integers(0, 6))
-def test_fastvideo_cycle_starts_behind_the_dense_layers(runs: tuple[int, int, int], dense: int):
+def test_fastvideo_cycle_starts_after_the_dense_layers(runs: tuple[int, int, int], dense: int):
     names = ("temporal_layer", "spatial_layer", "st_layer")
     ours = from_fastvideo(first_full_layer=dense, first_full_step=0, **dict(zip(names, runs, strict=True)))
     layers = [ours.layer(i, 20) for i in range(20)]

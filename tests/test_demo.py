@@ -112,7 +112,7 @@ def test_unusable_clip_is_refused(tmp_path: Path, name: str):
     assert "\n" not in str(caught.value)
 
 
-def test_rotary_embedding_depends_on_relative_position_alone():
+def test_rotary_embedding_depends_on_relative_position_only():
     grid, head_dim = (3, 4, 5), 32
     angles = rotary_angles(grid, head_dim).double()
     query, key = torch.randn(2, head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -122,7 +122,7 @@ def test_rotary_embedding_depends_on_relative_position_alone():
         size = grid[axis]
         moved = scores.narrow(axis, 1, size - 1).narrow(axis + 3, 1, size - 1)
         torch.testing.assert_close(moved, scores.narrow(axis, 0, size - 1).narrow(axis + 3, 0, size - 1))
-        # A step of the query alone must show, on every axis.
+        # A step of the query only must show, on every axis.
         step = scores.narrow(axis, 1, size - 1) - scores.narrow(axis, 0, size - 1)
         assert step.abs().amax(axis).min() > 1e-6
 

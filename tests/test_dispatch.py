@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vmoba_flex import BlockPartition, Tail, Threshold, TopK, vmoba_attention
+from block_masks.plans.rows import TILE
+from vmoba_flex import BlockPartition, Tail, Threshold, TopK, vmoba_attention, vmoba_selection
 from vmoba_flex.dispatch.choose import choose_backend, choose_dispatch, dense_seconds, packed_share
-from vmoba_flex.rules import Rule
+from vmoba_flex.groups import with_text
+from vmoba_flex.part import Queries
+from vmoba_flex.rules import POOLS, Pool, Rule
+from vmoba_flex.selection.bounds import row_bound
 
 ROOT = Path(__file__).parent.parent
 CAPPED = Threshold(0.25, max_density=0.25)
@@ -139,3 +143,17 @@ def test_the_estimated_cost_of_a_tail_is_what_was_measured(mode: str, backward: 
     estimated = 1e3 * (shares[0] - shares[1]) * dense_seconds(12, partition.num_tokens, 128, backward)
     assert estimated == pytest.approx(sum(added) / len(added), rel=0.02)
     assert all(estimated == pytest.approx(each, rel=0.3) for each in added)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_the_bound_on_rows_holds_where_kept_blocks_exceed_the_cap(pool: Pool):
+    partition = BlockPartition((4, 8, 16), (1, 8, 16), suffix=3)
+    query, key = torch.randn(2, 1, 2, partition.num_tokens, 8, generator=torch.Generator().manual_seed(0))
+    rules: list[Rule] = [Threshold(0.01, pool=pool, max_density=0.01, always=always) for always in ((), (1,), (1, 2))]
+    rules += [] if pool == "block" else [TopK(k, pool=pool, always=(1, 2)) for k in (1, 4)]
+    for rule in rules:
+        bound = row_bound(partition, rule, 2, 2)
+        assert bound is not None
+        selection = with_text(vmoba_selection(query, key, partition, rule), partition, Queries.of(partition))
+        tiles = (-(-selection.sum(2) // TILE)).sum(2).view(-1, bound.heads).sum(1)
+        assert tiles.max() <= bound.row_tiles

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tests.paths import attend
 from tests.ranks import RankPool
 from tests.strategies import Problem
-from vmoba_flex import BlockPartition, Tail, Threshold, TopK, collectives, vmoba_attention
+from vmoba_flex import BlockPartition, Tail, Threshold, TopK, collectives, vmoba_attention, vmoba_selection
 from vmoba_flex.collectives import Ranks
 from vmoba_flex.distributed import RankGroup, TokenShards
 from vmoba_flex.distributed.exchange import Layout
@@ -210,6 +210,20 @@ def log_sum_exp(problem: Problem, shards: TokenShards | None, options: dict[str,
     return attend(part, return_lse=True, group=group, **options)[1]
 
 
+@pytest.mark.parametrize(("dispatch", "rule"), [("packed", RULES[4]), ("packed", RULES[0]), ("tiles", RULES[5])])
+@pytest.mark.parametrize("heads", [5, 2])  # ranks hold heads, or queries
+def test_each_rank_takes_its_part_of_a_selection(rank_pool, heads, dispatch, rule):
+    one = problem(rule, heads)
+    kept = vmoba_selection(one.query, one.key, PARTITION, rule, as_bits=True)
+    assert_equals_one_process(rank_pool, one, 4, dispatch=dispatch, selection=kept)
+
+
+def test_tiles_that_chose_before_on_several_ranks(rank_pool):
+    one = problem(RULES[0], 5)
+    kept = vmoba_selection(one.query, one.key, PARTITION, RULES[0], choice="tile", as_bits=True)
+    assert_equals_one_process(rank_pool, one, 4, TokenShards(text="replicated"), dispatch="shared", selection=kept)
+
+
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("heads", [5, 2])  # ranks hold heads, or queries
 def test_each_rank_gets_the_log_sum_exp_of_its_tokens(rank_pool, dispatch, heads):
@@ -224,7 +238,7 @@ def test_each_rank_gets_the_log_sum_exp_of_its_tokens(rank_pool, dispatch, heads
             torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_ranks_of_text_alone(rank_pool):
+def test_ranks_of_text_only(rank_pool):
     partition = BlockPartition((2, 2, 3), (1, 2, 3), prefix=50, suffix=40)
     for heads in (4, 2):
         for rule, dispatch in ((RULES[6], "tiles"), (RULES[8], "packed")):
@@ -284,7 +298,7 @@ def test_no_scores_travel(rank_pool):
     assert rank_pool.run(largest_reduction, problem(RULES[6], 4)) == [0] * 4
 
 
-def alone(problem: Problem) -> bool:
+def called_on_one_rank(problem: Problem) -> bool:
     """Whether a group of one rank changes nothing, on a rank."""
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     tensors = (problem.query, problem.key, problem.value, problem.partition, problem.rule)
@@ -292,7 +306,7 @@ def alone(problem: Problem) -> bool:
 
 
 def test_a_group_of_one(rank_pool):
-    assert all(rank_pool.run(alone, problem(RULES[5], 2)))
+    assert all(rank_pool.run(called_on_one_rank, problem(RULES[5], 2)))
 
 
 def eager_and_compiled(
@@ -343,7 +357,7 @@ def test_inductor(rank_pool):
 
 
 def test_torchs_collectives_are_what_they_were():
-    """``collectives.py`` alone uses this private module of torch."""
+    """Only ``collectives.py`` uses this private module of torch."""
     functional = collectives.functional
     assert list(inspect.signature(functional.all_to_all_single).parameters) == [
         "self", "output_split_sizes", "input_split_sizes", "group", "tag",

@@ -42,7 +42,7 @@ def inputs_of(name: str) -> dict[str, Any]:
     """Arguments of a forward.
 
     LTX's text must divide among ranks, and its mask must be None: with one the stock model fails under context
-    parallelism (diffusers 0.42.1), as it makes the mask for all heads and not for those of a rank.
+    parallelism (diffusers 0.42.1), as it makes the mask for all heads and not for a rank's.
     """
     inputs = FAMILIES[name].inputs()
     if name == "ltx":
@@ -89,7 +89,7 @@ def applied(name: str, config: VMoBAConfig, apply_first: bool, degree: int = 2) 
 
 
 def compiled(model: Any, name: str) -> CompileCounterWithBackend:
-    """Compiles a model's blocks, behind a forward in which diffusers' hooks learn what torch.compile cannot trace."""
+    """Compiles a model's blocks, after a forward in which diffusers' hooks learn what torch.compile cannot trace."""
     with torch.no_grad():
         run(model, inputs_of(name))
     torch._dynamo.reset()
@@ -111,7 +111,7 @@ def sharing(name: str, config: VMoBAConfig, apply_first: bool, compile_blocks: b
     return output, [gradient / (dist.get_world_size() // 2) for gradient in of_rank]
 
 
-def alone(name: str, config: VMoBAConfig | None) -> tuple[Tensor, list[Tensor]]:
+def on_one_rank(name: str, config: VMoBAConfig | None) -> tuple[Tensor, list[Tensor]]:
     """The same on one process."""
     model = build(name)
     if config is not None:
@@ -121,8 +121,8 @@ def alone(name: str, config: VMoBAConfig | None) -> tuple[Tensor, list[Tensor]]:
     return output, gradients(run(model, inputs_of(name)), model)
 
 
-def assert_equals_alone(ranks: list[tuple[Tensor, list[Tensor]]], name: str, config: VMoBAConfig) -> None:
-    output, expected = alone(name, config)
+def assert_equals_one_rank(ranks: list[tuple[Tensor, list[Tensor]]], name: str, config: VMoBAConfig) -> None:
+    output, expected = on_one_rank(name, config)
     for of_rank, found in ranks:
         assert_close(of_rank, output)
         assert_gradients_close(found, expected)
@@ -131,18 +131,18 @@ def assert_equals_alone(ranks: list[tuple[Tensor, list[Tensor]]], name: str, con
 @pytest.mark.parametrize("apply_first", [True, False])
 @pytest.mark.parametrize("name", WITH_PLAN)
 def test_in_either_order(rank_pool: RankPool, name: str, apply_first: bool):
-    assert_equals_alone(rank_pool.run(sharing, name, SPARSE, apply_first, False), name, SPARSE)
+    assert_equals_one_rank(rank_pool.run(sharing, name, SPARSE, apply_first, False), name, SPARSE)
 
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_rules_and_dense_layers(rank_pool: RankPool, case: str):
     config = CONFIGS[case]
-    assert_equals_alone(rank_pool.run(sharing, "wan2.1", config, True, False), "wan2.1", config)
+    assert_equals_one_rank(rank_pool.run(sharing, "wan2.1", config, True, False), "wan2.1", config)
 
 
 @pytest.mark.parametrize("name", ["wan2.1", "ltx"])
 def test_compiled(rank_pool: RankPool, name: str):
-    assert_equals_alone(rank_pool.run(sharing, name, SPARSE, True, True), name, SPARSE)
+    assert_equals_one_rank(rank_pool.run(sharing, name, SPARSE, True, True), name, SPARSE)
 
 
 def with_text() -> tuple[Tensor, str]:
@@ -190,7 +190,7 @@ def switching(compile_blocks: bool) -> list[Tensor]:
 
 @pytest.mark.parametrize("compile_blocks", [False, True])
 def test_switched_off_and_removed(rank_pool: RankPool, compile_blocks: bool):
-    sparse, (dense, _) = alone("wan2.1", SPARSE)[0], alone("wan2.1", None)
+    sparse, (dense, _) = on_one_rank("wan2.1", SPARSE)[0], on_one_rank("wan2.1", None)
     for of_rank in rank_pool.run(switching, compile_blocks):
         for output, expected in zip(of_rank, (sparse, dense, dense), strict=True):
             assert_close(output, expected)
@@ -205,7 +205,7 @@ def refusals(name: str, degrees: dict[str, int]) -> list[str]:
         enable(model, **degrees)
     said.append(str(refused.value))
     model = FAMILIES[name].build()
-    with contextlib.suppress(ValueError):  # diffusers' own, behind the processors that it has changed
+    with contextlib.suppress(ValueError):  # diffusers' own, after the processors that it has changed
         enable(model, **degrees)
     before = [attention.processor for attention in FAMILIES[name].attentions(model)]
     try:

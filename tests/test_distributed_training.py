@@ -1,4 +1,4 @@
-"""Attention shared out over ranks beside torch's other kinds of parallelism: FSDP2, and tensor parallelism."""
+"""Attention shared out over ranks together with torch's other kinds of parallelism: FSDP2, and tensor parallelism."""
 
 import functools
 from collections.abc import Callable

@@ -54,7 +54,7 @@ def test_a_mark_that_names_nothing_is_an_error(mark: str):
         pages.filled(f"<!-- results: {mark} --><!-- end -->")
 
 
-def test_models_stand_beside_the_full_attention_of_their_case():
+def test_models_stand_next_to_the_full_attention_of_their_case():
     def row(tokens: int, attention: str, ms: float, status: str = "ok") -> dict[str, Any]:
         found = {"ms": ms, "peak_gb": ms / 1000} if status == "ok" else {}
         case = {"model": "Wan 1.3B", "mode": "training step", "tokens": tokens}
@@ -170,7 +170,7 @@ def test_what_the_repository_links_outside_of_docs_is_in_the_site(site: dict[str
     assert {".", "CONTRIBUTING", "CHANGELOG", "bench/NOTES", "concepts", "models"} <= site.keys()
 
 
-def test_links_become_those_of_the_site_and_code_is_left_alone():
+def test_links_become_the_sites_and_code_stays():
     files = pytest.importorskip("mkdocs.structure.files")
     spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
     assert spec and spec.loader

@@ -67,7 +67,7 @@ def a_hopper_gpu():
 
 @pytest.mark.usefixtures("a_hopper_gpu")
 @pytest.mark.parametrize("backward", [False, True])
-def test_gradients_alone_are_not_deterministic(backward: bool):
+def test_only_gradients_are_not_deterministic(backward: bool):
     with mock.patch.object(flash_check, "_worst_error", return_value=1.0) as check:
         assert flash_check.refusal(0, torch.bfloat16, 64, 64, True, backward) is None
         check.assert_called_with(0, torch.bfloat16, 64, 64, True, backward)

@@ -364,7 +364,7 @@ def test_row_plans_equal_the_cpu_ones(rows: RowProblem):
     expected, actual = rows.plan(), rows.to("cuda").plan()
     for name in ("row_query", "row_pool", "query_count", "first_tile", "tiles"):
         assert torch.equal(getattr(actual, name).cpu(), getattr(expected, name)), name
-    # Anything may stand behind a query's last row.
+    # Anything may follow a query's last row.
     listed = [row_steps._listed(plan.query_rows.cpu(), expected.query_count) for plan in (actual, expected)]
     assert torch.equal(*listed)
 

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs"),
 ]
 
-# By name: "auto" takes FlashAttention-4 for larger problems alone.
+# By name: "auto" takes FlashAttention-4 for larger problems only.
 FASTEST = "flash" if importlib.util.find_spec("flash_attn") else "triton"
 PARTITION = BlockPartition((5, 16, 12), (2, 8, 6), prefix=3, suffix=20)
 

@@ -46,7 +46,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 def rows(x: Tensor) -> Tensor:
-    """A modulation row by row: one that was not written must not hide behind the others."""
+    """A modulation row by row: one that was not written must not be hidden by the others."""
     return x.flatten(0, -2) if x.dim() > 1 and x[..., 0].numel() <= 6 else x.flatten()[None]
 
 

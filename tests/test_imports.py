@@ -26,9 +26,10 @@ ORDER = {
         *("reference_gates", "reference", "version", "user_error"),
         *("checks", "partition", "approx_blocks", "tail", "cell_kernels", "cells", "cell_slot_kernels"),
         *("cell_slots", "rules", "warmup"),
-        *("call", "part", "groups", "inputs", "collectives"),
-        *("selection", "mask", "flex_inputs", "stats", "dispatch", "distributed", "attention"),
-        *("paper", "dense_schedule", "config_fields", "config_json", "config", "module", "models", "vmoba_flex"),
+        *("part", "groups", "inputs", "collectives"),
+        *("selection", "call", "mask", "flex_inputs", "stats", "dispatch", "distributed", "attention"),
+        *("paper", "dense_schedule", "by_steps", "layer", "config_fields", "config_json", "config"),
+        *("module", "models", "vmoba_flex"),
         *("insight", "demo", "arguments", "cli"),
     ],
 }

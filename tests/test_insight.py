@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.strategies import Problem, problems
-from vmoba_flex import BlockPartition, Tail, Threshold, TopK, VMoBAConfig, reference, vmoba_selection
+from vmoba_flex import BlockPartition, BySteps, Tail, Threshold, TopK, VMoBAConfig, reference, vmoba_selection
 from vmoba_flex.dispatch.choose import choose_dispatch
 from vmoba_flex.insight import Record, Timing, break_even, calibrate, crossover, inspect, load, save
 from vmoba_flex.insight.calibrate import MARGIN, _auto_is_packed
@@ -110,6 +110,7 @@ def test_records_survive_a_file(tmp_path):
         "layer": 7,
         "num_layers": 30,
         "step": 9,
+        "num_steps": 20,
         "heads": (1, 5),
         "text_length": 4,
         "model": "transformer_2",
@@ -139,7 +140,9 @@ def test_a_record_prints_shapes_and_no_values():
     assert words.startswith(
         "Record(query=<float32 (2, 192, 16)>, key=<float32 (2, 192, 16)>, partition=BlockPartition("
     )
-    assert words.endswith("layer=4, num_layers=6, step=0, heads=(0, 1), text_length=None, model='model')")
+    assert words.endswith(
+        "layer=4, num_layers=6, step=0, num_steps=None, heads=(0, 1), text_length=None, model='model')"
+    )
     assert "tensor(" not in words
 
 
@@ -232,6 +235,31 @@ def test_calibrate_reaches_a_wanted_density():
         assert one.density == pytest.approx(0.4, abs=0.01)
         assert isinstance(config.rule, Mapping) and config.rule[one.kind] == one.rule
     assert VMoBAConfig.from_json(config.to_json()) == config
+
+
+def test_calibrate_finds_a_rule_for_each_layer_and_each_of_its_steps():
+    falling = BySteps({0: TopK(1), 0.5: TopK(2)})
+    config = dataclasses.replace(CONFIG, rule=dict.fromkeys(CONFIG.cycle, falling), dense_layers=[-1], dense_steps=1)
+    facts: Any = [{"layer": layer, "step": step} for layer in range(4) for step in (1, 4, 6)]
+    records = [record(**fact, num_steps=8, num_layers=5, seed=i) for i, fact in enumerate(facts)]
+    records[6] = dataclasses.replace(records[6], query=0.3 * records[6].query)  # a flat one needs more blocks
+    found, parts = calibrate(records, config, recall=0.7, by="layer")
+    assert [(one.layer, one.start, one.records) for one in parts[:3]] == [(0, 0, 1), (0, 0.5, 2), (1, 0, 1)]
+    assert len(parts) == 8 and parts[4].density > parts[5].density
+    for i, one in enumerate(parts):
+        assert found.layer(i // 2, 5, 6 if i % 2 else 1, 8).rule == one.rule
+    assert found.layer(4, 5, 6, 8).rule == TopK(2)  # dense, and left as it was
+    of_kinds, parts = calibrate(records, config, recall=0.7)
+    assert [(one.kind, one.layer, one.start) for one in parts[:2]] == [("temporal", None, 0), ("temporal", None, 0.5)]
+    assert isinstance(of_kinds.rule, Mapping) and isinstance(of_kinds.rule["temporal"], BySteps)
+    for changes, message in (
+        ({"records": records[3:]}, "records must have layer 0, which is not dense in the config, got none"),
+        ({"records": records[1:]}, "records must have a step at which layer 0 has the rule from 0 on, got none"),
+        ({"records": [*records, record(num_layers=6)]}, r"one number of layers for by='layer', got \[5, 6\]"),
+        ({"by": "head"}, "by must be one of .*, got 'head'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate(**{"records": records, "config": config, "recall": 0.7, "by": "layer"} | changes)
 
 
 @pytest.mark.parametrize("pool", ["query", "block", "head", "global"])

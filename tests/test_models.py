@@ -153,7 +153,7 @@ class TestSparse:
     @torch.no_grad()
     @pytest.mark.parametrize("dispatch", ["tiles", "packed"])
     def test_errs_in_16_bit_no_more_than_the_reference(self, family: Family, dispatch: str):
-        """In one layer: behind it the inputs have rounded, and choices differ."""
+        """In one layer: after it the inputs have rounded, and choices differ."""
         model, inputs = family.build(num_layers=1, dtype=torch.bfloat16), family.inputs(dtype=torch.bfloat16)
         exact_model = family.build(num_layers=1, dtype=torch.bfloat16).float()
         with reference(exact_model, family, layers_of(GRID, TopK(2))):
@@ -448,7 +448,7 @@ class TestBadInput:
         with pytest.raises(TypeError, match="got int"):
             apply_vmoba(3, SPARSE)
 
-    def test_a_second_expert_that_cannot_be_applied_leaves_the_first_alone(self, untouched: nn.Module):
+    def test_a_second_expert_that_cannot_be_applied_leaves_the_first_as_it_was(self, untouched: nn.Module):
         pipe = types.SimpleNamespace(transformer=untouched, transformer_2=nn.Linear(2, 2))
         with pytest.raises(TypeError, match="got Linear"):
             apply_vmoba(pipe, SPARSE)

@@ -1,4 +1,4 @@
-"""What else users do with a model stays right beside VMoBA, done before or after applying it."""
+"""What else users do with a model stays right with VMoBA, done before or after applying it."""
 
 # pyright: reportPrivateImportUsage=false
 import copy
@@ -145,7 +145,7 @@ def test_unfusing_cogvideox_once_removed():
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["hunyuan", "hunyuan1.5", "cogvideox"])
 def test_skipping_a_layers_attention(name: str):
-    """Which diffusers does by the class of the processor; it knows those of few stock models."""
+    """Which diffusers does by the class of the processor; it knows few stock models'."""
     family = FAMILIES[name]
     stock, model, inputs = family.build(), family.build(), family.inputs()
     family.attentions(stock)[1].register_forward_hook(
@@ -162,7 +162,7 @@ def test_skipping_a_layers_attention(name: str):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["wan2.1", "mochi"])
-def test_inference_mode_leaves_nothing_behind(name: str):
+def test_inference_mode_changes_nothing(name: str):
     family = FAMILIES[name]
     model, inputs = family.build(), family.inputs()
     handle = apply_vmoba(model, SPARSE)

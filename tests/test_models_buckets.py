@@ -1,6 +1,7 @@
 """Compiled models at many resolutions, as aspect-ratio buckets bring them, with no setting of the compiler."""
 
 # pyright: reportPrivateImportUsage=false
+import dataclasses
 from typing import Any
 
 import pytest
@@ -52,3 +53,18 @@ def test_sixteen_buckets(name: str, compile_it: Any, training: bool, graphs: int
                 assert_close(run(model, inputs), run(eager, inputs))
     assert counter.frame_count == graphs
     assert torch._dynamo.config.recompile_limit == limit
+
+
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_more_text_sizes_than_the_limit_of_graphs():
+    """Text that is not padded to one size: each size is a partition of its own, and so a graph."""
+    family = FAMILIES["cogvideox"]
+    model, eager = family.build(num_layers=1), family.build(num_layers=1)
+    for each in (model, eager):
+        apply_vmoba(each, dataclasses.replace(CONFIG, dense_steps=0))
+    counter = compile_blocks(model, family)
+    inputs = family.inputs((3, 3, 4), batch=1)
+    for tokens in range(1, 5):
+        changed = inputs | {"encoder_hidden_states": inputs["encoder_hidden_states"][:, :tokens]}
+        assert_close(run(model, changed), run(eager, changed))
+        assert counter.frame_count == tokens

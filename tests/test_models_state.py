@@ -85,7 +85,7 @@ def test_threads_do_not_see_each_other(name: str, compiled: bool):
 
 
 class Elsewhere:
-    """Defaults and modes that may hold where VMoBA is applied, and must leave nothing behind."""
+    """Defaults and modes that may hold where VMoBA is applied, and must change nothing."""
 
     @staticmethod
     def default_dtype(apply: Callable[[], Any]) -> Any:
@@ -108,7 +108,7 @@ class Elsewhere:
 
 @pytest.mark.parametrize("where", ["default_dtype", "inference_mode", "meta_device"])
 @pytest.mark.parametrize("rule", [TopK(2), Threshold(0.3, max_density=0.6)])
-def test_what_holds_when_it_is_applied_leaves_nothing_behind(where: str, rule: Any):
+def test_what_holds_when_it_is_applied_changes_nothing(where: str, rule: Any):
     config, inputs = VMoBAConfig(*BLOCKS, rule), WAN.inputs()
     plain, model = WAN.build(), WAN.build()
     apply_vmoba(plain, config)
@@ -127,7 +127,7 @@ def test_what_holds_when_it_is_applied_leaves_nothing_behind(where: str, rule: A
     assert_close(output, expected)
     assert_gradients_close(gradients(output, model), gradients(expected, plain))
     for processor in handle.states()["model"].processors:
-        for x in (processor.density, processor.last.flag):
+        for x in (processor.density, processor.last.handle):
             assert (x.device.type, x.is_inference()) == ("cpu", False)
         assert processor.density.dtype == torch.float32
 

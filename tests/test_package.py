@@ -1,6 +1,7 @@
 """What would be published: a source archive, the wheel that is built from it, its metadata, and the wheel installed."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -19,9 +20,16 @@ PACKAGES = ("block_masks", "vmoba_flex")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both archives, as ``python -m build`` makes them: the wheel out of the source archive."""
-    folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    """A folder with both archives, as ``python -m build`` makes them: the wheel out of the source archive.
+
+    Built from a copy, since setuptools writes next to its sources, where another run may do the same.
+    """
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in ("LICENSE", "README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, source)
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source)]
     subprocess.run(command, check=True, capture_output=True)
     return folder
 

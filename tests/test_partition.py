@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests import oracle_numpy
 from tests.strategies import partitions
-from vmoba_flex import BlockPartition, reference
+from vmoba_flex import BlockPartition, TopK, reference
 
 
 @given(partitions())
@@ -29,6 +29,33 @@ def test_block_ids_equal_both_oracles(partition: BlockPartition):
 @given(partitions())
 def test_block_sizes_count_the_ids(partition: BlockPartition):
     assert torch.equal(partition.block_sizes(), torch.bincount(partition.block_ids(), minlength=partition.num_blocks))
+
+
+@given(partitions(), st.data())
+def test_blocks_of_frames_and_tokens_are_found_by_their_ids(partition: BlockPartition, data: st.DataObject):
+    ids = partition.block_ids()
+    frames = data.draw(st.sets(st.integers(0, partition.grid[0] - 1)))
+    tokens = data.draw(st.sets(st.integers(0, partition.num_video_tokens - 1)))
+    in_frames = ids.view(partition.grid)[list(frames)].unique()
+    assert partition.blocks_of(frames=frames) == tuple(in_frames.tolist())
+    assert partition.blocks_of(tokens=iter(tokens)) == tuple(ids[list(tokens)].unique().tolist())
+    assert TopK(1, always=partition.blocks_of(frames=frames)).always == tuple(in_frames.tolist())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, ValueError, "exactly one of frames and tokens must be given, got None and None"),
+        ({"frames": [0], "tokens": [0]}, ValueError, r"exactly one of frames and tokens must be given, got \[0\] and"),
+        ({"frames": [2]}, ValueError, r"frames must lie in 0..number of frames - 1 = 0..1, got 2"),
+        ({"tokens": [-1]}, ValueError, r"tokens must lie in 0..number of tokens - 1 = 0..23, got -1"),
+        ({"tokens": [0.0]}, TypeError, "tokens must be an int, got 0.0"),
+        ({"frames": 0}, TypeError, "frames must hold ints, got 0"),
+    ],
+)
+def test_bad_frames_and_tokens(options, error, message):
+    with pytest.raises(error, match=message):
+        BlockPartition((2, 3, 4), (1, 3, 2), prefix=1).blocks_of(**options)
 
 
 @given(partitions())

@@ -84,7 +84,7 @@ def sample(pipe: Any, *, steps: int = STEPS, seed: int = 0, **options: Any) -> T
 
 
 def expected_sample(pipe: Any, family: Any, dense_steps: int, *, steps: int = STEPS) -> Tensor:
-    """A stock pipeline whose models attend by the reference behind the dense steps."""
+    """A stock pipeline whose models attend by the reference after the dense steps."""
     done = 0
 
     def count(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -185,7 +185,7 @@ def test_the_callback_may_also_be_used_with_a_scheduler_that_counts():
     assert torch.allclose(sample(pipe), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_an_interrupted_run_does_not_leave_its_step_behind():
+def test_an_interrupted_run_does_not_keep_its_step():
     def stop(pipe: Any, step: int, *_: Any) -> Any:
         if step == 5:
             raise StopError
@@ -227,7 +227,7 @@ def test_a_callback_of_a_run_that_was_broken_off_says_nothing_of_the_next(counts
     assert torch.allclose(output, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_called_behind_a_run_has_no_step():
+def test_a_model_called_after_a_run_has_no_step():
     pipe = wan_pipeline(SCHEDULERS["UniPC"]())
     handle = apply_vmoba(pipe, QUARTER)
     sample(pipe)
@@ -366,7 +366,7 @@ COUNTING: dict[str, Callable[[], Any]] = SCHEDULERS | {
 def test_a_run_that_starts_late_has_the_steps_of_the_whole_schedule(
     scheduler: str, dense_steps: float, skipped: int, dense: int
 ):
-    """So dense steps are those of the highest noise; of 8 steps, ``skipped`` are left out."""
+    """So dense steps have the highest noise; of 8 steps, ``skipped`` are left out."""
     pipe = StrengthPipeline(COUNTING[scheduler]())
     handle = apply_vmoba(pipe, VMoBAConfig(*BLOCKS, TopK(2), dense_steps=dense_steps))
     expected = [True] * dense + [False] * (8 - skipped - dense)

@@ -69,7 +69,7 @@ def test_clips_are_stored_as_they_were(stored: Path, frames: dict[str, torch.Ten
             for frame in source.decode(video=0)
         ]
     expected = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
-    # Colour is stored at half the resolution: it blurs at the patches' edges alone.
+    # Colour is stored at half the resolution: it blurs only at the patches' edges.
     off = (frames["bigbuckbunny"].float() - expected).abs()
     assert off.median() <= 4
     assert off.mean() <= 8
@@ -144,7 +144,7 @@ def test_training_windows_stay_in_their_stretches():
     assert sum(map(len, seen.values())) == sum(x.end - x.first for x in TRAINING)
 
 
-def test_samples_depend_on_seed_and_step_alone(frames: dict[str, torch.Tensor]):
+def test_samples_depend_on_seed_and_step_only(frames: dict[str, torch.Tensor]):
     windows = Windows(frames, 8, 24, 32)
     sample = windows.training(3, 5)
     windows.training(3, 6)

@@ -14,9 +14,10 @@ from vmoba_flex import Threshold, TopK, reference
 def numpy_selection(scores, ids, rule):
     """The NumPy oracle's selection for a rule object."""
     if isinstance(rule, TopK):
-        return oracle_numpy.select(scores, ids, pool=rule.pool, k=rule.blocks_per_query(scores.shape[-1]))
-    options = {"tau": rule.tau, "max_density": rule.max_density, "normalize": rule.normalize}
-    return oracle_numpy.select(scores, ids, pool=rule.pool, **options)
+        options = {"k": rule.blocks_per_query(scores.shape[-1])}
+    else:
+        options = {"tau": rule.tau, "max_density": rule.max_density, "normalize": rule.normalize}
+    return oracle_numpy.select(scores, ids, pool=rule.pool, always=rule.always, **options)
 
 
 def is_softmax(rule) -> bool:

@@ -203,7 +203,7 @@ def _problem(selected: Tensor, dim: int = 4) -> RowProblem:
 
 
 @pytest.mark.parametrize("bad", [0, 1])
-def test_a_nan_group_reaches_the_queries_that_chose_it_alone(bad: int):
+def test_a_nan_group_reaches_only_the_queries_that_chose_it(bad: int):
     problem = _problem(torch.tensor([[[True, False], [True, True], [False, True]]]))
     selected = torch.cat([problem.selected, torch.tensor([[[True], [True], [True]]])], -1)
     key, value = (torch.cat([x, x[:, :1]], 1) for x in (problem.key, problem.value))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tests.strategies import rules
 from vmoba_flex import Threshold, TopK
-from vmoba_flex.rules import Rule
+from vmoba_flex.rules import Rule, check_rule_fits
 from vmoba_flex.warmup import WarmedThreshold, rule_of_flat, warmed
 
 
@@ -38,6 +38,8 @@ def test_the_flat_form_gives_the_rule_back(rule: Rule, warm: bool):
 def test_rules_are_values():
     assert TopK(2) == TopK(2, pool="query") != TopK(2, pool="head")
     assert len({Threshold(0.25), Threshold(0.25, pool="head")}) == 1
+    assert TopK(2, always=[3, 0, 3]) == TopK(2, always=(0, 3)) != TopK(2)
+    assert repr(warmed(Threshold(0.2, always=(1,)), 0.5)) == repr(Threshold(0.6, always=(1,)))
 
 
 @pytest.mark.parametrize(
@@ -57,6 +59,17 @@ def test_rules_are_values():
         (lambda: TopK(2, pool="row"), ValueError, "pool must be one of .* got 'row'"),
         (lambda: TopK(2, gate="exakt"), ValueError, "gate must be one of .* got 'exakt'"),
         (lambda: Threshold(0.5, gate=None), ValueError, "gate must be one of .* got None"),
+        (lambda: TopK(2, always=5), TypeError, r"always must be a tuple of ints, got 5: one id is \(5,\)"),
+        (lambda: TopK(2, always="05"), TypeError, "always must be a tuple of ints, got '05'"),
+        (lambda: TopK(2, always=(0, 1.0)), TypeError, r"always must hold ints, got \(0, 1.0\)"),
+        (lambda: Threshold(0.5, always=[True]), TypeError, r"always must hold ints, got \[True\]"),
+        (lambda: Threshold(0.5, always=(3, -1)), ValueError, r"always must be at least 0 everywhere, got \(3, -1\)"),
+        (
+            lambda: check_rule_fits(Threshold(0.5, always=(4, 1)), 4),
+            ValueError,
+            r"always must lie in 0..num_blocks - 1 = 0..3",
+        ),
+        (lambda: check_rule_fits(TopK(5), 4), ValueError, "k must lie in 1..num_blocks = 1..4, got 5"),
         (lambda: Threshold(0), ValueError, r"tau must lie in \(0, 1\], got 0"),
         (lambda: Threshold(1.5), ValueError, r"tau must lie in \(0, 1\], got 1.5"),
         (lambda: Threshold(None), TypeError, "tau must be a number, got None"),

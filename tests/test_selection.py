@@ -85,6 +85,24 @@ def test_top_k_keeps_exactly_k_per_query_of_its_pool(problem: Problem, data: st.
     assert (choose(problem, rule=TopK(k, pool="global")).sum((-1, -2, -3)) == k * tokens * heads).all()
 
 
+@given(problems(), st.sampled_from(POOLS), shares(), st.data())
+def test_blocks_of_always_are_chosen_as_own_ones_are(problem: Problem, pool: Pool, share: float, data: st.DataObject):
+    """The choice is that of a rule whose queries all lie in these blocks, too: others are chosen with what is left."""
+    always = tuple(data.draw(st.sets(st.integers(0, problem.partition.num_blocks - 1), max_size=3)))
+    every = [Threshold(share, pool=pool), Threshold(share, pool=pool, max_density=share)]
+    every += [] if pool == "block" else [TopK(density=share, pool=pool)]
+    for rule in every:
+        chosen = choose(problem, rule=dataclasses.replace(rule, always=always))
+        assert chosen[..., list(always)].all()
+        assert chosen[..., own_blocks(problem.partition)].all()
+        assert always or torch.equal(chosen, choose(problem, rule=rule))
+        if isinstance(rule, TopK) and pool == "query":
+            k = rule.blocks_per_query(problem.partition.num_blocks)
+            kept = own_blocks(problem.partition)
+            kept[:, list(always)] = True
+            assert torch.equal(chosen.sum(-1), kept.sum(-1).clamp(min=k).expand(chosen.shape[:-1]))
+
+
 @given(problems(), st.sampled_from(POOLS), shares())
 def test_max_density_caps_each_pool_but_never_drops_own_blocks(problem: Problem, pool: str, cap: float):
     selection = choose(problem, rule=Threshold(1.0, pool=pool, max_density=cap))
@@ -305,6 +323,7 @@ X = torch.zeros(1, 4, 25, 8)
         ),
         (X, X, (2, 3, 4), TopK(1), TypeError, "partition must be a BlockPartition, got tuple"),
         (X, X, PARTITION, 3, TypeError, "rule must be a TopK or a Threshold, got int"),
+        (X, X, PARTITION, TopK(1, always=(4,)), ValueError, r"always must lie in 0..num_blocks - 1 = 0..3, got \(4,\)"),
         (X, X, PARTITION, TopK(5), ValueError, "k must lie in 1..num_blocks = 1..4, got 5"),
     ],
 )

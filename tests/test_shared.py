@@ -119,7 +119,7 @@ def flash_branch(problem: Problem, tile_size: int) -> Tensor:
     """What a GPU runs on FlashAttention-4, but for the kernels."""
     with (
         mock.patch.object(shared, "has_flex_kernel", return_value=True),
-        mock.patch.object(shared, "realize", lambda x: x),  # has no gradient, and is for a CPU alone
+        mock.patch.object(shared, "realize", lambda x: x),  # has no gradient, and is only for a CPU
     ):
         return through_shared(tile_size, "flash")(problem)
 

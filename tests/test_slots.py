@@ -51,7 +51,7 @@ def slot_problems(draw: st.DrawFn, ragged: bool = True) -> SlotProblem:
 
 
 def layout(problem: SlotProblem) -> list[list[int]]:
-    """The keys of each tile, one tile behind the other."""
+    """The keys of each tile, one tile after the other."""
     tiles = []
     for group in range(len(problem.group_sizes)):
         keys = [key for key, of_key in enumerate(problem.key_group.tolist()) if of_key == group]
@@ -100,7 +100,7 @@ def test_mask_equals_create_block_mask(problem: SlotProblem):
 
 
 @given(slot_problems())
-def test_mask_mod_alone_says_everything(problem: SlotProblem):
+def test_mask_mod_says_everything_by_itself(problem: SlotProblem):
     expected = dense(problem)
     index = torch.meshgrid(*(torch.arange(size) for size in expected.shape), indexing="ij")
     assert torch.equal(problem.mask().mask_mod(*index), expected)

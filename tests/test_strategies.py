@@ -9,7 +9,7 @@ from hypothesis import find, given
 from hypothesis import strategies as st
 
 from tests.strategies import Problem, configs, gates, partitions, problems
-from vmoba_flex import BlockPartition, Threshold, TopK
+from vmoba_flex import BlockPartition, BySteps, Threshold, TopK
 from vmoba_flex.config import ApproxBlocks
 from vmoba_flex.selection.gate import gate
 
@@ -55,6 +55,9 @@ def test_problems_reach(edge):
         lambda c: isinstance(c.temporal, ApproxBlocks) and isinstance(c.spatiotemporal, tuple),
         lambda c: isinstance(c.rule, Mapping) and len(c.rule) == 2,
         lambda c: isinstance(c.rule, Threshold) and c.rule.max_density is not None,
+        lambda c: isinstance(c.rule, BySteps) and any(0 < start < 1 for start, _ in c.rule.pairs),
+        lambda c: isinstance(c.rule, tuple) and isinstance(c.rule[0], BySteps),
+        lambda c: isinstance(c.tail, BySteps) and None in c.tail.values,
         lambda c: isinstance(c.dense_steps, float) and c.dense_steps > 0,
         lambda c: isinstance(c.dense_layers, int) and c.dense_layers > len(c.cycle),
         lambda c: isinstance(c.dense_layers, tuple) and min(c.dense_layers, default=0) < 0,

@@ -95,7 +95,7 @@ def assert_equals_reference(problem: Problem, path: str, upstream: Tensor) -> No
     # Padding has outputs of its own.
     valid = (upstream != 0).any(-1, keepdim=True)
     actual[0], low[0], exact[0] = (torch.where(valid, x[0], 0) for x in (actual, low, exact))
-    assert_within_budget(actual, low[: len(actual)], exact[: len(actual)], factor=3.0)
+    assert_within_budget(actual, low[: len(actual)], exact[: len(actual)])
 
 
 def upstream_of(problem: Problem) -> Tensor:
@@ -225,6 +225,16 @@ def test_what_is_not_finite_stays_in_its_sample_and_head(path: str, problem: Pro
     batch, repeats = len(problem.query), problem.query.shape[1] // problem.value.shape[1]
     assert torch.equal(actual[batch:], clean[batch:])
     assert torch.equal(actual[:, repeats:], clean[:, repeats:])
+
+
+@PATHS
+def test_gradients_of_a_query_with_one_key(path: str):
+    """Nearly all weight is on one key, so that gradients are differences that cancel: 6 times the budget was seen."""
+    partition = BlockPartition((3, 5, 2), (2, 3, 1), prefix=1, suffix=4)
+    generator = torch.Generator().manual_seed(347)
+    query, key, value = (torch.randn((1, 1, partition.num_tokens, 8), generator=generator) for _ in range(3))
+    problem = Problem(query, key, value, partition, TopK(1), scale=1.0, tail=Tail(2))
+    assert_equals_reference(problem, path, upstream_of(problem))
 
 
 @PATHS

@@ -24,9 +24,9 @@ PARTITION = BlockPartition((2, 4, 4), (1, 2, 3), prefix=1, suffix=2)
 CELL = (1, 2, 2)
 CASES = {
     "top-k": (TopK(2), {}),
-    "threshold": (Threshold(0.3), {}),
+    "threshold": (Threshold(0.3, normalize="softmax", gate="exact"), {}),
     "padding": (TopK(2, pool="head"), {"text_lengths": torch.tensor([1, 3])}),
-    "tail": (TopK(2), {"tail": Tail(CELL)}),
+    "tail": (TopK(2, gate="spread"), {"tail": Tail(CELL)}),
 }
 WAYS = [
     (dispatch, case)

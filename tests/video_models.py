@@ -31,7 +31,7 @@ from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.rules import Rule
 
 Grid = tuple[int, int, int]
-# What a layer attends: blocks (of the video alone: text is added where the model has it) and rule, or None for all.
+# What a layer attends: blocks (of the video only: text is added where the model has it) and rule, or None for all.
 Choose = Callable[[int], tuple[BlockPartition, Rule] | None]
 
 HEADS, HEAD_DIM = 2, 16
@@ -108,7 +108,7 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 def reference(model: nn.Module, family: Family, choose: Choose) -> Iterator[dict[int, list[float]]]:
     """Makes a stock model compute VMoBA by dense masked attention in float64, gradients included.
 
-    Padded text is attended by nobody. Cross-attention and token refiners are left alone.
+    Padded text is attended by nobody. Cross-attention and token refiners stay as they are.
 
     Args:
         model: a stock model, not compiled.

@@ -18,15 +18,18 @@ from vmoba_flex.version import __version__
 if TYPE_CHECKING:
     from vmoba_flex.approx_blocks import ApproxBlocks
     from vmoba_flex.attention import vmoba_attention
-    from vmoba_flex.config import Layer, VMoBAConfig
+    from vmoba_flex.by_steps import BySteps
+    from vmoba_flex.config import VMoBAConfig
     from vmoba_flex.flex_inputs import FlexInputs, vmoba_inputs
+    from vmoba_flex.layer import Layer
     from vmoba_flex.mask import vmoba_mask
     from vmoba_flex.models import VMoBAHandle, apply_vmoba, register_adapter
     from vmoba_flex.module import VMoBAAttention
     from vmoba_flex.partition import BlockPartition
     from vmoba_flex.rules import Threshold, TopK
+    from vmoba_flex.selection.choose import vmoba_selection
     from vmoba_flex.selection.exact_gate import block_masses
-    from vmoba_flex.selection.select import vmoba_selection
+    from vmoba_flex.selection.kept import Selection
     from vmoba_flex.stats import AttentionStats
     from vmoba_flex.tail import Tail
     from vmoba_flex.warmup import Warmup
@@ -35,8 +38,10 @@ __all__ = [
     "ApproxBlocks",
     "AttentionStats",
     "BlockPartition",
+    "BySteps",
     "FlexInputs",
     "Layer",
+    "Selection",
     "Tail",
     "Threshold",
     "TopK",
@@ -58,8 +63,10 @@ _MODULES = {
     "ApproxBlocks": "approx_blocks",
     "AttentionStats": "stats",
     "BlockPartition": "partition",
+    "BySteps": "by_steps",
     "FlexInputs": "flex_inputs",
-    "Layer": "config",
+    "Layer": "layer",
+    "Selection": "selection.kept",
     "Tail": "tail",
     "Threshold": "rules",
     "TopK": "rules",
@@ -73,7 +80,7 @@ _MODULES = {
     "vmoba_attention": "attention",
     "vmoba_inputs": "flex_inputs",
     "vmoba_mask": "mask",
-    "vmoba_selection": "selection.select",
+    "vmoba_selection": "selection.choose",
 }
 
 

@@ -106,6 +106,7 @@ def _add_calibrate(commands: Any, *parents: argparse.ArgumentParser) -> None:
     wanted = one.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--recall", type=float, help="wanted share of attention")
     wanted.add_argument("--density", type=float, dest="wanted_density", help="wanted share of the pairs")
+    one.add_argument("--by", choices=("kind", "layer"), default="kind", help="what has a rule of its own: %(default)s")
     one.add_argument("--output", type=Path, metavar="JSON", default=Path("vmoba.json"), help="default: %(default)s")
 
 

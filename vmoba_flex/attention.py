@@ -20,6 +20,7 @@ from vmoba_flex.inputs import (
 )
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
+from vmoba_flex.selection.kept import Selection, one_of
 from vmoba_flex.stats import Attended, AttentionStats
 from vmoba_flex.tail import Tail
 
@@ -41,6 +42,7 @@ class CallOptions(TypedDict, total=False):
     max_row_bytes: int
     text_lengths: Tensor | None
     tail: Tail | None
+    selection: Selection | None
     group: "RankGroup | ProcessGroup | DeviceMesh | None"
     # Deprecated, part of RankGroup:
     shards: "TokenShards | None"
@@ -50,28 +52,28 @@ class CallOptions(TypedDict, total=False):
 
 @overload
 def vmoba_attention(
-    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Rule, *,
+    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Rule | None, *,
     return_stats: Literal[False] = False, return_lse: Literal[False] = False, **options: Unpack[CallOptions],
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def vmoba_attention(
-    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Rule, *,
+    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Rule | None, *,
     return_stats: Literal[True], return_lse: Literal[False] = False, **options: Unpack[CallOptions],
 ) -> tuple[Tensor, AttentionStats]: ...  # fmt: skip
 
 
 @overload
 def vmoba_attention(
-    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Rule, *,
+    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Rule | None, *,
     return_stats: Literal[False] = False, return_lse: Literal[True], **options: Unpack[CallOptions],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 @overload
 def vmoba_attention(
-    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Rule, *,
+    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, rule: Rule | None, *,
     return_stats: Literal[True], return_lse: Literal[True], **options: Unpack[CallOptions],
 ) -> tuple[Tensor, Tensor, AttentionStats]: ...  # fmt: skip
 
@@ -81,7 +83,7 @@ def vmoba_attention(
     key: Tensor,
     value: Tensor,
     partition: BlockPartition,
-    rule: Rule,
+    rule: Rule | None,
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -92,6 +94,7 @@ def vmoba_attention(
     max_row_bytes: int = MAX_ROW_BYTES,
     text_lengths: Tensor | None = None,
     tail: Tail | None = None,
+    selection: Selection | None = None,
     group: "RankGroup | ProcessGroup | DeviceMesh | None" = None,
     **deprecated: Any,
 ) -> Tensor | tuple[Tensor, AttentionStats] | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, AttentionStats]:
@@ -105,7 +108,7 @@ def vmoba_attention(
         key: ``(B, key heads, S, D)``.
         value: ``(B, key heads, S, value dim)``.
         partition: the blocks; ``S`` is its ``num_tokens``.
-        rule: ``TopK`` or ``Threshold``.
+        rule: ``TopK`` or ``Threshold``; or None, with a ``selection``.
         scale: factor on the scores before the softmax; ``1 / sqrt(D)`` by default. The choice of blocks ignores it.
         enable_gqa: allow fewer key heads than query heads; query head h uses key head ``h // (H // key heads)``.
         dispatch: The cost of ``"packed"`` follows the density; it reads one number from the device if the rule does not
@@ -123,8 +126,11 @@ def vmoba_attention(
         text_lengths: int64 ``(B,)``, in 0..prefix + suffix (not checked): how many of a sample's prefix and suffix
             tokens, prefix first, are valid. Nobody attends the others, which are padding with meaningless outputs.
         tail: how skipped blocks take part; by default they do not. Not for ``"dense"``, which skips none.
+        selection: what was chosen before, instead of a rule: by tokens for ``"packed"`` and ``"tiles"``, by tiles for
+            ``"shared"``, which ``"auto"`` then takes.
         group: the ranks that share the call: a process group, a device mesh with one dim, or a ``RankGroup``. Each
-            passes and gets its own tokens; the other arguments are the same on all. Gradients are of the sum over them.
+            passes and gets its own tokens; the other arguments are the same on all, a selection that of all heads.
+            Gradients are of the sum over them.
         **deprecated: ``shards``, ``balance`` and ``check_ranks``, which are part of ``RankGroup``.
 
     Returns:
@@ -154,6 +160,7 @@ def vmoba_attention(
         group = group if isinstance(group, RankGroup) else RankGroup(group)
         settings = {"rule": rule, "scale": scale, "dispatch": dispatch, "backend": backend, "tail": tail}
         settings["return_lse"] = return_lse  # one more exchange
+        settings["choice of selection"] = getattr(selection, "choice", None)
         layout, balance = agreed_layout(query, key, value, partition, settings, group), group.balance
         for name, flag in (("return_stats", return_stats), ("return_lse", return_lse)):
             if flag and torch.compiler.is_compiling():
@@ -163,7 +170,7 @@ def vmoba_attention(
                 )
     for name, flag in (("return_stats", return_stats), ("return_lse", return_lse), ("enable_gqa", enable_gqa)):
         check_bool(name, flag)
-    call = Call(partition, rule, scale, enable_gqa, text_lengths, max_row_bytes, tail, return_lse)
+    call = Call(partition, one_of(rule, selection), scale, enable_gqa, text_lengths, max_row_bytes, tail, return_lse)
     attended = attend(query, key, value, call, dispatch, backend, layout, balance)
     if return_lse:
         assert attended.lse is not None
@@ -197,7 +204,13 @@ def attend(
     check_choice("backend", backend, BACKENDS)
     query, key, value = under_autocast(query, key, value)
     shared_out = () if layout is None else (layout.tokens, layout.ranks.size)
-    partition = check_query_key(query, key, call.partition, call.rule, *shared_out)
+    rule, kept = (None, call.rule) if isinstance(call.rule, Selection) else (call.rule, None)
+    partition = check_query_key(query, key, call.partition, rule, *shared_out)
+    if kept is not None:
+        if dispatch == "dense":
+            raise ValueError(f"selection must be None for dispatch='dense', which attends everything, got {kept}")
+        choice = kept.choice if dispatch == "auto" else "tile" if dispatch == "shared" else "token"
+        kept.check(query, partition, choice, f"dispatch={dispatch!r}")
     check_value(value, query, key)
     call = call._replace(partition=partition, scale=check_scale(call.scale))
     check_positive("max_row_bytes", call.max_row_bytes)

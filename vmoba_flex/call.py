@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
+from vmoba_flex.selection.kept import Selection
 from vmoba_flex.tail import Tail
 
 Dispatch = Literal["auto", "tiles", "packed", "shared", "dense"]
@@ -25,7 +26,7 @@ class Call(NamedTuple):
 
     Attributes:
         partition: the blocks.
-        rule: chooses the blocks of each query.
+        rule: chooses the blocks of each query; or what was chosen before.
         scale: factor on the scores; ``1 / sqrt(D)`` if None.
         enable_gqa: whether key may have fewer heads.
         text_lengths: int64 ``(B,)``, the number of valid prefix and suffix tokens of each sample; all if None.
@@ -35,7 +36,7 @@ class Call(NamedTuple):
     """
 
     partition: BlockPartition
-    rule: Rule
+    rule: Rule | Selection
     scale: float | None = None
     enable_gqa: bool = False
     text_lengths: Tensor | None = None

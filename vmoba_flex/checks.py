@@ -46,6 +46,18 @@ def check_sizes(name: str, value: Any, length: int = 3) -> tuple[int, ...]:
     return tuple(value)
 
 
+def check_ids(name: str, value: Any) -> tuple[int, ...]:
+    """The ids in order, each once, of a tuple or list; raises unless they are ints of at least 0."""
+    if not isinstance(value, tuple | list):
+        hint = f": one id is ({value},)" if is_int(value) else ""
+        raise TypeError(f"{name} must be a tuple of ints, got {value!r}{hint}")
+    if any(not is_int(each) for each in value):
+        raise TypeError(f"{name} must hold ints, got {value!r}")
+    if any(each < 0 for each in value):
+        raise ValueError(f"{name} must be at least 0 everywhere, got {value!r}")
+    return tuple(sorted(set(value)))
+
+
 def check_number(name: str, value: Any, expected: str = "a number") -> float:
     """The value as a plain int or float; raises ``TypeError`` unless it is one.
 

@@ -1,38 +1,31 @@
 """What a whole model's layers do: block shapes, rules, and which layers and steps stay dense."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from vmoba_flex import config_json, dense_schedule
-from vmoba_flex.approx_blocks import ApproxBlocks, approx_block
+from vmoba_flex.approx_blocks import ApproxBlocks
+from vmoba_flex.by_steps import BySteps, value_at
 from vmoba_flex.call import BACKENDS, DISPATCHES, Backend, Dispatch
 from vmoba_flex.checks import check_choice, check_count, check_positive
-from vmoba_flex.config_fields import KINDS, checked_cycle, checked_rules, checked_sizes
+from vmoba_flex.config_fields import (
+    KINDS,
+    Rules,
+    block_on,
+    check_tails,
+    checked_cycle,
+    checked_rules,
+    checked_sizes,
+    rule_of_layer,
+    rules_of_layers,
+)
+from vmoba_flex.layer import Layer
 from vmoba_flex.paper import Setting, paper_arguments
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule
 from vmoba_flex.tail import Tail
 from vmoba_flex.user_error import UserError, new_file, one_line
-
-# The axes of the grid (frames, height, width) that a kind cuts; its blocks are as long as the grid along the others.
-_AXES = {"temporal": (0,), "spatial": (1, 2), "spatiotemporal": (0, 1, 2)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """What one layer does at one step.
-
-    Attributes:
-        kind: ``"temporal"``, ``"spatial"`` or ``"spatiotemporal"``.
-        rule: the kind's rule.
-        dense: whether the layer attends everything instead.
-    """
-
-    kind: str
-    rule: Rule
-    dense: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +36,9 @@ class VMoBAConfig:
         temporal: 1D blocks: frames in each, or ``ApproxBlocks``.
         spatial: 2D blocks: ``(bh, bw)`` in tokens, through all frames, or ``ApproxBlocks``.
         spatiotemporal: 3D blocks: ``(bt, bh, bw)`` in tokens, or ``ApproxBlocks``.
-        rule: one ``TopK`` or ``Threshold``, or a mapping from kind to rule that has every kind of ``cycle``. Kept as an
-            immutable copy.
+        rule: a ``TopK`` or ``Threshold``, or ``BySteps`` of these: densities that fall over the denoising steps. One
+            for all layers, or a mapping from kind to each that has every kind of ``cycle``, or a list with one for each
+            layer. Kept as an immutable copy.
         cycle: kinds in the order of the layers: layer i has kind ``cycle[i % len(cycle)]``.
         dense_layers: layers that attend everything: the number of first layers (int), or a list of layers, negative
             ones counted from the end: ``[0, -1]`` is the first and the last.
@@ -52,7 +46,7 @@ class VMoBAConfig:
             (float), or a pair of these for first and last steps: ``(0.2, 1)`` is the first fifth and the last step.
         dispatch: as in ``vmoba_attention``, for the layers and steps that are not dense.
         backend: as in ``vmoba_attention``, for the same layers and steps.
-        tail: how blocks that are skipped there take part; None if they do not.
+        tail: how blocks that are skipped there take part, None if they do not; or ``BySteps`` of these.
 
     Raises:
         TypeError: if a value has a wrong type.
@@ -70,13 +64,13 @@ class VMoBAConfig:
     temporal: int | ApproxBlocks
     spatial: tuple[int, int] | ApproxBlocks
     spatiotemporal: tuple[int, int, int] | ApproxBlocks
-    rule: Rule | Mapping[str, Rule]
+    rule: Rules
     cycle: tuple[str, ...] = dataclasses.field(default=KINDS, kw_only=True)
     dense_layers: int | Sequence[int] = dataclasses.field(default=0, kw_only=True)
     dense_steps: int | float | tuple[int | float, int | float] = dataclasses.field(default=0, kw_only=True)
     dispatch: Dispatch = dataclasses.field(default="auto", kw_only=True)
     backend: Backend = dataclasses.field(default="auto", kw_only=True)
-    tail: Tail | None = dataclasses.field(default=None, kw_only=True)
+    tail: Tail | BySteps[Tail | None] | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.temporal, ApproxBlocks):
@@ -90,11 +84,7 @@ class VMoBAConfig:
         object.__setattr__(self, "dense_steps", dense_schedule.checked_steps(self.dense_steps))
         check_choice("dispatch", self.dispatch, DISPATCHES)
         check_choice("backend", self.backend, BACKENDS)
-        if self.tail is not None:
-            if not isinstance(self.tail, Tail):
-                raise TypeError(f"tail must be a Tail or None, got {self.tail!r}")
-            if self.dispatch == "dense":
-                raise ValueError(f"tail must be None for dispatch='dense', which skips no block, got {self.tail}")
+        check_tails(self.tail, self.dispatch)
 
     @classmethod
     def paper(cls, setting: Setting, grid: tuple[int, int, int] | None = None) -> Self:
@@ -116,20 +106,27 @@ class VMoBAConfig:
         """
         return cls(**paper_arguments(setting, grid))
 
+    @property
+    def needs_step(self) -> bool:
+        """Whether ``layer`` needs to know the denoising step."""
+        by_steps = (*rules_of_layers(self.rule), self.tail)
+        return bool(self.dense_steps or any(isinstance(one, BySteps) for one in by_steps))
+
     def layer(self, i: int, num_layers: int, step: int | None = None, num_steps: int | None = None) -> Layer:
         """What layer i does; the one place that decides.
 
         Args:
             i: the layer, in 0..num_layers - 1.
             num_layers: layers of the model.
-            step: the denoising step, from 0. Needed where ``dense_steps`` is not 0.
-            num_steps: denoising steps in all. Needed where ``dense_steps`` is a share or has last steps. Of a share,
-                the first or last ``ceil(share * num_steps)`` steps are dense.
+            step: the denoising step, from 0. Needed where ``needs_step`` is true.
+            num_steps: denoising steps in all. Needed where ``dense_steps`` is a share or has last steps, or ``rule`` or
+                ``tail`` changes at a share. Of a share in ``dense_steps``, the first or last
+                ``ceil(share * num_steps)`` steps are dense.
 
         Raises:
             TypeError: if an argument is not an int.
-            ValueError: if an argument is out of range, one that is needed is None, or ``dense_layers`` does not fit
-                ``num_layers``.
+            ValueError: if an argument is out of range, one that is needed is None, or ``dense_layers`` or a list of
+                rules does not fit ``num_layers``.
         """
         check_positive("num_layers", num_layers)
         check_count("i", i, num_layers, "num_layers")
@@ -139,10 +136,11 @@ class VMoBAConfig:
             check_count("step", step, num_steps, "num_steps")
         layers: Any = self.dense_layers  # __post_init__ has narrowed both
         steps: Any = self.dense_steps
+        kind = self.cycle[i % len(self.cycle)]
+        rule = value_at(rule_of_layer(self.rule, kind, i, num_layers), step, num_steps)
         dense = dense_schedule.is_dense_layer(layers, i, num_layers)
         dense = dense_schedule.is_dense_step(steps, step, num_steps) or dense
-        kind = self.cycle[i % len(self.cycle)]
-        return Layer(kind, self.rule[kind] if isinstance(self.rule, Mapping) else self.rule, dense)
+        return Layer(kind, rule, dense, value_at(self.tail, step, num_steps))
 
     def partition(self, kind: str, grid: tuple[int, int, int], prefix: int = 0, suffix: int = 0) -> BlockPartition:
         """A kind's blocks on a grid.
@@ -159,18 +157,7 @@ class VMoBAConfig:
         """
         check_choice("kind", kind, KINDS)
         single = BlockPartition(grid, (1, 1, 1), prefix=prefix, suffix=suffix)
-        sides = getattr(self, kind)
-        if isinstance(sides, ApproxBlocks):
-            block = approx_block(sides.count, single.grid, _AXES[kind])
-        else:
-            (bt, bh, bw), sides = single.grid, (sides,) if kind == "temporal" else sides
-            block = {"temporal": (*sides, bh, bw), "spatial": (bt, *sides), "spatiotemporal": sides}[kind]
-        if any(side > size for side, size in zip(block, single.grid, strict=True)):
-            raise ValueError(
-                f"{kind} block must not be larger than grid {single.grid}, got {block}: take smaller blocks, or "
-                f"{kind}=ApproxBlocks(count), which fits any grid, as all blocks of VMoBAConfig.paper(setting) do"
-            )
-        return dataclasses.replace(single, block=block)
+        return dataclasses.replace(single, block=block_on(single.grid, kind, getattr(self, kind)))
 
     def to_json(self) -> str:
         """The config as JSON text, one field a line; ``from_json`` gives an equal one back."""

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from vmoba_flex.approx_blocks import ApproxBlocks
+from vmoba_flex.by_steps import BySteps
 from vmoba_flex.rules import Pool, Rule, Threshold, TopK
 from vmoba_flex.tail import Tail
+
+T = TypeVar("T")
 
 VERSION = 1
 FIELDS = (
@@ -61,9 +64,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tail):
         return value.cell
     if isinstance(value, TopK | Threshold):
-        return {key: item for key, item in dataclasses.asdict(value).items() if item is not None}
+        return {key: item for key, item in dataclasses.asdict(value).items() if item not in (None, ())}
     if isinstance(value, Mapping):
         return {kind: _plain(rule) for kind, rule in value.items()}
+    if isinstance(value, BySteps):
+        return {"by_steps": _plain(value.entries)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
     return value
 
 
@@ -80,13 +87,14 @@ def _own(data: dict[str, Any]) -> dict[str, Any]:
     for key in FIELDS[:3]:
         if isinstance(arguments[key], dict):
             arguments[key] = _approx_blocks(key, arguments[key])
-    if arguments.get("tail") is not None:
-        arguments["tail"] = Tail(arguments["tail"])
+    arguments["tail"] = _by_steps("tail", arguments.get("tail"), _tail)
     rule = arguments["rule"]
-    if isinstance(rule, dict) and any(isinstance(value, dict) for value in rule.values()):
-        arguments["rule"] = {kind: _rule(f"rule of {kind!r}", value) for kind, value in rule.items()}
+    if isinstance(rule, dict) and "by_steps" not in rule and any(isinstance(value, dict) for value in rule.values()):
+        arguments["rule"] = {kind: _by_steps(f"rule of {kind!r}", value, _rule) for kind, value in rule.items()}
+    elif isinstance(rule, list):
+        arguments["rule"] = [_by_steps(f"rule of layer {i}", value, _rule) for i, value in enumerate(rule)]
     else:
-        arguments["rule"] = _rule("rule", rule)
+        arguments["rule"] = _by_steps("rule", rule, _rule)
     return arguments
 
 
@@ -97,6 +105,24 @@ def _approx_blocks(name: str, data: dict[str, Any]) -> ApproxBlocks:
         return ApproxBlocks(*data.values())
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
+
+
+def _by_steps(name: str, data: Any, one: Callable[[str, Any], T]) -> T | BySteps[T]:
+    """A value, or one after another over the steps."""
+    if not isinstance(data, dict) or "by_steps" not in data:
+        return one(name, data)
+    entries = data["by_steps"]
+    if len(data) > 1 or not isinstance(entries, list) or any(not _is_pair(entry) for entry in entries):
+        raise ValueError(f'{name} must be {{"by_steps": [[start, value], ...]}} where it changes by steps, got {data}')
+    return BySteps([(start, one(f"{name} from {start}", value)) for start, value in entries])
+
+
+def _is_pair(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2
+
+
+def _tail(name: str, data: Any) -> Tail | None:
+    return None if data is None else Tail(data)
 
 
 def _rule(name: str, data: Any) -> Rule:

@@ -95,10 +95,10 @@ def is_dense_step(dense_steps: DenseSteps, step: int | None, num_steps: int | No
         what = "has last steps" if isinstance(dense_steps, tuple) else "is a share"
         raise ValueError(f"num_steps must be given where dense_steps {what}, {dense_steps}, got None")
     first, last = dense_steps if isinstance(dense_steps, tuple) else (dense_steps, 0)
-    return _is_within(step, first, num_steps) or _is_within(num_steps - 1 - step, last, num_steps)
+    return is_within(step, first, num_steps) or is_within(num_steps - 1 - step, last, num_steps)
 
 
-def _is_within(steps_before: int, part: int | float, num_steps: int) -> bool:
-    """Whether a step with ``steps_before`` steps before it is one of the first ``part``."""
+def is_within(steps_before: int, part: int | float, num_steps: int) -> bool:
+    """Whether a step with ``steps_before`` steps before it is one of the first ``part``: a number, or a share."""
     # Not steps_before < share * num_steps: that product may round up past a whole number, for one dense step too many.
     return steps_before < part if isinstance(part, int) else steps_before / num_steps < part

@@ -12,9 +12,11 @@ from block_masks import group_mask, realize
 from vmoba_flex.cells import coarse_keys
 from vmoba_flex.groups import valid_keys
 from vmoba_flex.inputs import check_query_key, check_tail, check_text_lengths, check_value, under_autocast
-from vmoba_flex.mask import CHOOSE, Choice, TokenOrder, check_mask_options, ordered_groups
+from vmoba_flex.mask import TokenOrder, check_mask_options, chosen, ordered_groups
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
+from vmoba_flex.selection.bits import Choice
+from vmoba_flex.selection.kept import Selection, one_of
 from vmoba_flex.tail import Tail
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -41,13 +43,14 @@ def vmoba_inputs(
     key: Tensor,
     value: Tensor,
     partition: BlockPartition,
-    rule: Rule,
+    rule: Rule | None,
     *,
     tail: Tail,
     token_order: TokenOrder = "raster",
     choice: Choice = "token",
     tile_size: int = 128,
     text_lengths: Tensor | None = None,
+    selection: Selection | None = None,
 ) -> FlexInputs:
     """Chooses blocks, and returns what ``flex_attention`` needs to attend them and the cells of all others.
 
@@ -60,12 +63,13 @@ def vmoba_inputs(
         key: ``(B, key heads, S, D)``.
         value: ``(B, key heads, S, value dim)``.
         partition: the blocks; ``S`` is its ``num_tokens``.
-        rule: ``TopK`` or ``Threshold``.
+        rule: ``TopK`` or ``Threshold``; or None, with a ``selection``.
         tail: the cells.
         token_order: as in ``vmoba_mask``.
         choice: as in ``vmoba_mask``.
         tile_size: as in ``vmoba_mask``.
         text_lengths: as in ``vmoba_attention``.
+        selection: as in ``vmoba_mask``.
 
     Raises:
         TypeError: if an argument has a wrong type or dtype.
@@ -82,14 +86,15 @@ def vmoba_inputs(
         torch.Size([1, 2, 256, 16])
     """
     check_mask_options(token_order, choice, tile_size)
+    given = one_of(rule, selection)
     query, key, value = under_autocast(query, key, value)
     partition = check_query_key(query, key, partition, rule)
     check_value(value, query, key)
     check_text_lengths(text_lengths, query, partition)
     check_tail(tail, partition)
     q, k, v = (x if token_order == "raster" else partition.to_raster_order(x) for x in (query, key, value))
-    selection, coarse = CHOOSE[choice](q, k, partition, rule), coarse_keys(k, v, partition, tail)
-    selected, groups = ordered_groups(selection, partition, token_order)
+    coarse = coarse_keys(k, v, partition, tail)
+    selected, groups = ordered_groups(chosen(q, k, partition, given, choice), partition, token_order)
     # The cells of a block are one more group, which a query attends where it did not choose the block.
     others = ~selected[..., : partition.num_blocks]
     key_group = torch.cat([groups, coarse.group + selected.shape[-1]])

@@ -26,7 +26,7 @@ def with_text(selection: Tensor, partition: BlockPartition, queries: Queries | N
     Args:
         selection: bool ``(B, H, video queries, N)`` in raster order.
         partition: the blocks.
-        queries: those of the selection; None for all.
+        queries: which the selection is of; None for all.
 
     Returns:
         bool ``(B, H, queries, G)``.

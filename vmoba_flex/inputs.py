@@ -10,14 +10,14 @@ from torch import Tensor
 from block_masks.attention.coarse_steps import check_coarse_size
 from vmoba_flex.checks import check_number
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule, Threshold, TopK
+from vmoba_flex.rules import Rule, Threshold, TopK, check_rule_fits
 from vmoba_flex.tail import Cells, Tail
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_query_key(
-    query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, tokens: int | None = None, ranks: int = 1
+    query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule | None, tokens: int | None = None, ranks: int = 1
 ) -> BlockPartition:
     """The partition, with constant sizes; raises unless a selection can be made from these.
 
@@ -25,7 +25,7 @@ def check_query_key(
         query: ``(B, H, S, D)``.
         key: ``(B, key heads, S, D)``.
         partition: the blocks.
-        rule: chooses blocks.
+        rule: chooses blocks; None where they have been chosen.
         tokens: how many this rank holds, where ranks share the call; None for all tokens of the partition.
         ranks: how many share the call.
 
@@ -34,12 +34,12 @@ def check_query_key(
 
     Raises:
         TypeError: if an argument has a wrong type or dtype.
-        ValueError: if shapes, devices or ``k`` do not fit, or the selection has 2**31 entries or more.
+        ValueError: if shapes, devices or the rule do not fit, or the selection has 2**31 entries or more.
     """
     if not isinstance(partition, BlockPartition):
         raise TypeError(f"partition must be a BlockPartition, got {type(partition).__name__}")
-    if not isinstance(rule, TopK | Threshold):
-        raise TypeError(f"rule must be a TopK or a Threshold, got {type(rule).__name__}")
+    if rule is not None:
+        check_rule(rule)
     partition = partition.constant()
     _check_tensor("query", query)
     _check_tensor("key", key)
@@ -60,8 +60,8 @@ def check_query_key(
     _check_like_query("key", key, query, (query.shape[0], key.shape[1], query.shape[2], query.shape[3]))
     if query.shape[1] % max(key.shape[1], 1) or not key.shape[1]:
         raise ValueError(f"key heads must divide query heads {query.shape[1]}, got {key.shape[1]}")
-    if isinstance(rule, TopK):
-        rule.blocks_per_query(partition.num_blocks)
+    if rule is not None:
+        check_rule_fits(rule, partition.num_blocks)
     heads = query.shape[1] // key.shape[1] * -(-key.shape[1] // ranks)  # of one rank, with their key heads
     entries = query.shape[0] * heads * partition.num_video_tokens * partition.num_blocks
     if entries >= 2**31:
@@ -70,6 +70,12 @@ def check_query_key(
             f" got {query.shape[0]} * {heads} * {partition.num_video_tokens} * {partition.num_blocks} = {entries}"
         )
     return partition
+
+
+def check_rule(rule: Any) -> None:
+    """Raises ``TypeError`` unless ``rule`` is one."""
+    if not isinstance(rule, TopK | Threshold):
+        raise TypeError(f"rule must be a TopK or a Threshold, got {type(rule).__name__}")
 
 
 def check_value(value: Tensor, query: Tensor, key: Tensor) -> None:

@@ -1,6 +1,5 @@
 """Query, key, a partition and a rule -> a BlockMask for FlexAttention."""
 
-from collections.abc import Callable
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -12,29 +11,26 @@ from vmoba_flex.groups import key_groups, valid_keys
 from vmoba_flex.inputs import check_query_key, check_text_lengths, under_autocast
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
+from vmoba_flex.selection.bits import CHOICES, Choice, of_tokens
+from vmoba_flex.selection.kept import Selection, one_of
 from vmoba_flex.selection.select import choose_blocks
 from vmoba_flex.selection.tiles import choose_by_tiles
 
 TokenOrder = Literal["raster", "block"]
 _TOKEN_ORDERS: tuple[TokenOrder, ...] = get_args(TokenOrder)
-Choice = Literal["token", "tile"]
-_CHOICES: tuple[Choice, ...] = get_args(Choice)
-CHOOSE: dict[Choice, Callable[[Tensor, Tensor, BlockPartition, Rule], Tensor]] = {
-    "token": choose_blocks,
-    "tile": choose_by_tiles,
-}
 
 
 def vmoba_mask(
     query: Tensor,
     key: Tensor,
     partition: BlockPartition,
-    rule: Rule,
+    rule: Rule | None,
     *,
     token_order: TokenOrder = "raster",
     choice: Choice = "token",
     tile_size: int = 128,
     text_lengths: Tensor | None = None,
+    selection: Selection | None = None,
 ) -> BlockMask:
     """Chooses blocks and returns the choice as a per-head ``BlockMask`` for ``flex_attention``.
 
@@ -45,7 +41,7 @@ def vmoba_mask(
             tensors are cast first, as in ``vmoba_attention``.
         key: ``(B, key heads, S, D)``; pass ``enable_gqa=True`` to ``flex_attention`` where it has fewer heads.
         partition: the blocks; ``S`` is its ``num_tokens``.
-        rule: ``TopK`` or ``Threshold``.
+        rule: ``TopK`` or ``Threshold``; or None, with a ``selection``.
         token_order: the order of the tokens in query, key and value, and so in the mask: ``"raster"`` or ``"block"``
             (see ``BlockPartition.to_block_order``). Block order leaves fewer tiles to run.
         choice: ``"token"``: each query chooses, as in the paper, and FlexAttention runs each tile that at
@@ -55,6 +51,7 @@ def vmoba_mask(
         tile_size: FlexAttention's ``BLOCK_SIZE``, for queries and keys. Compiled kernels on Hopper GPUs need a multiple
             of 128.
         text_lengths: as in ``vmoba_attention``.
+        selection: what was chosen before, with this ``choice``, instead of a rule.
 
     Returns:
         A ``BlockMask`` of shape ``(B, H, S, S)``.
@@ -73,13 +70,34 @@ def vmoba_mask(
         torch.Size([1, 2, 256, 16])
     """
     check_mask_options(token_order, choice, tile_size)
+    given = one_of(rule, selection)
     query, key = under_autocast(query, key)
     partition = check_query_key(query, key, partition, rule)
     check_text_lengths(text_lengths, query, partition)
-    if token_order == "block":
+    if token_order == "block" and selection is None:
         query, key = partition.to_raster_order(query), partition.to_raster_order(key)
-    selection = CHOOSE[choice](query, key, partition, rule)
-    return selection_mask(selection, partition, token_order, tile_size, text_lengths)
+    return selection_mask(chosen(query, key, partition, given, choice), partition, token_order, tile_size, text_lengths)
+
+
+def chosen(query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule | Selection, choice: Choice) -> Tensor:
+    """What each video token attends, bool ``(B, H, video tokens, N)`` in raster order.
+
+    Args:
+        query: ``(B, H, S, D)`` in raster order; in any for what was chosen before.
+        key: like ``query``.
+        partition: the blocks.
+        rule: chooses them; or what was chosen before.
+        choice: what chooses.
+
+    Raises:
+        ValueError: if what was chosen before is of another call.
+    """
+    if isinstance(rule, Selection):
+        rule.check(query, partition, choice, f"choice={choice!r}")
+        return rule.selected()
+    if choice == "token":
+        return choose_blocks(query, key, partition, rule)
+    return of_tokens(choose_by_tiles(query, key, partition, rule), partition)
 
 
 def selection_mask(
@@ -109,7 +127,7 @@ def selection_tiles(
 def check_mask_options(token_order: str, choice: str, tile_size: int) -> None:
     """Checks what ``vmoba_mask`` and ``vmoba_inputs`` take alike."""
     check_choice("token_order", token_order, _TOKEN_ORDERS)
-    check_choice("choice", choice, _CHOICES)
+    check_choice("choice", choice, CHOICES)
     check_positive("tile_size", tile_size)
 
 

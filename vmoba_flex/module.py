@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vmoba_flex.attention import vmoba_attention
 from vmoba_flex.checks import check_count, check_positive
 from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.selection.kept import Selection
 from vmoba_flex.warmup import check_warmup, warmed
 
 
@@ -15,14 +16,16 @@ class VMoBAAttention(nn.Module):
     """The attention of one layer of a config, over projected query, key and value; it has no parameters.
 
     Args:
-        config: of the whole model. The module knows no denoising steps, so it ignores ``dense_steps``: pass
-            ``dense=config.layer(layer, num_layers, step, num_steps).dense`` to ``forward`` instead.
+        config: of the whole model. The module knows no denoising steps. So it ignores ``dense_steps``: pass
+            ``dense=config.layer(layer, num_layers, step, num_steps).dense`` to ``forward`` instead. It takes no
+            ``BySteps``: make a module for each value, with ``dataclasses.replace(config, rule=..., tail=...)``.
         layer: index of this layer, in 0..num_layers - 1.
         num_layers: layers of the model.
 
     Raises:
         TypeError: if an argument has a wrong type.
-        ValueError: if ``layer`` or ``config.dense_layers`` does not fit ``num_layers``.
+        ValueError: if ``layer``, ``config.dense_layers`` or a list of rules does not fit ``num_layers``, or a
+            rule or tail changes by steps.
 
     Example:
         >>> import torch
@@ -43,7 +46,13 @@ class VMoBAAttention(nn.Module):
         self.config = config
         self.index = layer
         self.num_layers = num_layers
-        self.plan = dataclasses.replace(config, dense_steps=0).layer(layer, num_layers)
+        of_any_step = dataclasses.replace(config, dense_steps=0)
+        if of_any_step.needs_step:
+            raise ValueError(
+                "config must have no BySteps for VMoBAAttention, which knows no steps: make a module for each value, "
+                f"with dataclasses.replace(config, rule=..., tail=...), got rule={config.rule} and tail={config.tail}"
+            )
+        self.plan = of_any_step.layer(layer, num_layers)
         self.full = False
 
     def set_warmup(self, share: float) -> None:
@@ -75,6 +84,7 @@ class VMoBAAttention(nn.Module):
         suffix: int = 0,
         text_lengths: Tensor | None = None,
         dense: bool = False,
+        selection: Selection | None = None,
     ) -> Tensor:
         """Attention in raster order; see ``vmoba_attention``.
 
@@ -88,6 +98,7 @@ class VMoBAAttention(nn.Module):
             text_lengths: int64 ``(B,)``: the first so many of each sample's prefix and suffix tokens are valid, the
                 others padding that no query attends. All are valid by default.
             dense: attend everything in this call, as layers that are dense in the config always do.
+            selection: what was chosen before, instead of the config's rule; not in a call that is dense.
 
         Returns:
             ``(B, H, S, value dim)``.
@@ -105,12 +116,13 @@ class VMoBAAttention(nn.Module):
             key,
             value,
             partition,
-            self.plan.rule,
+            self.plan.rule if selection is None else None,
             # Full attention takes torch's kernels, and would refuse a backend by name.
             dispatch="dense" if dense else self.config.dispatch,
             backend="auto" if dense else self.config.backend,
             text_lengths=text_lengths,
-            tail=None if dense else self.config.tail,
+            tail=None if dense else self.plan.tail,
+            selection=selection,
         )
 
     if TYPE_CHECKING:

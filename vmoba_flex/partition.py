@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
@@ -121,6 +122,35 @@ class BlockPartition:
         token = realize(torch.arange(self.num_video_tokens, device=device))
         t, y, x = token // (height * width), token // width % height, token % width
         return (t // bt * cells_y + y // bh) * cells_x + x // bw
+
+    def blocks_of(self, *, frames: Iterable[int] | None = None, tokens: Iterable[int] | None = None) -> tuple[int, ...]:
+        """Ids of the blocks that hold any of these frames or video tokens, in order: what a rule takes as ``always``.
+
+        Args:
+            frames: indices of latent frames, in 0..T - 1.
+            tokens: raster indices of video tokens, without the prefix, in 0..``num_video_tokens`` - 1.
+
+        Raises:
+            TypeError: if an index is no int.
+            ValueError: if both or neither are given, or an index is out of range.
+
+        Example:
+            >>> BlockPartition.spatiotemporal((4, 8, 8), (2, 4, 4)).blocks_of(frames=[0])
+            (0, 1, 2, 3)
+        """
+        if (frames is None) == (tokens is None):
+            raise ValueError(f"exactly one of frames and tokens must be given, got {frames!r} and {tokens!r}")
+        name, chosen, rows = "tokens", tokens, self.num_video_tokens
+        if frames is not None:
+            name, chosen, rows = "frames", frames, self.grid[0]
+        if not isinstance(chosen, Iterable):
+            raise TypeError(f"{name} must hold ints, got {chosen!r}")
+        blocks: list[list[int]] = self.block_ids("cpu").view(rows, -1).tolist()
+        found: set[int] = set()
+        for index in chosen:
+            check_count(name, index, rows, "number of " + name)
+            found.update(blocks[index])
+        return tuple(sorted(found))
 
     def block_sizes(self, device: torch.device | str | None = None) -> Tensor:
         """Video tokens in each block, int64 ``(N,)``."""

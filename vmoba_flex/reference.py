@@ -20,9 +20,11 @@ def select(scores: Tensor, ids: Tensor, rule: Any) -> Tensor:
     Args:
         scores: ``(B, H, video tokens, N)``; masses where ``rule.normalize`` is ``"softmax"``.
         ids: block of each token.
-        rule: has ``pool``, and ``tau``, ``max_density`` and ``normalize``, or ``k`` and ``density``.
+        rule: has ``pool`` and ``always``, and ``tau``, ``max_density`` and ``normalize``, or ``k`` and ``density``.
     """
-    own = (ids[:, None].to(scores.device) == torch.arange(scores.shape[-1], device=scores.device)).expand_as(scores)
+    blocks = torch.arange(scores.shape[-1], device=scores.device)
+    kept = torch.isin(blocks, torch.tensor(rule.always, dtype=torch.int64, device=scores.device))
+    own = ((ids[:, None].to(scores.device) == blocks) | kept).expand_as(scores)
     selected = own.clone()
     # Each pool as a view whose dims stand in the order that breaks ties: block, query, head.
     views = {
@@ -58,7 +60,7 @@ def _select_pool(scores: Tensor, own: Tensor, rule: Any, rows: int | None, num_b
     else:
         assert rows is not None
         k = rule.k if rule.k is not None else max(1, math.floor(rule.density * num_blocks + 0.5))
-        others = others[: (k - 1) * rows]
+        others = others[: max(0, k * rows - int(own.sum()))]
     selected = own.clone()
     selected[others] = True
     return selected

@@ -6,7 +6,7 @@ from typing import Literal, Self, cast, get_args
 
 from torch import Tensor
 
-from vmoba_flex.checks import check_choice, check_int, check_share
+from vmoba_flex.checks import check_choice, check_ids, check_int, check_share
 
 Pool = Literal["query", "block", "head", "global"]
 Normalize = Literal["minmax", "softmax"]
@@ -15,8 +15,8 @@ NORMALIZE: tuple[Normalize, ...] = get_args(Normalize)
 Gate = Literal["mean", "cells", "spread", "exact"]
 GATES: tuple[Gate, ...] = get_args(Gate)
 
-# A rule as the schema of a custom op takes it: its words, its counts, its shares, and the tau in force where it is
-# warmed up. Counts are apart because they stay symbolic in graphs with dynamic shapes.
+# A rule as the schema of a custom op takes it: its words, its counts (k, then the blocks of always), its shares, and
+# the tau in force where it is warmed up. Counts are apart because they stay symbolic in graphs with dynamic shapes.
 FlatRule = tuple[str, list[int], list[float], Tensor | None]
 
 
@@ -24,8 +24,8 @@ FlatRule = tuple[str, list[int], list[float], Tensor | None]
 class TopK:
     """Keeps a fixed number of (query, block) pairs per pool, best first (arXiv 2506.23858, Sec. 3).
 
-    A pool with R queries keeps ``k * R`` pairs. Own blocks count, and rank first. Ties go to the lower block id, then
-    the lower query index, then the lower head.
+    A pool with R queries keeps ``k * R`` pairs. Own blocks and those of ``always`` count, rank first, and are kept even
+    if they are more. Ties go to the lower block id, then the lower query index, then the lower head.
 
     The gate scores each block for each query. Three of the four gates estimate the logarithm of the attention mass that
     the query has on the block; none sees prefix, suffix or the ``scale`` of a call, in whose place stands
@@ -48,9 +48,10 @@ class TopK:
         pool: what competes: ``"query"`` (the blocks of one query: the paper's training-free setting), ``"head"`` (all
             pairs of one head) or ``"global"`` (all pairs of one sample).
         gate: ``"mean"``, ``"cells"``, ``"spread"`` or ``"exact"``.
+        always: ids of blocks that every query attends; see ``BlockPartition.blocks_of``.
 
     Raises:
-        TypeError: if ``k`` or ``density`` has a wrong type.
+        TypeError: if a value has a wrong type.
         ValueError: if both or neither of ``k`` and ``density`` are given, or a value is out of range.
 
     Example:
@@ -62,6 +63,7 @@ class TopK:
     density: float | None = dataclasses.field(default=None, kw_only=True)
     pool: Pool = dataclasses.field(default="query", kw_only=True)
     gate: Gate = dataclasses.field(default="mean", kw_only=True)
+    always: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         if (self.k is None) == (self.density is None):
@@ -81,19 +83,22 @@ class TopK:
                 "pool must be 'query', 'head' or 'global' for TopK, got 'block': k counts the blocks of a query, and a "
                 "pool of one block has no such count"
             )
+        object.__setattr__(self, "always", check_ids("always", self.always))
 
     @classmethod
     def of_flat(cls, words: str, counts: list[int], shares: list[float]) -> Self:
         """The rule with this ``flat`` form."""
         _, pool, gate = words.split()
-        k, density = counts[0] if counts else None, shares[0] if shares else None
-        return cls(k, density=density, pool=cast(Pool, pool), gate=cast(Gate, gate))
+        k, always = (None, counts) if shares else (counts[0], counts[1:])
+        density = shares[0] if shares else None
+        return cls(k, density=density, pool=cast(Pool, pool), gate=cast(Gate, gate), always=tuple(always))
 
     @property
     def flat(self) -> FlatRule:
         """The rule, as the schema of a custom op takes it."""
         counts = [] if self.k is None else [self.k]
-        return f"topk {self.pool} {self.gate}", counts, [] if self.density is None else [self.density], None
+        shares = [] if self.density is None else [self.density]
+        return f"topk {self.pool} {self.gate}", [*counts, *self.always], shares, None
 
     def blocks_per_query(self, num_blocks: int) -> int:
         """Blocks per query out of ``num_blocks``.
@@ -109,7 +114,7 @@ class TopK:
         return self.k
 
     def max_pairs(self, pool_pairs: int, num_blocks: int) -> int:
-        """Pairs that a pool of ``pool_pairs`` keeps, own pairs included."""
+        """Pairs that a pool of ``pool_pairs`` keeps, own pairs and those of ``always`` included."""
         return self.blocks_per_query(num_blocks) * (pool_pairs // num_blocks)
 
 
@@ -117,9 +122,9 @@ class TopK:
 class Threshold:
     """Keeps the best pairs of a pool until they hold a share of its weight (arXiv 2506.23858, Sec. 3).
 
-    Own blocks are kept. The others follow, best first, until the kept weight reaches ``tau`` times the pool's total
-    (plus 1e-6). ``normalize`` says what a pair weighs. Ties go as in ``TopK``. A pool with a NaN or infinite score
-    keeps everything.
+    Own blocks and those of ``always`` are kept. The others follow, best first, until the kept weight reaches ``tau``
+    times the pool's total (plus 1e-6). ``normalize`` says what a pair weighs. Ties go as in ``TopK``. A pool with a NaN
+    or infinite score keeps everything.
 
     ``"minmax"``, the paper's: the weights are the gate's scores, scaled to [0, 1] by the pool's minimum and maximum.
     Most pairs then weigh about a half, so that tau is nearly a fixed quantile for any attention: random scores give a
@@ -138,12 +143,13 @@ class Threshold:
             (all pairs of one head: the paper's training setting, with tau 0.25) or ``"global"`` (all pairs of one
             sample).
         max_density: caps the pairs per pool at this share of them, in (0, 1], rounded half up, best first. Own blocks
-            count, and are kept even if they exceed the cap.
+            and those of ``always`` count, and are kept even if they exceed the cap.
         normalize: ``"minmax"`` or ``"softmax"``.
         gate: as in ``TopK``.
+        always: as in ``TopK``.
 
     Raises:
-        TypeError: if ``tau`` or ``max_density`` has a wrong type.
+        TypeError: if a value has a wrong type.
         ValueError: if a value is out of range.
     """
 
@@ -152,6 +158,7 @@ class Threshold:
     max_density: float | None = dataclasses.field(default=None, kw_only=True)
     normalize: Normalize = dataclasses.field(default="minmax", kw_only=True)
     gate: Gate = dataclasses.field(default="mean", kw_only=True)
+    always: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tau", check_share("tau", self.tau))
@@ -160,14 +167,14 @@ class Threshold:
         check_choice("pool", self.pool, POOLS)
         check_choice("normalize", self.normalize, NORMALIZE)
         check_choice("gate", self.gate, GATES)
+        object.__setattr__(self, "always", check_ids("always", self.always))
 
     @classmethod
-    def of_flat(cls, words: str, shares: list[float]) -> Self:
+    def of_flat(cls, words: str, counts: list[int], shares: list[float]) -> Self:
         """The rule with this ``flat`` form."""
         _, pool, normalize, gate = words.split()
-        cap = shares[1] if shares[1:] else None
-        rule = cls(shares[0], pool=cast(Pool, pool), max_density=cap, normalize=cast(Normalize, normalize))
-        return dataclasses.replace(rule, gate=cast(Gate, gate))
+        words_of = {"pool": cast(Pool, pool), "normalize": cast(Normalize, normalize), "gate": cast(Gate, gate)}
+        return cls(shares[0], max_density=shares[1] if shares[1:] else None, always=tuple(counts), **words_of)
 
     @property
     def flat(self) -> FlatRule:
@@ -176,11 +183,19 @@ class Threshold:
 
     def _flat(self, now: Tensor | None) -> FlatRule:
         cap = [] if self.max_density is None else [self.max_density]
-        return f"threshold {self.pool} {self.normalize} {self.gate}", [], [self.tau, *cap], now
+        return f"threshold {self.pool} {self.normalize} {self.gate}", list(self.always), [self.tau, *cap], now
 
     def max_pairs(self, pool_pairs: int, num_blocks: int) -> int | None:
-        """Pairs that a pool of ``pool_pairs`` may keep, own pairs included; None for no cap."""
+        """Pairs that a pool of ``pool_pairs`` may keep, own pairs and those of ``always`` included; None for no cap."""
         return None if self.max_density is None else math.floor(self.max_density * pool_pairs + 0.5)
 
 
 Rule = TopK | Threshold
+
+
+def check_rule_fits(rule: Rule, num_blocks: int) -> None:
+    """Raises ``ValueError`` unless ``rule`` fits a partition of ``num_blocks`` blocks."""
+    if isinstance(rule, TopK):
+        rule.blocks_per_query(num_blocks)
+    if rule.always and rule.always[-1] >= num_blocks:
+        raise ValueError(f"always must lie in 0..num_blocks - 1 = 0..{num_blocks - 1}, got {rule.always}")

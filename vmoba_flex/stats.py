@@ -13,6 +13,7 @@ from vmoba_flex.mask import selection_tiles
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold
+from vmoba_flex.selection.kept import Selection
 from vmoba_flex.selection.select import choose_blocks
 
 
@@ -26,7 +27,8 @@ class AttentionStats(NamedTuple):
             prefix and suffix together, fill whole tiles.
         pairs: int64, chosen (query, block) pairs; for ``"shared"``, a tile's choices count once for each of its tokens.
         cut: int64, pairs that ``max_density`` left out: those that the same threshold chooses without it, minus
-            ``pairs``. 0 for rules without ``max_density``, and for ``"shared"``, where it is not counted.
+            ``pairs``. 0 for rules without ``max_density``, and where it is not counted: for ``"shared"``, and for a
+            ``Selection``.
     """
 
     density: Tensor
@@ -100,11 +102,11 @@ def selection_stats(
     query: Tensor,
     key: Tensor,
     partition: BlockPartition,
-    rule: Rule,
+    rule: Rule | Selection,
     key_valid: Tensor | None = None,
     part: Part | None = None,
 ) -> AttentionStats:
-    """Stats of a selection ``(B, H, video queries, N)`` that ``rule`` made from query and key."""
+    """Stats of a selection ``(B, H, video queries, N)`` that ``rule`` made from query and key, or that was kept."""
     wanted = selection
     if isinstance(rule, Threshold) and rule.max_density is not None:
         wanted = choose_blocks(query, key, partition, dataclasses.replace(rule, max_density=None), part)

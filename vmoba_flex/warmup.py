@@ -79,7 +79,7 @@ def rule_of_flat(words: str, counts: list[int], shares: list[float], now: Tensor
     """The rule with this ``flat`` form."""
     if words.startswith("topk"):
         return TopK.of_flat(words, counts, shares)
-    rule = Threshold.of_flat(words, shares)
+    rule = Threshold.of_flat(words, counts, shares)
     return rule if now is None else WarmedThreshold(**vars(rule), now=now)
 
 

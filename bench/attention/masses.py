@@ -27,7 +27,7 @@ from vmoba_flex.groups import block_slots
 from vmoba_flex.rules import GATES
 from vmoba_flex.selection import exact_gate
 from vmoba_flex.selection.cell_gate import cell_scores, cell_stats
-from vmoba_flex.selection.cell_places import CellStats
+from vmoba_flex.selection.cell_places import CellStats, gate_cells
 from vmoba_flex.selection.scores import gate_scores
 from vmoba_flex.selection.tiles import choose_tiles
 
@@ -43,7 +43,15 @@ EXACT = (
     (128, 64, 4, 3, False),
 )
 # Queries of a program, cells at once, warps, and stages.
-CELLS = ((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 1), (128, 128, 8, 2), (64, 64, 4, 2), (64, 128, 4, 2))
+CELLS = (
+    (128, 64, 8, 2),
+    (128, 64, 8, 1),
+    (128, 128, 8, 1),
+    (128, 128, 8, 2),
+    (64, 64, 4, 2),
+    (64, 64, 4, 1),
+    (64, 128, 4, 2),
+)
 SAMPLE = 96  # queries that are checked
 Row = dict[str, Any]
 
@@ -91,7 +99,7 @@ def _calls(query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition,
     )
     yield "block_masses", functools.partial(block_masses, query, key, partition), None
     check = functools.partial(_stats_error, key, partition)
-    yield "cells: means and variances", functools.partial(cell_stats, key, partition), check
+    yield "cells: means and variances", functools.partial(cell_stats, key, gate_cells(partition)), check
     if device == "cuda":
         yield from _launches(query, key, partition)
 
@@ -109,9 +117,9 @@ def _launches(query: Tensor, key: Tensor, partition: BlockPartition) -> Iterator
             inputs = p, 0, p.num_video_tokens, scale, p.num_blocks
             run = functools.partial(exact_kernels.group_lse, q, k, *inputs, launch=launch)
             yield f"{name} {tuple(launch)}", run, functools.partial(_error, lambda run=run: run().mT, q, k, p, "exact")
-    stats = cell_stats(key, partition)
-    for launch in CELLS:
-        launch = cell_gate_kernels.Launch(*launch)
+    stats = cell_stats(key, gate_cells(partition))
+    for each in CELLS:
+        launch = cell_gate_kernels.Launch(*each)
         run = functools.partial(cell_gate_kernels.cell_scores, query, stats, blocks, 0, count, True, launch)
         yield f"spread {tuple(launch)}", run, functools.partial(_error, run, query, key, partition, "spread")
 
@@ -138,14 +146,14 @@ def _error(scores: Callable[[], Tensor], query: Tensor, key: Tensor, partition: 
         expected = exact_gate.group_lse(few.double(), key.double(), partition, 0, SAMPLE, scale, groups).mT
     else:
         # On a CPU, with the roundings that the gate is defined with.
-        stats = CellStats(*(x.cpu() for x in cell_stats(key, partition)))
+        stats = CellStats(*(x.cpu() for x in cell_stats(key, gate_cells(partition))))
         expected = cell_scores(few.cpu(), stats, partition.num_blocks, 0, SAMPLE, gate == "spread").to(query.device)
     return (scores()[:, :, sample].double() - expected).abs().max().item()
 
 
 def _stats_error(key: Tensor, partition: BlockPartition) -> float:
     """The largest difference of means and variances from the same in plain PyTorch on a CPU, in units of the dtype."""
-    found, expected = (cell_stats(x, partition) for x in (key, key.cpu()))
+    found, expected = (cell_stats(x, gate_cells(partition)) for x in (key, key.cpu()))
     pairs = [(x.double().cpu(), y.double()) for x, y in zip(found[:2], expected[:2], strict=True)]
     unit = torch.finfo(key.dtype).eps
     return max(((x - y).abs() / (unit * y.abs() + 4e-6)).max().item() for x, y in pairs)

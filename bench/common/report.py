@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -15,7 +16,7 @@ FINAL = ("ok", "wrong", "forward only", "unsupported", "failed", "out of memory"
 DEVICE_LOST = 75
 
 
-class Report:
+class Report(ABC):
     """Results of one or several runs of a command; the file is whole after each ``save``."""
 
     formulas: ClassVar[dict[str, str]]
@@ -109,13 +110,13 @@ class Report:
         self.save()
         return bool(running)
 
+    @abstractmethod
     def derive(self) -> None:
         """Adds to each row what follows from it and the others."""
-        raise NotImplementedError
 
+    @abstractmethod
     def markdown(self) -> str:
         """The tables."""
-        raise NotImplementedError
 
     def head(self) -> list[str]:
         """The lines above the tables: devices, versions, commands and formulas."""

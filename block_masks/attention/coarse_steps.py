@@ -94,6 +94,8 @@ def merge_coarse(
         p = torch.where(scores == -torch.inf, 0, (scores - whole[..., None]).exp())
         with torch.autocast(query.device.type, enabled=False):
             mixed = own[..., None] * output[:, part] + p @ _of_heads(coarse.value, len(query)).to(p.dtype)
+            # By the rounding of log-sum-exps, the weights need not sum to 1; see ``row_steps.merge_rows``.
+            mixed = mixed / (own + p.sum(-1))[..., None]
         merged[0][:, part] = torch.where(there[..., None], mixed.to(output.dtype), output[:, part])
         merged[1][:, part] = torch.where(there, whole, lse[:, part])
 

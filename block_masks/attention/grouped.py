@@ -3,24 +3,29 @@
 Shapes: ``B`` batch, ``H`` query heads, ``S`` queries, ``K`` keys, ``G`` groups, ``D`` head dim.
 """
 
+import functools
+import logging
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from block_masks.attention.coarse_steps import MAX_KERNEL_DIM, CoarseKeys, check_coarse_size
+from block_masks.attention.packed_checks import check_packed, check_plan
 from block_masks.attention.plain import plain_rows
 from block_masks.attention.row_attention import Room, attend_rows
 from block_masks.checks import check_positive
 from block_masks.launching.constant import constant_when_compiled
 from block_masks.launching.transforms import in_transform
+from block_masks.plans.rows import RowPlan
 from block_masks.plans.slots import Slots
+
+_LOG = logging.getLogger(__name__)
 
 RowBackend = Literal["auto", "eager", "triton", "flash"]
 BACKENDS = ("auto", "eager", "triton", "flash")
 MAX_ROW_BYTES = 2_200_000_000
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What forward and backward hold of a section of heads, in copies of its rows. Forward: outputs; FlashAttention-4 also
 # wants the queries gathered. Backward: queries, gradients of outputs and of queries; FlashAttention-4 also gradients of
 # queries in float32.
@@ -39,6 +44,12 @@ class RowBound(NamedTuple):
     row_tiles: int
     heads: int = 1
 
+    @classmethod
+    def rounded(cls, row_tiles: int) -> Self:
+        """A bound of any one head, rounded up so that few sizes occur: between powers of two, four."""
+        step = 2 ** max(row_tiles.bit_length() - 3, 0)
+        return cls(max(1, -(-row_tiles // step) * step))
+
 
 def attend_packed(
     query: Tensor,
@@ -54,6 +65,7 @@ def attend_packed(
     group_lengths: Tensor | None = None,
     query_group: Tensor | None = None,
     coarse: CoarseKeys | None = None,
+    plan: RowPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query over exactly the keys of the groups that it chose.
 
@@ -75,6 +87,9 @@ def attend_packed(
             chose; the keys of its own group are not masked among themselves.
         coarse: keys that stand for the groups that a query did not choose, with the heads of ``key`` and of all samples
             in one dim; see ``CoarseKeys``. Not with ``query_group``.
+        plan: of the rows of ``selected``, from ``plan_rows`` of it with all heads in one dim, which is then not planned
+            again if ``max_row_bytes`` allows its sections. Not with ``group_lengths`` or ``query_group``, which change
+            what is attended.
 
     Returns:
         The output ``(B, H, S, value dim)``, 0 where a query chose nothing, and the natural log-sum-exp of each query's
@@ -95,7 +110,7 @@ def attend_packed(
         >>> output.shape, lse.shape
         (torch.Size([1, 2, 300, 16]), torch.Size([1, 2, 300]))
     """
-    _check(query, key, value, selected, slots, group_lengths, query_group)
+    check_packed(query, key, value, selected, slots, group_lengths, query_group)
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
         raise TypeError(f"scale must be a number or None, got {scale!r}")
     check_positive("max_row_bytes", max_row_bytes)
@@ -105,6 +120,9 @@ def attend_packed(
         raise TypeError(f"coarse must be CoarseKeys or None, got {type(coarse).__name__}")
     if coarse is not None and query_group is not None:
         raise ValueError("coarse must be None with query_group: a coarse key of a later group would not be masked")
+    if plan is not None:
+        check_plan(plan, query, slots, group_lengths, query_group)
+        bound = RowBound(plan.row_tiles, plan.heads) if bound is None else bound
     kernels = _backend(backend, query, key, value)
     batch, heads, queries, head_dim = query.shape
     if coarse is not None and kernels != "eager":
@@ -126,9 +144,11 @@ def attend_packed(
             _check_bound(selected, slots.tile_size, bound)
         row_bytes = max(head_dim, value.shape[-1]) * query.element_size()
         rooms = rooms_of(bound, heads, max_row_bytes // row_bytes, slots.tile_size, kernels)
+        if plan is not None and plan.row_tiles > rooms[0].row_tiles and not torch.compiler.is_compiling():
+            _log_no_room(plan.heads, max_row_bytes)
         output, lse = attend_rows(
             query, key, value, selected, slots, rooms=rooms, scale=scale, backend=kernels, group_lengths=group_lengths,
-            coarse=coarse,
+            coarse=coarse, plan=plan,
         )  # fmt: skip
     return output.unflatten(0, (batch, heads)), lse.unflatten(0, (batch, heads))
 
@@ -155,14 +175,12 @@ def _check_bound(selected: Tensor, tile_size: int, bound: RowBound) -> None:
 
 
 def _read_bound(selected: Tensor, tile_size: int) -> RowBound:
-    """The most tiles of rows that any head needs, read from the device and rounded up so that few sizes occur."""
+    """The most tiles of rows that any head needs, read from the device."""
     if torch.compiler.is_compiling():
         raise ValueError("bound must be given inside torch.compile, got None")
     if selected.is_meta:  # nothing to read, and nothing runs
         return RowBound(1)
-    tiles = int(((selected.sum(1) + tile_size - 1) // tile_size).sum(1).max())
-    step = 2 ** max(tiles.bit_length() - 3, 0)  # between powers of two, four sizes
-    return RowBound(max(1, -(-tiles // step) * step))
+    return RowBound.rounded(int(((selected.sum(1) + tile_size - 1) // tile_size).sum(1).max()))
 
 
 def _backend(backend: Any, query: Tensor, key: Tensor, value: Tensor) -> str:
@@ -193,41 +211,6 @@ def _flash_refusal(device: int, dtype: torch.dtype, head_dim: int, value_dim: in
     return flash_check.refusal(device, dtype, head_dim, value_dim, False, backward)
 
 
-def _check(
-    query: Any, key: Any, value: Any, selected: Any, slots: Any, group_lengths: Any, query_group: Any
-) -> None:  # fmt: skip
-    for name, x in (("query", query), ("key", key), ("value", value), ("selected", selected)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.dim() != 4:
-            raise ValueError(f"{name} must have 4 dims, got shape {tuple(x.shape)}")
-        if x.device != query.device:
-            raise ValueError(f"{name} must be on query's device {query.device}, got {x.device}")
-    if not isinstance(slots, Slots):
-        raise TypeError(f"slots must be Slots, from plan_slots, got {type(slots).__name__}")
-    if query.dtype not in _DTYPES:
-        raise TypeError(f"query must be a float16, bfloat16, float32 or float64 tensor, got {query.dtype}")
-    for name, x in (("key", key), ("value", value)):
-        if x.dtype != query.dtype:
-            raise TypeError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
-    if selected.dtype != torch.bool:
-        raise TypeError(f"selected must be a bool tensor, got {selected.dtype}")
-    batch, heads, queries, dim = query.shape
-    keys, groups = len(slots.key_slot), len(slots.group_sizes)
-    if not key.shape[1] or heads % key.shape[1]:
-        raise ValueError(f"key heads must divide query's {heads} heads, got {key.shape[1]}")
-    expected = {
-        "key": (key, (batch, key.shape[1], keys, dim)),
-        "value": (value, (batch, key.shape[1], keys, value.shape[3])),
-        "selected": (selected, (batch, heads, queries, groups)),
-    }
-    vectors = {"group_lengths": (group_lengths, torch.int32), "query_group": (query_group, torch.int64)}
-    for name, (x, dtype) in vectors.items():
-        if x is None:
-            continue
-        if not isinstance(x, Tensor) or x.dtype != dtype:
-            raise TypeError(f"{name} must be an {str(dtype)[6:]} tensor or None, got {getattr(x, 'dtype', x)!r}")
-        expected[name] = x, (batch, groups) if name == "group_lengths" else (queries,)
-    for name, (x, shape) in expected.items():
-        if tuple(x.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape} to go with query and slots, got {tuple(x.shape)}")
+@functools.cache
+def _log_no_room(heads: int, max_row_bytes: int) -> None:
+    _LOG.warning("rows are planned again: max_row_bytes=%s does not allow sections of %s heads", max_row_bytes, heads)

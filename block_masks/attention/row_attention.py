@@ -4,7 +4,8 @@
 rows of its queries attend their group's slots, and a query's rows are merged by their log-sum-exp; then coarse keys of
 the groups that it did not choose are merged in, if there are any. Backward keeps only the inputs, the output and the
 log-sum-exp of each query. It plans the rows again, and takes each row's part in its query from the merged log-sum-exp:
-``p = exp(score - lse)``. Coarse keys need nothing else either.
+``p = exp(score - lse)``. Coarse keys need nothing else either. A plan that was made before is used by both if there is
+room for its sections.
 
 Three backends do the work: ``"eager"``, plain PyTorch on any device (``row_steps.py``), ``"triton"``
 (``attend_kernels.py``) and ``"flash"`` (``flash_kernels.py``); the latter two move rows by ``row_kernels.py``.
@@ -23,9 +24,11 @@ from block_masks.attention.plain import plain_rows
 from block_masks.attention.row_steps import Merged
 from block_masks.launching.autograd import grad_of, save_of
 from block_masks.launching.device import on_device
-from block_masks.plans.rows import plan_rows
+from block_masks.plans.rows import RowPlan, plan_rows
 from block_masks.plans.section import sections_of
-from block_masks.plans.slots import Slots, ValidSlots
+from block_masks.plans.slots import SLOT_TENSORS, Slots, ValidSlots
+
+_SLOTS = len(SLOT_TENSORS)  # first in the list of an op's plans, before a row plan's tensors
 
 
 class Room(NamedTuple):
@@ -47,6 +50,7 @@ def attend_rows(
     backend: str,
     group_lengths: Tensor | None = None,
     coarse: CoarseKeys | None = None,
+    plan: RowPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``attend_packed`` of checked inputs, with the samples' heads in one dim ``H``.
 
@@ -61,12 +65,15 @@ def attend_rows(
         backend: ``"eager"``, ``"triton"`` or ``"flash"``.
         group_lengths: int32 ``(H, G)``.
         coarse: keys of the groups that a query did not choose.
+        plan: of these rows, if it is known.
 
     Returns:
         The output ``(H, S, value dim)`` and the log-sum-exp ``(H, S)``, which has no gradient.
     """
+    of_slots, *sizes = slots.flat
+    plans = of_slots if plan is None else [*of_slots, *plan.tensors]
     return _attend(
-        query, key, value, selected, group_lengths, *(coarse or [None] * 4), *slots.flat,
+        query, key, value, selected, group_lengths, *(coarse or [None] * 4), plans, *sizes,
         [n for room in rooms for n in room], scale, backend,
     )  # fmt: skip
 
@@ -76,17 +83,17 @@ def attend_rows(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_lengths: Tensor | None,
     coarse_key: Tensor | None, coarse_value: Tensor | None, coarse_bias: Tensor | None, coarse_group: Tensor | None,
-    slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool,
+    plans: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool,
     rooms: list[int], scale: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     move, attend, tail = _modules(backend)
-    slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
+    slots = Slots.of_flat(plans[:_SLOTS], group_sizes, tile_size, sorted_keys)
     coarse = CoarseKeys.given(coarse_key, coarse_value, coarse_bias, coarse_group)
     room = Room(*rooms[:2])
     valid = _valid(group_lengths, slots, len(query) // len(key), backend)
     query = query.contiguous()
     keys, values = (_in_slots(x, slots, move, valid) for x in (key, value))
-    plan = plan_rows(selected, room.row_tiles, room.heads, tile_size)
+    plan = _row_plan(selected, plans[_SLOTS:], room, tile_size)
     padding_lse = None
     if backend == "flash" and not (slots.whole and valid is None):
         from block_masks.attention import padding_kernels
@@ -119,17 +126,17 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Te
 def _attend_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_lengths: Tensor | None,
     coarse_key: Tensor | None, coarse_value: Tensor | None, coarse_bias: Tensor | None, coarse_group: Tensor | None,
-    output: Tensor, lse: Tensor, slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool,
+    output: Tensor, lse: Tensor, plans: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool,
     rooms: list[int], scale: float, backend: str,
 ) -> list[Tensor]:  # fmt: skip
     move, attend, tail = _modules(backend)
-    slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
+    slots = Slots.of_flat(plans[:_SLOTS], group_sizes, tile_size, sorted_keys)
     coarse = CoarseKeys.given(coarse_key, coarse_value, coarse_bias, coarse_group)
     room = Room(*rooms[2:])
     valid = _valid(group_lengths, slots, len(query) // len(key), backend)
     grad, query = grad.contiguous(), query.contiguous()
     keys, values = (_in_slots(x, slots, move, valid) for x in (key, value))
-    plan = plan_rows(selected, room.row_tiles, room.heads, tile_size)
+    plan = _row_plan(selected, plans[_SLOTS:], room, tile_size)
     merged = Merged(grad, lse, move.delta(grad, output))
     grad_query = torch.empty_like(query)
     # Of each query head, summed over those that share a key head at the end.
@@ -157,15 +164,22 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> 
 def _plain(
     query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_lengths: Tensor | None,
     coarse_key: Tensor | None, coarse_value: Tensor | None, coarse_bias: Tensor | None, coarse_group: Tensor | None,
-    slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool,
+    plans: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool,
     rooms: list[int], scale: float, backend: str,
 ) -> Tensor:  # fmt: skip
-    slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
+    slots = Slots.of_flat(plans[:_SLOTS], group_sizes, tile_size, sorted_keys)
     coarse = CoarseKeys.given(coarse_key, coarse_value, coarse_bias, coarse_group)
     return plain_rows(query, key, value, selected, group_lengths, slots, scale, coarse)[0]
 
 
 _attend.register_autograd(grad_of(_attend_backward, tensors=9, plain=_plain), setup_context=save_of(tensors=9))
+
+
+def _row_plan(selected: Tensor, known: list[Tensor], room: Room, tile_size: int) -> RowPlan:
+    """The plan that is known, if there is room for its sections; else a new one."""
+    if known and known[1].shape[1] <= room.row_tiles:  # row_pool
+        return RowPlan(*known, tile_size=tile_size)
+    return plan_rows(selected, room.row_tiles, room.heads, tile_size)
 
 
 def _valid(group_lengths: Tensor | None, slots: Slots, repeats: int, backend: str) -> ValidSlots | None:

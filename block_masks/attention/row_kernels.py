@@ -83,17 +83,20 @@ def _merge_kernel(
         add = tl.where(part == -float("inf"), 0.0, tl.exp(part - new_top[None, :]))
         total = total * keep + tl.sum(add, 0)
         top = new_top
-    whole = top + tl.log(tl.where(total == 0, 1.0, total))
+    total = tl.where(total == 0, 1.0, total)
+    whole = top + tl.log(total)
     if PADDING:
         of_padding = tl.load(padding_lse + head * queries + query, mask=inside, other=-float("inf"))
-        whole += tl.log(share_left(whole, of_padding))
+        left = share_left(whole, of_padding)
+        whole += tl.log(left)
+        total *= left
     whole = tl.where(count < 0, float("nan"), whole)  # not all of its rows had room
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for start in range(0, most, UNROLL):
         for i in tl.static_range(UNROLL):
             row = tl.load(listed + (start + i) * step, mask=start + i < count, other=-1).to(tl.int64)
             part = tl.load(lse + row, mask=row >= 0, other=-float("inf"))
-            weight = tl.where(part == -float("inf"), 0.0, tl.exp(part - whole))
+            weight = tl.where(part == -float("inf"), 0.0, tl.exp(part - top) / total)
             mask = (row >= 0)[:, None] & (dim < D)
             acc += weight[:, None] * tl.load(output + row[:, None] * D + dim, mask=mask, other=0.0).to(tl.float32)
     acc = tl.where((count < 0)[:, None], float("nan"), acc)

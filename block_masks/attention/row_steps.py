@@ -37,12 +37,16 @@ def merge_rows(
     index = _listed(query_rows, query_count)
     parts = torch.where(index >= 0, lse[index.clamp(min=0)], -torch.inf)
     torch.logsumexp(parts, 1, out=merged_lse)
+    # Not exp(parts - merged_lse): by the rounding of log-sum-exps these need not sum to 1, and where one key has nearly
+    # all weight, gradients are differences from delta that nearly cancel.
+    weights = torch.where(parts == -torch.inf, 0, parts.softmax(1))
     if padding_lse is not None:
-        merged_lse += share_left(merged_lse, padding_lse).log()
+        left = share_left(merged_lse, padding_lse)
+        weights /= left[:, None]
+        merged_lse += left.log()
     merged_lse.masked_fill_(query_count < 0, torch.nan)
     total = torch.zeros(merged.shape, dtype=_accumulator(merged), device=merged.device)
-    for part, rows in zip(parts.unbind(1), index.unbind(1), strict=True):
-        weight = torch.where(part == -torch.inf, 0, (part - merged_lse).exp())
+    for weight, rows in zip(weights.unbind(1), index.unbind(1), strict=True):
         total += weight[..., None] * torch.where((rows >= 0)[..., None], output[rows.clamp(min=0)], 0)
     merged.copy_(total.masked_fill_((query_count < 0)[..., None], torch.nan))
 
@@ -150,7 +154,7 @@ class _Chunk(NamedTuple):
         rows: ``(tiles, tile_size)``.
         queries: ``(tiles, tile_size, D)``, zero in padding rows.
         keys: ``(tiles, W, D)``, zero past the group's end, since zero times what another group holds may be NaN.
-        values: ``(tiles, W, value dim)``, likewise.
+        values: ``(tiles, W, value dim)``, zero past the group's end, too.
         scores: ``(tiles, tile_size, W)``, -inf past the group's end.
         targets: ``(tiles, W)``, the slots, counted over the query heads of the section.
     """

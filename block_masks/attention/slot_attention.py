@@ -18,6 +18,7 @@ holds a key of zeros here: it adds nothing to the gradient of query, and its own
 ``slot_steps.py`` has the steps in plain PyTorch, for a CPU; ``flash_kernels.py`` and ``padding_kernels.py`` for a GPU.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -30,7 +31,9 @@ from block_masks.launching.autograd import grad_of, save_of
 from block_masks.launching.device import on_device
 from block_masks.launching.transforms import in_transform
 from block_masks.masks.tile_map import tile_lists
-from block_masks.plans.slots import Slots, ValidSlots
+from block_masks.plans.slots import SLOT_TENSORS, Slots, ValidSlots
+
+_SLOTS = len(SLOT_TENSORS)  # first in the list of an op's plans, before lists of tiles
 
 
 def attend_slots(
@@ -42,6 +45,7 @@ def attend_slots(
     scale: float,
     group_lengths: Tensor | None = None,
     coarse: CoarseKeys | None = None,
+    lists: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each tile of slots over the keys of the groups that it chose.
 
@@ -57,6 +61,7 @@ def attend_slots(
         scale: factor on the scores.
         group_lengths: int32 ``(B, G)``: how many of each group's keys, the first ones, are valid; all if None.
         coarse: keys of the groups that a tile did not choose, ``B * H`` heads of them.
+        lists: ``key_lists`` of the choice, if they are known. Not with ``group_lengths``, which change them.
 
     Returns:
         ``(B, H, slots, value dim)``, and the natural log-sum-exp ``(B, H, slots)``, float32 at least, without a
@@ -66,8 +71,11 @@ def attend_slots(
 
     Raises:
         ValueError: if the dtype is float16, in which ``exp(-lse)`` overflows, and a group is no whole number of tiles
-            or ``group_lengths`` is given; on a GPU, if there are more coarse keys than kernels index.
+            or ``group_lengths`` is given; if lists are given with these; on a GPU, if there are more coarse keys than
+            kernels index.
     """
+    if lists is not None and group_lengths is not None:
+        raise ValueError("lists must be None with group_lengths, which change what is attended, got tensors")
     if query.dtype == torch.float16 and not slots.whole:
         raise ValueError(f"query must not be float16 where groups are no whole tiles, got sizes {slots.group_sizes}")
     if query.dtype == torch.float16 and group_lengths is not None:
@@ -76,7 +84,15 @@ def attend_slots(
         check_coarse_size("coarse", query.shape[0] * query.shape[1], selected.shape[2], len(coarse.bias))
     if in_transform(query, key, value, *(coarse or ())):
         return plain_slots(query, key, value, selected, group_lengths, slots, scale, coarse)
-    return _attend(query, key, value, selected, group_lengths, *(coarse or [None] * 4), *slots.flat, scale)
+    of_slots, *sizes = slots.flat
+    return _attend(
+        query, key, value, selected, group_lengths, *(coarse or [None] * 4), [*of_slots, *(lists or ())], *sizes, scale
+    )
+
+
+def key_lists(selected: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
+    """The tiles of keys that each tile of slots attends, counted and listed; see ``tile_lists``."""
+    return tile_lists(_key_tiles(selected, slots))
 
 
 @torch.library.custom_op("block_masks::attend_slots", mutates_args=())
@@ -84,10 +100,10 @@ def attend_slots(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_lengths: Tensor | None,
     coarse_key: Tensor | None, coarse_value: Tensor | None, coarse_bias: Tensor | None, coarse_group: Tensor | None,
-    slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool, scale: float,
+    plans: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
-    output, lse = _attend_chosen(query, key, value, selected, group_lengths, slots, scale)
+    slots = Slots.of_flat(plans[:_SLOTS], group_sizes, tile_size, sorted_keys)
+    output, lse = _attend_chosen(query, key, value, selected, group_lengths, slots, plans[_SLOTS:], scale)
     coarse = CoarseKeys.given(coarse_key, coarse_value, coarse_bias, coarse_group)
     if coarse is None:
         return output, lse
@@ -102,14 +118,15 @@ def _attend(
 
 def _attend_chosen(
     query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_lengths: Tensor | None, slots: Slots,
-    scale: float,
+    known: list[Tensor], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     attend, padding, _ = _modules(query)
     tile_size = slots.tile_size
     if slots.whole and group_lengths is None:
-        return attend.attend_tiles(query, key, value, _whole_tiles(_key_tiles(selected, slots)), scale, tile_size)
+        lists = _whole_tiles(known or tile_lists(_key_tiles(selected, slots)))
+        return attend.attend_tiles(query, key, value, lists, scale, tile_size)
     valid = slots.valid(slots.group_lengths[None] if group_lengths is None else group_lengths)
-    lists = _whole_tiles(_key_tiles(selected, slots, valid))
+    lists = _whole_tiles(known or tile_lists(_key_tiles(selected, slots, valid)))
     keys = key.flatten(0, 1).contiguous()
     copied = padding.take_slots(keys, valid.copied(slots)).view(key.shape)
     output, lse = attend.attend_tiles(query, copied, value, lists, scale, tile_size)
@@ -131,12 +148,12 @@ def _attend_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_lengths: Tensor | None,
     coarse_key: Tensor | None, coarse_value: Tensor | None, coarse_bias: Tensor | None, coarse_group: Tensor | None,
     output: Tensor, lse: Tensor,
-    slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool, scale: float,
+    plans: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool, scale: float,
 ) -> list[Tensor]:  # fmt: skip
-    slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
+    slots = Slots.of_flat(plans[:_SLOTS], group_sizes, tile_size, sorted_keys)
     attend, _, tail = _modules(query)
     tiles = _key_tiles(selected, slots, None if group_lengths is None else slots.valid(group_lengths))
-    lists = _whole_tiles(tiles.mT)
+    lists = _whole_tiles(tile_lists(tiles.mT))
     grads = list(attend.attend_tiles_backward(grad, query, key, value, output, lse, lists, scale, tile_size))
     coarse = CoarseKeys.given(coarse_key, coarse_value, coarse_bias, coarse_group)
     if coarse is not None:
@@ -157,9 +174,9 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> 
 def _plain(
     query: Tensor, key: Tensor, value: Tensor, selected: Tensor, group_lengths: Tensor | None,
     coarse_key: Tensor | None, coarse_value: Tensor | None, coarse_bias: Tensor | None, coarse_group: Tensor | None,
-    slot_tensors: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool, scale: float,
+    plans: list[Tensor], group_sizes: list[int], tile_size: int, sorted_keys: bool, scale: float,
 ) -> Tensor:  # fmt: skip
-    slots = Slots.of_flat(slot_tensors, group_sizes, tile_size, sorted_keys)
+    slots = Slots.of_flat(plans[:_SLOTS], group_sizes, tile_size, sorted_keys)
     coarse = CoarseKeys.given(coarse_key, coarse_value, coarse_bias, coarse_group)
     return plain_slots(query, key, value, selected, group_lengths, slots, scale, coarse)[0]
 
@@ -173,9 +190,9 @@ def _key_tiles(selected: Tensor, slots: Slots, valid: ValidSlots | None = None) 
     return tiles if valid is None else tiles & valid.tiles[:, None, None]
 
 
-def _whole_tiles(tiles: Tensor) -> list[Tensor]:
-    """Counts and lists of partial tiles, of which there are none, and of the full ones in each row of a map."""
-    counts, listed = tile_lists(tiles)
+def _whole_tiles(full: Sequence[Tensor]) -> list[Tensor]:
+    """Counts and lists of partial tiles, of which there are none, and of the full ones, which are given."""
+    counts, listed = full
     return [torch.zeros_like(counts), torch.zeros_like(listed), counts, listed]
 
 

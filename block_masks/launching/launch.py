@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 class QuickLaunch:
-    """A kernel that is launched as it is under ``triton.jit`` alone, but with less work for the host.
+    """A kernel that is launched as it is under ``triton.jit`` only, but with less work for the host.
 
     Triton finds a kernel's compiled form anew at each launch, which takes the host longer than the launch itself. Here
     it is found once for each kind of arguments.
 
     Args:
-        kernel: a function under ``triton.jit``. Its ``tl.constexpr`` arguments stand behind the others, and are passed
+        kernel: a function under ``triton.jit``. Its ``tl.constexpr`` arguments follow the others, and are passed
             by name; the first argument is a tensor.
     """
 

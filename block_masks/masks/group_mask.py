@@ -47,7 +47,7 @@ def _check(selected: Any, key_group: Any, tile_size: Any, key_valid: Any) -> Non
 
 
 def group_tiles(selected: Tensor, key_group: Tensor, tile_size: int = 128, key_valid: Tensor | None = None) -> TileMap:
-    """Finds the tiles that must run and those of them that need no mask.
+    """Finds the tiles that must run, and which of them need no mask.
 
     Works on tiles x groups and tiles x tiles, never on queries x keys. Groups may lie anywhere: straddle tiles, be
     scattered over them, or be absent.
@@ -96,7 +96,7 @@ def group_mask(
         key_valid: bool ``(B, keys)``: False at keys that nobody attends, such as padding; all True if None.
 
     Returns:
-        A ``BlockMask`` of shape ``(B, H, queries, keys)`` whose ``mask_mod`` alone says everything.
+        A ``BlockMask`` of shape ``(B, H, queries, keys)`` whose ``mask_mod`` says everything by itself.
 
     Raises:
         TypeError: if ``selected`` is not bool, ``key_group`` not an integer tensor, or

@@ -69,7 +69,11 @@ def pair_lookup(selected: Tensor) -> PairLookup:
             "selected must pack into fewer than 2**31 words (B * H * S * ceil(G / 64)), "
             f"got shape {tuple(selected.shape)} with {num_words} words"
         )
-    words = pack_bits(selected)
+    return word_lookup(pack_bits(selected))
+
+
+def word_lookup(words: Tensor) -> PairLookup:
+    """The same from the words of ``pack_bits``, int64 ``(B, H, S, ceil(G / 64))``."""
 
     def lookup(b: Tensor, h: Tensor, q: Tensor, g: Tensor) -> Tensor:
         # Each word is one load per row of a tile. Indexing the word by g would be one per pair, more than the shared

@@ -18,8 +18,8 @@ def row_mask(plan: RowPlan, slots: Slots, section: int = 0) -> BlockMask:
         section: which section's rows.
 
     Returns:
-        A ``BlockMask`` of shape ``(1, 1, rows, heads of the section * slots)`` whose ``mask_mod`` alone says
-        everything. Padding rows attend what their tile attends.
+        A ``BlockMask`` of shape ``(1, 1, rows, heads of the section * slots)`` whose ``mask_mod`` says
+        everything by itself. Padding rows attend what their tile attends.
     """
     rows = sections_of(plan, slots, None)[section]
     tile, groups, heads, head_slots = plan.tile_size, rows.groups, rows.heads, len(slots.slot_key)

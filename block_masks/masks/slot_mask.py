@@ -4,12 +4,14 @@ A tile whose slots all hold a key runs without a mask. Only the last tile of a g
 padding slots are masked.
 """
 
+from typing import NamedTuple
+
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from block_masks.masks.pairs import pair_lookup
+from block_masks.masks.pairs import pack_bits, pair_lookup, word_lookup
 from block_masks.masks.realize import realize
-from block_masks.masks.tile_map import TileMap, block_mask_from_tiles
+from block_masks.masks.tile_map import TileMap, block_mask_from_tiles, map_lists
 from block_masks.plans.slots import Slots
 
 
@@ -21,7 +23,7 @@ def valid_slots(slots: Slots, key_valid: Tensor | None) -> Tensor | None:
 
 
 def slot_tile_map(selected: Tensor, slots: Slots, slot_valid: Tensor | None = None) -> TileMap:
-    """Finds the tiles of ``slot_mask`` that must run, and those of them that need no mask.
+    """Finds the tiles of ``slot_mask`` that must run, and which of them need no mask.
 
     Args:
         selected: bool ``(B, H, tiles, G)``: which groups each tile of slots attends.
@@ -36,7 +38,26 @@ def slot_tile_map(selected: Tensor, slots: Slots, slot_valid: Tensor | None = No
     return TileMap(some, some & full)
 
 
-def slot_mask(selected: Tensor, slots: Slots, slot_valid: Tensor | None = None) -> BlockMask:
+class SlotLists(NamedTuple):
+    """What ``slot_mask`` finds out of a choice, to be found once.
+
+    Attributes:
+        words: int64 ``(B, H, tiles, ceil(G / 64))``, the choice in bits.
+        lists: the eight index tensors of the mask.
+    """
+
+    words: Tensor
+    lists: tuple[Tensor, ...]
+
+
+def slot_lists(selected: Tensor, slots: Slots) -> SlotLists:
+    """Of a choice ``(B, H, tiles, G)`` of which all slots with a key are attended."""
+    return SlotLists(pack_bits(selected), tuple(map_lists(slot_tile_map(selected, slots))))
+
+
+def slot_mask(
+    selected: Tensor, slots: Slots, slot_valid: Tensor | None = None, known: SlotLists | None = None
+) -> BlockMask:
     """Builds the mask in which all slots of a tile attend the keys of the groups that the tile chose.
 
     A padding slot attends what its tile attends, so that its output is finite, and no slot attends a padding one.
@@ -44,14 +65,15 @@ def slot_mask(selected: Tensor, slots: Slots, slot_valid: Tensor | None = None) 
     Args:
         selected: bool ``(B, H, tiles, G)``: which groups each tile of slots attends.
         slots: of these tiles and groups.
-        slot_valid: bool ``(B, slots)``: False at slots that nobody attends, the padding ones among them; these alone if
+        slot_valid: bool ``(B, slots)``: False at slots that nobody attends, the padding ones among them; only these if
             None.
+        known: ``slot_lists`` of the choice, without ``slot_valid``.
 
     Returns:
-        A ``BlockMask`` of shape ``(B, H, slots, slots)`` whose ``mask_mod`` alone says everything.
+        A ``BlockMask`` of shape ``(B, H, slots, slots)`` whose ``mask_mod`` says everything by itself.
     """
-    chosen, group, tile_size = pair_lookup(selected), slots.slot_group, slots.tile_size
-
+    chosen = pair_lookup(selected) if known is None else word_lookup(known.words)
+    group, tile_size = slots.slot_group, slots.tile_size
     live = None if slot_valid is None else realize(slot_valid)
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -60,4 +82,6 @@ def slot_mask(selected: Tensor, slots: Slots, slot_valid: Tensor | None = None) 
         return there & chosen(b, h, q_idx // tile_size, key_group)
 
     lengths = (len(group), len(group))
+    if known is not None:
+        return BlockMask(lengths, *known.lists, BLOCK_SIZE=(tile_size, tile_size), mask_mod=mask_mod)
     return block_mask_from_tiles(slot_tile_map(selected, slots, slot_valid), mask_mod, lengths, (tile_size, tile_size))

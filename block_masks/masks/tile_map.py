@@ -83,13 +83,11 @@ def block_mask_from_tiles(
     Returns:
         A ``BlockMask`` of shape ``(B, H, *lengths)``.
     """
+    return BlockMask(lengths, *map_lists(tiles), BLOCK_SIZE=tile_size, mask_mod=mask_mod)
+
+
+def map_lists(tiles: TileMap) -> list[Tensor]:
+    """The eight index tensors of a ``BlockMask``: counts and lists of partial and of full tiles, and transposed."""
     partial = tiles.some & ~tiles.every
-    return BlockMask(
-        lengths,
-        *tile_lists(partial),
-        *tile_lists(tiles.every),
-        *tile_lists(partial.transpose(-1, -2)),
-        *tile_lists(tiles.every.transpose(-1, -2)),
-        BLOCK_SIZE=tile_size,
-        mask_mod=mask_mod,
-    )
+    maps = partial, tiles.every, partial.transpose(-1, -2), tiles.every.transpose(-1, -2)
+    return [x for one in maps for x in tile_lists(one)]

@@ -19,7 +19,7 @@ def to_slots(x: Tensor, slots: Slots, valid: ValidSlots | None = None) -> Tensor
         valid: which of each sample's keys are there; all if None.
 
     Returns:
-        ``(B, H, slots, D)``, zero in padding slots and in those of keys that are not there.
+        ``(B, H, slots, D)``, zero in padding slots and in slots of padding keys.
     """
     if valid is not None:
         return _gather_slots(x, valid.slot_key(slots), valid.key_slot(slots))

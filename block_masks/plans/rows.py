@@ -1,15 +1,16 @@
 """Packed rows: one row per (query, chosen group), placed so that every tile of rows sees one group of keys.
 
 Where neighbouring queries choose different groups, a tile of neighbouring queries must run nearly everywhere. Packed
-rows turn this around: the queries that chose a group stand together, a tile of them sees that group alone, and a query
+rows turn this around: the queries that chose a group stand together, a tile of them sees only that group, and a query
 merges its rows by their log-sum-exp.
 
     plan_rows      choices -> which query each row holds, and which rows each query has
-    row_mask       plan and slots -> the BlockMask of rows x slots, for flex_attention itself   (row_masks.py)
-    attend_packed  plan, attention and merge in one differentiable step      (packed.py)
+    row_mask       plan and slots -> the BlockMask of rows x slots, for flex_attention itself   (row_mask.py)
+    attend_packed  plan, attention and merge in one differentiable step      (grouped.py)
 """
 
 import dataclasses
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class RowPlan:
         row_query: int32 ``(sections, rows)``, the query ``h * S + s`` of each row, -1 in padding rows.
         row_pool: int32 ``(sections, row tiles)``, the pool of each tile of rows, -1 in unused tiles.
         query_rows: int32 ``(H, G, S)``, the rows of each query in the order of their groups: ``query_count`` of them,
-            and anything behind.
+            and anything after them. If trimmed, G is the most rows of a query.
         query_count: int32 ``(H, S)``, rows of each query; -1 where not all of them have room.
         first_tile: int32 ``(H * G,)``, the first tile of each pool.
         tiles: int32 ``(H * G,)``, tiles of each pool.
@@ -42,6 +43,28 @@ class RowPlan:
     first_tile: Tensor
     tiles: Tensor
     tile_size: int
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """As ops take them; ``RowPlan(*tensors, tile_size)`` takes them back."""
+        return [getattr(self, field.name) for field in dataclasses.fields(self)[:-1]]
+
+    @property
+    def heads(self) -> int:
+        """Heads in a section."""
+        return len(self.query_count) // len(self.row_pool)
+
+    @property
+    def row_tiles(self) -> int:
+        """Tiles of rows that a section has room for."""
+        return self.row_pool.shape[1]
+
+    def trimmed(self, most: int) -> Self:
+        """The same plan in less memory, where no query has more than ``most`` rows; one that has comes out as NaN."""
+        listed = self.query_rows[:, :most].contiguous()
+        return dataclasses.replace(
+            self, query_rows=listed, query_count=torch.where(self.query_count > most, -1, self.query_count)
+        )
 
 
 def plan_rows(selected: Tensor, row_tiles: int, heads: int | None = None, tile_size: int = TILE) -> RowPlan:

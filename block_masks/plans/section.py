@@ -31,7 +31,7 @@ class Section:
     @property
     def heads(self) -> int:
         """Heads in a section."""
-        return len(self.plan.query_count) // len(self.plan.row_pool)
+        return self.plan.heads
 
     @property
     def groups(self) -> int:

@@ -1,6 +1,6 @@
 """Draws the pictures next to this file: python -m docs.pictures.draw.
 
-Those of docs/concepts.md are told apart by lightness and pattern only, and the same versions draw the same bytes. The
+Marks in docs/concepts.md are told apart by lightness and pattern only, and the same versions draw the same bytes. The
 README's is a part of docs/demo.png that is readable in the width of a column.
 """
 

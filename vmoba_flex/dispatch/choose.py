@@ -11,7 +11,9 @@ from vmoba_flex.call import Backend, ChosenBackend, Dispatch
 from vmoba_flex.dispatch.compiled import has_flex_kernel
 from vmoba_flex.groups import group_sizes
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule, Threshold, TopK
+from vmoba_flex.rules import Rule, Threshold
+from vmoba_flex.selection.bounds import largest_density
+from vmoba_flex.selection.kept import Selection
 from vmoba_flex.tail import Cells, Tail
 
 # What "auto" decides by, measured on an H200 or H100 (bench/NOTES.md). Pairs: forward, and forward + backward.
@@ -28,10 +30,10 @@ def choose_dispatch(
     key: Tensor,
     value: Tensor,
     partition: BlockPartition,
-    rule: Rule,
+    rule: Rule | Selection,
     tail: Tail | None = None,
     ranks: int = 1,
-) -> Literal["tiles", "packed", "dense"]:
+) -> Literal["tiles", "packed", "shared", "dense"]:
     """What ``dispatch="auto"`` runs; see ``vmoba_attention``.
 
     Args:
@@ -39,14 +41,19 @@ def choose_dispatch(
         key: ``(B, key heads, S, D)``.
         value: ``(B, key heads, S, value dim)``.
         partition: the blocks.
-        rule: ``TopK`` or ``Threshold``.
+        rule: ``TopK`` or ``Threshold``, or what was chosen before.
         tail: how skipped blocks take part; None if they do not.
         ranks: how many share the call. All make the same choice.
 
     Returns:
-        ``"tiles"``, ``"packed"`` or ``"dense"``.
+        ``"tiles"``, ``"packed"`` or ``"dense"``; ``"shared"`` for what query tiles chose.
     """
-    unbounded = isinstance(rule, Threshold) and rule.max_density is None
+    if isinstance(rule, Selection):
+        if rule.choice == "tile":
+            return "shared"
+        unbounded = rule.bounds.rows is None
+    else:
+        unbounded = isinstance(rule, Threshold) and rule.max_density is None
     compiled = torch.compiler.is_compiling()
     if not query.is_cuda:
         # FlexAttention's kernel for CPUs is the fastest, where it runs.
@@ -70,25 +77,21 @@ def dense_seconds(heads: int, tokens: int, head_dim: int, backward: bool) -> flo
     return 4 * heads * tokens**2 * head_dim / _DENSE_RATE * (_BACKWARD if backward else 1)
 
 
-def packed_share(rule: Rule, partition: BlockPartition, tail: Tail | None, backward: bool = False) -> float:
+def packed_share(rule: Rule | Selection, partition: BlockPartition, tail: Tail | None, backward: bool = False) -> float:
     """Estimated time of ``"packed"`` as a share of the dense peer's, at the largest density that the rule allows."""
     constant, factor = _SHARE
-    share = constant + factor * _largest_density(rule, partition.num_blocks)
+    density = rule.bounds.density if isinstance(rule, Selection) else largest_density(rule, partition.num_blocks)
+    share = constant + factor * density
     if tail is None:
         return share
     return share + _TAIL_SHARE[int(backward)] * Cells(partition, tail.cell_of(partition)).total / partition.num_tokens
 
 
-def packed_wins(dense: float, backward: bool, rule: Rule, partition: BlockPartition, tail: Tail | None) -> bool:
+def packed_wins(
+    dense: float, backward: bool, rule: Rule | Selection, partition: BlockPartition, tail: Tail | None
+) -> bool:
     """Whether ``"auto"`` expects ``"packed"`` to beat a dense peer that takes ``dense`` seconds."""
     return max(_LAUNCHES[int(backward)], packed_share(rule, partition, tail, backward) * dense) < dense
-
-
-def _largest_density(rule: Rule, blocks: int) -> float:
-    """A bound on the density: the best pairs hold more of the scores than their share, and own blocks come on top."""
-    if isinstance(rule, TopK):
-        return rule.blocks_per_query(blocks) / blocks
-    return min(rule.tau + 1 / blocks, rule.max_density or 1.0)
 
 
 def choose_backend(

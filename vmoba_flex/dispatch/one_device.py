@@ -13,6 +13,7 @@ from vmoba_flex.dispatch.shared import shared_attention
 from vmoba_flex.dispatch.tiles import attend_all, tiles_attention
 from vmoba_flex.groups import valid_keys
 from vmoba_flex.part import Part
+from vmoba_flex.selection.kept import Selection
 from vmoba_flex.selection.select import choose_blocks
 from vmoba_flex.stats import Attended
 
@@ -50,7 +51,10 @@ def attend_here(
     if dispatch == "shared":
         shared = shared_attention(query, key, value, call, backend, part=part)
         return attended(shared.output, lse=shared.lse, tile_choice=(shared.selected, shared.slots))
-    selection = choose_blocks(query, key, call.partition, call.rule, part)
+    if isinstance(call.rule, Selection):
+        selection = call.rule.selected(part)
+    else:
+        selection = choose_blocks(query, key, call.partition, call.rule, part)
     if dispatch == "packed":
         output, lse = packed_attention(query, key, value, selection, call, backend, part)
     else:

@@ -3,14 +3,13 @@
 import torch
 from torch import Tensor
 
-from block_masks import RowBound, attend_packed
-from block_masks.plans.rows import TILE
+from block_masks import attend_packed
 from vmoba_flex.call import Call, ChosenBackend
 from vmoba_flex.cell_slots import slots_and_cells
-from vmoba_flex.groups import block_slots, group_sizes, valid_group_lengths, with_text
+from vmoba_flex.groups import block_slots, valid_group_lengths, with_text
 from vmoba_flex.part import Part, Queries
-from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule
+from vmoba_flex.selection.bounds import row_bound
+from vmoba_flex.selection.kept import Selection
 
 
 def packed_attention(
@@ -44,55 +43,23 @@ def packed_attention(
     queries = Queries.of(partition) if part is None else part.queries
     heads = query.shape[1]
     all_heads = part.size if part is not None and part.dim == 1 else heads
-    bound = row_bound(partition, call.rule, all_heads, heads, queries)
+    plan = None
+    if isinstance(call.rule, Selection):
+        bound, plan = call.rule.row_bound(heads), call.rule.plan_of_call(call.text_lengths, part)
+    else:
+        bound = row_bound(partition, call.rule, all_heads, heads, queries)
     if bound is None and torch.compiler.is_compiling():
         raise ValueError(
             "rule must bound its pairs for dispatch='packed' inside torch.compile: give Threshold a max_density, "
-            "or use TopK"
+            "or use TopK; a selection that such a rule made has a bound if it was made outside"
         )
     lengths = None if call.text_lengths is None else valid_group_lengths(partition, call.text_lengths)
-    slots, coarse = block_slots(partition, query.device), None
+    slots, coarse = block_slots(partition, query.device) if plan is None else plan.slots, None
     if call.tail is not None:
         key, value, coarse = slots_and_cells(key, value, partition, call.tail, slots)
         slots = slots.placed
     return attend_packed(
         query, key, value, with_text(selection, partition, queries), slots,
         scale=call.scale, backend=backend, bound=bound, max_row_bytes=call.max_row_bytes, group_lengths=lengths,
-        coarse=coarse,
+        coarse=coarse, plan=None if plan is None else plan.rows,
     )  # fmt: skip
-
-
-def row_bound(
-    partition: BlockPartition, rule: Rule, all_heads: int, heads: int, queries: Queries | None = None
-) -> RowBound | None:
-    """A bound on the rows of ``heads`` heads of a sample that has ``all_heads``; None if the rule does not bound them.
-
-    A pool that spans heads bounds its heads together: any one of them may hold nearly all pairs.
-    """
-    together = heads if rule.pool in ("block", "global") else 1
-    tiles = max_row_tiles(partition, rule, all_heads, together, queries)
-    return None if tiles is None else RowBound(tiles, together)
-
-
-def max_row_tiles(
-    partition: BlockPartition, rule: Rule, all_heads: int, heads: int, queries: Queries | None = None
-) -> int | None:
-    """The most tiles of rows that the queries of ``heads`` of a sample's ``all_heads`` can need; None without a cap."""
-    queries = queries or Queries.of(partition)
-    tokens, blocks = partition.num_video_tokens, partition.num_blocks
-    # Entries of a pool, pools, and own pairs, which a pool keeps even beyond its cap.
-    entries, pools, own = {
-        "query": (blocks, heads * queries.video, 1),
-        "head": (tokens * blocks, heads, tokens),
-        "block": (all_heads * tokens, blocks, max(group_sizes(partition)[:blocks]) * all_heads),
-        "global": (all_heads * tokens * blocks, 1, all_heads * tokens),
-    }[rule.pool]
-    cap = rule.max_pairs(entries, blocks)
-    if cap is None:
-        return None
-    pairs = min(pools * max(cap, own), heads * queries.video * blocks)
-    groups = blocks
-    if partition.prefix + partition.suffix:
-        groups += 1
-        pairs += heads * (queries.video + (queries.before + queries.after) * groups)
-    return (pairs + heads * groups * (TILE - 1)) // TILE

@@ -13,6 +13,7 @@ suffix; prefix and suffix queries attend everything.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from block_masks import Slots, attend_slots, from_slots, merge_coarse_keys, realize, slot_mask, to_slots, valid_slots
@@ -24,6 +25,8 @@ from vmoba_flex.dispatch.chunked import chunked_attention
 from vmoba_flex.dispatch.compiled import compiled_flex_attention, has_flex_kernel
 from vmoba_flex.groups import block_slots, group_of_key, valid_group_lengths, valid_keys
 from vmoba_flex.part import Part
+from vmoba_flex.selection.kept import Selection
+from vmoba_flex.selection.plan import log_planned_again
 from vmoba_flex.selection.tiles import choose_tiles
 
 
@@ -66,9 +69,15 @@ def shared_attention(
         part: the heads of the call on this rank; None for all.
     """
     partition, scale, text_lengths = call.partition, call.scale, call.text_lengths
-    slots = block_slots(partition, query.device, tile_size)
+    rule, plan = call.rule, None
+    if isinstance(rule, Selection):
+        plan = rule.plan_of_call(text_lengths, part)
+    slots = block_slots(partition, query.device, tile_size) if plan is None else plan.slots
     query_slots = to_slots(query, slots)
-    selected = choose_tiles(query_slots, key, partition, call.rule, slots, part)
+    if isinstance(rule, Selection):
+        selected = rule.tiles(part) if plan is None or plan.of_tiles is None else plan.of_tiles
+    else:
+        selected = choose_tiles(query_slots, key, partition, rule, slots, part)
     wants_lse = call.lse or call.tail is not None
     if not has_flex_kernel(query, key, value, wants_lse):
         of_token = selected.index_select(2, slots.key_slot // tile_size)
@@ -91,10 +100,13 @@ def shared_attention(
     q = query_slots
     if not query.is_cuda:  # FlexAttention's CPU kernel cannot read views of an op's result
         q, k, v = map(realize, (q, k, v))
+    tiles, lists = (None, None) if plan is None else (plan.tiles, plan.lists)
+    if plan is not None and (lists if backend == "flash" else tiles) is None and not torch.compiler.is_compiling():
+        log_planned_again(f"it was not made for backend={backend!r}")
     if backend == "flash":
-        output, lse = attend_slots(q, k, v, selected, slots, scale_of(scale, query), group_lengths, coarse)
+        output, lse = attend_slots(q, k, v, selected, slots, scale_of(scale, query), group_lengths, coarse, lists)
     else:
-        mask = slot_mask(selected, slots, valid_slots(slots, valid_keys(partition, text_lengths)))
+        mask = slot_mask(selected, slots, valid_slots(slots, valid_keys(partition, text_lengths)), tiles)
         output, lse = compiled_flex_attention(
             q, k, v, block_mask=mask, scale=scale, enable_gqa=call.enable_gqa, lse=wants_lse
         )

@@ -28,7 +28,7 @@ def tiles_attention(
         value: ``(B, key heads, S, value dim)``.
         selection: bool ``(B, H, video queries, N)``.
         call: what they attend.
-        queries: those of ``query``; None for all.
+        queries: which ``query`` holds; None for all.
 
     Returns:
         ``(B, H, queries, value dim)`` in raster order, and the log-sum-exp ``(B, H, queries)`` if the call wants it.

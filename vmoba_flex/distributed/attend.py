@@ -25,7 +25,7 @@ def attend_across(
     layout: Layout,
     balance: HeadBalance | None = None,
 ) -> Attended:
-    """Attention of tokens that ranks share; the result is that of one process.
+    """Attention of tokens that ranks share; the result equals one process's.
 
     With at least one head for each rank, ranks exchange tokens for heads, attend all tokens of their heads, and
     exchange back. With more ranks than heads, queries stay on their rank and every rank gets all keys and values. Pools
@@ -35,7 +35,7 @@ def attend_across(
         query: ``(B, H, tokens of this rank, D)``.
         key: ``(B, key heads, tokens of this rank, D)``.
         value: ``(B, key heads, tokens of this rank, value dim)``.
-        call: what they attend; its partition is that of all tokens.
+        call: what they attend; its partition is of all tokens.
         dispatch: as in ``vmoba_attention``.
         backend: as in ``vmoba_attention``.
         layout: which tokens each rank holds.

@@ -50,7 +50,7 @@ class RankGroup:
 
 
 def with_old_keywords(group: Any, old: dict[str, Any]) -> RankGroup | None:
-    """The group with keywords that ``vmoba_attention`` took beside it before; for one version, with a warning.
+    """The group with keywords that ``vmoba_attention`` took next to it before; for one version, with a warning.
 
     Raises:
         TypeError: if a keyword is none of them.

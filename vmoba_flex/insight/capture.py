@@ -25,7 +25,8 @@ class capture:  # noqa: N801 - read as a verb: with capture(model) as captured
 
     Dense layers and steps are recorded too, and still attend everything. Compiled models run eagerly while it is on.
 
-    The step is the scheduler's or that of ``handle.set_step``. Without either, it is the number of forwards so far.
+    The step is the scheduler's, or what ``handle.set_step`` was given. Without either, it is the number of forwards so
+    far.
 
     Args:
         pipe_or_model: what ``apply_vmoba`` was called with.
@@ -112,6 +113,7 @@ class capture:  # noqa: N801 - read as a verb: with capture(model) as captured
         key_heads = [head // group for head in heads]
         facts: dict[str, Any] = {"kind": processor.kind, "layer": layer, "step": step, "heads": tuple(heads)}
         facts["num_layers"] = len(state.processors)
+        facts["num_steps"] = None if known is None else known[1]
         of_query, of_key = (x.detach().cpu() for x in (query[0, heads], key[0, key_heads]))
         self.records.append(Record(of_query, of_key, partition, text_length=length, model=name, **facts))
 

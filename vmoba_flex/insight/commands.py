@@ -47,7 +47,8 @@ def run_calibrate(arguments: argparse.Namespace) -> str:
             paper = VMoBAConfig.paper("inference", records[0].partition.grid)
             config = dataclasses.replace(paper, rule=Threshold(0.5, normalize="softmax"))
         wanted = {"recall": arguments.recall, "density": arguments.wanted_density}
-        config, found = calibrate(records, config, **wanted, rows=arguments.rows, seed=arguments.seed)
+        options = {"by": arguments.by, "rows": arguments.rows, "seed": arguments.seed}
+        config, found = calibrate(records, config, **wanted, **options)
         draft.write_text(config.to_json() + "\n")
     lines = [_table(found), *_about_auto(config, found)]
     if config.dense_steps:
@@ -213,6 +214,8 @@ def _rule_in_words(rule: Rule | VMoBAConfig) -> Any:
 def _table(rows: Sequence[Any]) -> str:
     """Dataclasses or named tuples as text, one a line."""
     facts = [one._asdict() if hasattr(one, "_asdict") else dataclasses.asdict(one) for one in rows]
+    empty = {name for name in facts[0] if all(one[name] is None for one in facts)}
+    facts = [{name: value for name, value in one.items() if name not in empty} for one in facts]
     cells = [[name.replace("_", " ") for name in facts[0]]]
     cells += [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in one.values()] for one in facts]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

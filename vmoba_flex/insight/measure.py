@@ -95,20 +95,24 @@ def layer_of(record: Record, rule: Rule | VMoBAConfig) -> tuple[str, BlockPartit
     """A record's kind, blocks and rule; the rule of a dense layer is None.
 
     Raises:
-        ValueError: if a config's dense layers cannot be known from the record, or its block exceeds the grid.
+        ValueError: if a config's dense layers or its rule cannot be known from the record, or its block exceeds the
+            grid.
     """
     if not isinstance(rule, VMoBAConfig):
         return record.kind, record.partition, rule
-    layer = dataclasses.replace(rule, dense_steps=0).layer(record.layer, _num_layers(record, rule))
+    of_sparse_steps = dataclasses.replace(rule, dense_steps=0)
+    layer = of_sparse_steps.layer(record.layer, num_layers_of(record, rule), record.step, record.num_steps)
     where = record.partition
     partition = rule.partition(layer.kind, where.grid, where.prefix, where.suffix)
     return layer.kind, partition, None if layer.dense else layer.rule
 
 
-def _num_layers(record: Record, config: VMoBAConfig) -> int:
+def num_layers_of(record: Record, config: VMoBAConfig) -> int:
     """Layers of the record's model, or, if unknown, as many as record and config speak of."""
     if record.num_layers is not None:
         return record.num_layers
+    if isinstance(config.rule, tuple):
+        return len(config.rule)
     dense = config.dense_layers
     if isinstance(dense, int):
         return max(record.layer + 1, dense)

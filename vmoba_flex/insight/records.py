@@ -18,7 +18,10 @@ from vmoba_flex.rules import TopK
 from vmoba_flex.user_error import UserError, check_extra, new_file, one_line
 
 _VERSION = 1
-_FACTS = ("model", "layer", "num_layers", "step", "kind", "heads", "text_length", "grid", "block", "prefix", "suffix")
+_FACTS = (
+    *("model", "layer", "num_layers", "step", "num_steps", "kind", "heads", "text_length"),
+    *("grid", "block", "prefix", "suffix"),
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,6 +36,7 @@ class Record:
         layer: its index, from 0.
         num_layers: layers of the model; None if unknown. Needed where a config counts dense layers from the end.
         step: the denoising step, from 0.
+        num_steps: denoising steps in all; None if unknown. Needed where a config changes at shares of them.
         heads: indices of these heads in the layer; the first ones by default.
         text_length: how many prefix and suffix tokens are valid, the first ones; all if None.
         model: the pipeline's name for the model.
@@ -49,6 +53,7 @@ class Record:
     layer: int = dataclasses.field(default=0, kw_only=True)
     num_layers: int | None = dataclasses.field(default=None, kw_only=True)
     step: int = dataclasses.field(default=0, kw_only=True)
+    num_steps: int | None = dataclasses.field(default=None, kw_only=True)
     heads: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
     text_length: int | None = dataclasses.field(default=None, kw_only=True)
     model: str = dataclasses.field(default="model", kw_only=True)
@@ -61,7 +66,7 @@ class Record:
             raise ValueError(f"key must have query's shape {tuple(self.query.shape)}, got {tuple(self.key.shape)}")
         check_choice("kind", self.kind, KINDS)
         check_count("layer", self.layer, self.num_layers, "num_layers")
-        check_count("step", self.step)
+        check_count("step", self.step, self.num_steps, "num_steps")
         object.__setattr__(self, "heads", tuple(self.heads) or tuple(range(len(self.query))))
         if len(self.heads) != len(self.query):
             raise ValueError(f"heads must name the {len(self.query)} heads of query, got {self.heads}")
@@ -149,7 +154,8 @@ def load(path: Path | str) -> list[Record]:
 def _record(facts: dict[str, Any], query: Tensor, key: Tensor) -> Record:
     grid, block, prefix, suffix = (facts[name] for name in _FACTS[-4:])
     partition = BlockPartition(tuple(grid), tuple(block), prefix=prefix, suffix=suffix)
-    facts.setdefault("num_layers", None)  # absent from files of version 0.1.0
+    for name in ("num_layers", "num_steps"):  # absent from files of earlier versions
+        facts.setdefault(name, None)
     values: dict[str, Any] = {name: facts[name] for name in _FACTS[:-4]}
     return Record(query, key, partition, **values)
 

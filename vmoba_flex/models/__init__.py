@@ -1,9 +1,10 @@
 """VMoBA inside video transformers of diffusers, where their attention processors hand over query, key and value.
 
     steps.py        the denoising step of the pipeline that runs
+    plan.py         what one forward asks of each layer, and how a compiled graph finds it
     state.py        the state of a model and of one forward pass: grid, step, which layers are dense
     parallel.py     the ranks that share a layer's tokens
-    step_op.py      attention as an op that finds out at run time whether the step is dense
+    step_op.py      attention as an op that reads at run time what the step asks of a layer
     processor.py    a layer's attention: sparse, or dense by the stock processor
     hook.py         processors whose stock one runs up to the attention, and hands query, key and value over
     families.py     processors of families that do not use diffusers' dispatcher

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 
+from vmoba_flex.config_fields import rule_of_layer
 from vmoba_flex.models.adapter import Adapter
 from vmoba_flex.models.adapters import device_of, find_adapter, forward_arguments
+from vmoba_flex.models.plan import Forward
 from vmoba_flex.models.processor import VMoBAProcessor
-from vmoba_flex.models.state import Checkpointing, Forward, ModelState
+from vmoba_flex.models.state import Checkpointing, ModelState
 
 # Where diffusers' models and torch's checkpoint_wrapper keep the function that checkpoints a layer.
 _CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -29,9 +31,9 @@ class Applied:
         self.names = [name for name, _ in layers]
         self.processors: list[VMoBAProcessor] = state.processors
         for i, (_, layer) in enumerate(layers):
-            # The step matters to no kind and no rule.
-            plan = state.config.layer(i, len(layers), step=0, num_steps=1)
-            layer.processor = adapter.processor_for(model, layer.processor, state, plan.kind, plan.rule)
+            kind = state.config.layer(i, len(layers), step=0, num_steps=1).kind  # the same at each step
+            rule = rule_of_layer(state.config.rule, kind, i, len(layers))
+            layer.processor = adapter.processor_for(model, layer.processor, state, kind, rule)
             self.processors.append(layer.processor)
             _register_for_layer_skipping(type(layer.processor))
         # Methods of an instance and no closures: they can be pickled, and a copy of the model has copies of them.
@@ -44,8 +46,8 @@ class Applied:
     @torch.compiler.disable(reason=_EXPORT)
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Plans a forward and puts it under way on this thread."""
-        if torch.compiler.is_exporting() and self.state.config.dense_steps:
-            raise ValueError(f"config.dense_steps must be 0 for an export: {_EXPORT}")
+        if torch.compiler.is_exporting() and self.state.config.needs_step:
+            raise ValueError(f"config must do the same at each step for an export: {_EXPORT}")
         adapter = find_adapter(model)
         layers = adapter.layers_of(model)
         self._keep_processors(layers, adapter)
@@ -63,9 +65,11 @@ class Applied:
         if torch.is_grad_enabled():
             self._bind_checkpoints(model)
         self.state.enter(forward)
-        # Dynamo counts graphs by the code of a layer. Those of further grids and kinds are no recompilations.
-        self.state.blocks.update((plan.grid, plan.block) for plan in forward.plans)
-        limit = max(dynamo_config.recompile_limit, len(self.state.blocks) * self.recompile_limit)
+        # Dynamo counts graphs by the code of a layer. Graphs of further grids, kinds and texts are no recompilations.
+        texts = [x for name, x in arguments.items() if name.startswith("encoder_hidden_states")]
+        text = tuple(x.shape[1] for x in texts if isinstance(x, Tensor))
+        self.state.shapes.update((plan.grid, plan.block, text) for plan in forward.plans)
+        limit = max(dynamo_config.recompile_limit, len(self.state.shapes) * self.recompile_limit)
         settings = dynamo_config.patch(recompile_limit=limit)
         settings.__enter__()
         self.state.now.settings = settings

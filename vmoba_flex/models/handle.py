@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from torch import Tensor, nn
 
+from vmoba_flex.by_steps import values_of
 from vmoba_flex.checks import check_choice, check_count, check_positive
+from vmoba_flex.config_fields import rules_of_layers
 from vmoba_flex.models.adapters import find_adapter, unwrap
 from vmoba_flex.models.processor import VMoBAProcessor
 from vmoba_flex.models.state import Grid, ModelState
@@ -97,11 +99,11 @@ class VMoBAHandle:
             ValueError: if it is not in [0, 1], or a layer has a ``TopK``.
         """
         check_warmup(share)
-        processors = [processor for state in self.states().values() for processor in state.processors]
-        rules = [warmed(processor.rule, share) for processor in processors]  # checked before any change
-        for processor, rule in zip(processors, rules, strict=True):
-            processor.rule = rule
-        for state in self.states().values():
+        states = self.states().values()
+        for setting in (setting for state in states for setting in rules_of_layers(state.config.rule)):
+            for rule in values_of(setting):
+                warmed(rule, share)  # checked before any change
+        for state in states:
             state.warmup = share
 
     def set_step(self, step: int | None, num_steps: int = 1) -> None:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from vmoba_flex.attention import attend
 from vmoba_flex.call import Call
+from vmoba_flex.config_fields import LayerRule
 from vmoba_flex.models.parallel import ranks_of
-from vmoba_flex.models.state import LayerNow, LayerPlan, ModelState
+from vmoba_flex.models.plan import LayerNow, LayerPlan
+from vmoba_flex.models.state import ModelState
 from vmoba_flex.models.step_op import attend_at_step, attend_everything, layout_of, record_density
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule
 
 
 class VMoBAProcessor:
@@ -28,7 +29,7 @@ class VMoBAProcessor:
         stock: the processor that it replaces, which runs dense layers and steps unless they are recorded.
         state: what belongs to the whole model.
         kind: of the layer's blocks.
-        rule: which chooses them.
+        rule: which chooses them, at each step.
         now: the plan of the forward that is under way on this thread.
         last: the plan of the last forward, to look at.
         density: what the last forward attended, a float32 scalar on the model's device.
@@ -40,7 +41,7 @@ class VMoBAProcessor:
     joint: bool = False
     has_dense: ClassVar[bool] = False
 
-    def __init__(self, stock: Any, state: ModelState, kind: str, rule: Rule) -> None:
+    def __init__(self, stock: Any, state: ModelState, kind: str, rule: LayerRule) -> None:
         self.stock, self.state, self.kind, self.rule = stock, state, kind, rule
         self.now = LayerNow()
         self.last: LayerPlan | None = None
@@ -145,19 +146,19 @@ class VMoBAProcessor:
         partition = BlockPartition(plan.grid, plan.block, prefix=prefix, suffix=suffix)
         if state.recorder is not None:
             state.recorder(self, query, key, partition, text_lengths)
-        dispatch, backend, tail = state.config.dispatch, state.config.backend, state.config.tail
+        dispatch, backend = state.config.dispatch, state.config.backend
         dense_backend = getattr(self.stock, "_attention_backend", None)
         dense_backend = "" if dense_backend is None else dense_backend.value
         if _decides_as_it_runs():
             output = attend_at_step(
-                query, key, value, text_lengths, plan.flag, self.density, partition, plan.rule, tail, dispatch, backend,
+                query, key, value, text_lengths, plan.handle, self.density, partition, dispatch, backend,
                 dense_backend, self.ranks,
             )  # fmt: skip
         elif plan.dense:
             output = attend_everything(query, key, value, text_lengths, partition, dense_backend)
         else:
             gqa = key.shape[1] != query.shape[1]
-            call = Call(partition, plan.rule, enable_gqa=gqa, text_lengths=text_lengths, tail=tail)
+            call = Call(partition, plan.rule, enable_gqa=gqa, text_lengths=text_lengths, tail=plan.tail)
             attended = attend(query, key, value, call, dispatch, backend, layout_of(self.ranks, partition))
             output = attended.output
             record_density(self.density, attended.density())
@@ -176,5 +177,6 @@ def _zero(device: torch.device) -> Tensor:
 
 
 def _decides_as_it_runs() -> bool:
-    """Whether one graph serves dense and sparse steps."""
-    return torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    """Whether one graph serves all steps. An export does not: it would know no plan in another process."""
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return compiling and not torch.is_grad_enabled()

@@ -1,19 +1,19 @@
 """What belongs to a model, and what belongs to one forward of it.
 
 To the model (``ModelState``): the config, whether it is enabled, and how far thresholds are warmed up. To a forward
-(``Forward``): grid, step, and for each layer a ``LayerPlan``. The hook before the model's forward makes the plans and
-puts each into its processor's ``now``, a thread-local; the hook after it takes them out. So:
+(``Forward``, in ``plan.py``): grid, step, and for each layer a ``LayerPlan``. The hook before the model's forward makes
+the plans and puts each into its processor's ``now``, a thread-local; the hook after it takes them out. So:
 
 - Threads do not see each other's forwards, and a layer that runs without a forward of its model finds nothing.
-- The hooks stay outside of compiled graphs. Graphs read ``now``: what differs in kind (grid, block, rule, and with
-  gradients dense or sparse) is guarded, and what changes from step to step is a tensor (``flag``, a warmed tau).
+- The hooks stay outside of compiled graphs. Graphs read ``now``: grid and block are guarded, and with gradients also
+  rule, tail and whether the layer is dense. What changes from step to step is a tensor: a warmed tau, and without
+  gradients the plan's number (``handle``), by which an op finds the plan when it runs.
 - Layers that are computed again in backward run in the plans of their own forward, which ``Checkpointing`` binds to
   what a checkpoint recomputes. A checkpoint that it does not know may recompute while all forwards whose graphs are
   alive have the same plans; otherwise it is an error.
 """
 
 import dataclasses
-import threading
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -23,64 +23,12 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.models.plan import Forward, Grid, LayerPlan, Rest, ThreadLocal
 from vmoba_flex.models.steps import Step, StepSource, counted_step, first_call, running_pipeline, schedule_of, step_at
-from vmoba_flex.rules import Rule
-from vmoba_flex.warmup import WarmedThreshold
-
-Grid = tuple[int, int, int]
-# Where tokens lie that are not the grid's.
-Rest = Literal["none", "prefix", "suffix"]
+from vmoba_flex.warmup import warmed
 
 
-# Not frozen: Dynamo guards on all fields of a frozen dataclass, but only on those that it reads of another one.
-@dataclasses.dataclass(eq=False)
-class LayerPlan:
-    """What one forward asks of one layer.
-
-    Attributes:
-        grid: latent video size after patching.
-        block: of the layer's kind on that grid, in tokens.
-        rule: which chooses the blocks.
-        dense: whether the layer attends everything.
-        flag: ``dense`` as a bool scalar on the CPU, which a compiled graph without gradients reads as it runs.
-        skips_scores: whether the layer's output is its value, as diffusers' layer skipping can ask for.
-        prefix: tokens before the grid's that the adapter counts.
-        rest: where tokens lie that are neither.
-    """
-
-    grid: Grid
-    block: Grid
-    rule: Rule
-    dense: bool
-    flag: Tensor
-    skips_scores: bool
-    prefix: int = 0
-    rest: Rest = "none"
-
-    def facts(self) -> tuple[Any, ...]:
-        """All that decides what the layer computes."""
-        tau = self.rule.now.item() if isinstance(self.rule, WarmedThreshold) else self.rule
-        return self.grid, self.block, tau, self.dense, self.skips_scores, self.prefix, self.rest
-
-
-class _ThreadLocal(threading.local):
-    """Copies and pickles of a model take none of it.
-
-    Attributes are made in ``__init__``, which runs in each thread: Dynamo would take a class's default for the value.
-    """
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()
-
-
-class LayerNow(_ThreadLocal):
-    """The plan of the forward that is under way on this thread."""
-
-    def __init__(self) -> None:
-        self.plan: LayerPlan | None = None
-
-
-class ModelNow(_ThreadLocal):
+class ModelNow(ThreadLocal):
     """This thread's part of a model's state.
 
     Attributes:
@@ -99,14 +47,6 @@ class ModelNow(_ThreadLocal):
 
 
 @dataclasses.dataclass(eq=False)
-class Forward:
-    """One forward of a model: a plan for each layer, and the step where it is known."""
-
-    plans: tuple[LayerPlan, ...]
-    step: Step | None
-
-
-@dataclasses.dataclass(eq=False)
 class ModelState:
     """What belongs to a model with VMoBA applied.
 
@@ -115,26 +55,26 @@ class ModelState:
         source: the pipeline that it was applied to, if it was one.
         given: the grid that was set by hand, and where other tokens lie; None where each forward brings its own.
         enabled: whether layers may be sparse at all.
-        warmup: share of the way from full attention to the config's thresholds.
+        warmup: share of the way from full attention to the config's thresholds; None until one is set.
         processors: of the layers, in order.
         owner: what readies them before each forward.
         recorder: called with each layer's query and key, while these are captured.
         now: the forward under way.
         alive: forwards whose graphs may still need a recomputation.
-        blocks: each grid with each block shape so far, as many as each layer has graphs.
+        shapes: each grid with each block shape and numbers of text tokens so far, as many as each layer has graphs.
     """
 
     config: VMoBAConfig
     source: StepSource | None = None
     given: tuple[Grid, Rest] | None = None
     enabled: bool = True
-    warmup: float = 1.0
+    warmup: float | None = None
     processors: list[Any] = dataclasses.field(default_factory=list)
     owner: Any = None
     recorder: Callable[..., None] | None = None
     now: ModelNow = dataclasses.field(default_factory=ModelNow)
     alive: "weakref.WeakSet[Forward]" = dataclasses.field(default_factory=weakref.WeakSet)
-    blocks: set[tuple[Grid, Grid]] = dataclasses.field(default_factory=set)
+    shapes: set[tuple[Grid, Grid, tuple[int, ...]]] = dataclasses.field(default_factory=set)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "alive"}
@@ -155,24 +95,21 @@ class ModelState:
             ValueError: if a block exceeds the grid, or the config needs the step and nobody says it.
         """
         step = self.known_step()
-        if self.config.dense_steps and self.enabled and step is None:
+        if self.config.needs_step and self.enabled and step is None:
+            what = "dense_steps" if self.config.dense_steps else "BySteps"
             raise ValueError(
-                "config.dense_steps needs the denoising step: run a pipeline whose scheduler has a step_index, pass "
-                "callback_on_step_end=handle.on_step_end, or call handle.set_step on the thread of the forward; got "
-                f"{self.config.dense_steps}"
+                f"config with {what} needs the denoising step: run a pipeline whose scheduler has a step_index, pass "
+                "callback_on_step_end=handle.on_step_end, or call handle.set_step on the thread of the forward; got no "
+                "step"
             )
-        all_dense = not self.enabled or not self.warmup
+        all_dense = not self.enabled or self.warmup == 0
         blocks = {kind: self._block(kind, grid) for kind in dict.fromkeys(self.config.cycle)}
         plans, count = [], len(self.processors)
-        # Made here and not when applied, so that no default device and no mode of that time is left in them.
-        with torch.inference_mode(False):
-            flags = {dense: torch.tensor(dense, device="cpu") for dense in (False, True)}
-            for i, (processor, skips) in enumerate(zip(self.processors, skips_scores, strict=True)):
-                dense = all_dense or self.config.layer(i, count, *(step or (None, None))).dense
-                rule = processor.rule
-                if isinstance(rule, WarmedThreshold):
-                    rule = WarmedThreshold.of(rule, self.warmup)
-                plans.append(LayerPlan(grid, blocks[processor.kind], rule, dense, flags[dense], skips, prefix, rest))
+        for i, skips in enumerate(skips_scores):
+            layer = self.config.layer(i, count, *(step or (0, 1)))  # layers are all dense where the step is not known
+            rule = layer.rule if self.warmup is None else warmed(layer.rule, self.warmup)
+            dense = all_dense or layer.dense
+            plans.append(LayerPlan(grid, blocks[layer.kind], rule, layer.tail, dense, skips, prefix, rest))
         return Forward(tuple(plans), step)
 
     def enter(self, forward: Forward | None) -> Forward | None:

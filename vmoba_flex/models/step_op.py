@@ -1,4 +1,4 @@
-"""Attention as one op that reads when it runs whether the step is dense, so that one graph serves all steps."""
+"""Attention as one op that reads when it runs what the step asks of a layer, so that one graph serves all steps."""
 
 import functools
 from typing import TYPE_CHECKING, Any, cast
@@ -10,10 +10,8 @@ from vmoba_flex.attention import attend
 from vmoba_flex.call import Backend, Call, Dispatch
 from vmoba_flex.dispatch.dense import dense_attention
 from vmoba_flex.groups import valid_keys
+from vmoba_flex.models.plan import LayerPlan
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule
-from vmoba_flex.tail import Tail
-from vmoba_flex.warmup import rule_of_flat
 
 if TYPE_CHECKING:  # loaded where a model is context-parallel
     from vmoba_flex.collectives import Ranks
@@ -25,36 +23,31 @@ def attend_at_step(
     key: Tensor,
     value: Tensor,
     text_lengths: Tensor | None,
-    dense: Tensor,
+    handle: Tensor,
     density: Tensor,
     partition: BlockPartition,
-    rule: Rule,
-    tail: Tail | None,
     dispatch: Dispatch,
     backend: Backend,
     dense_backend: str,
     ranks: "Ranks | None" = None,
 ) -> Tensor:
-    """``vmoba_attention``, or full attention where ``dense`` says so. Without gradients.
+    """``vmoba_attention``, or full attention where the plan says so. Without gradients.
 
     Args:
         query: ``(B, H, S, D)``.
         key: ``(B, H, S, D)``.
         value: ``(B, H, S, D)``.
         text_lengths: as in ``vmoba_attention``.
-        dense: bool scalar on the CPU.
+        handle: of the layer's plan: the rule, the tail and whether to attend everything.
         density: float32 scalar; what the call attended is written to it.
         partition: the blocks.
-        rule: chooses them.
-        tail: as in ``vmoba_attention``, for a step that is not dense.
         dispatch: as in ``vmoba_attention``, for a step that is not dense.
         backend: as in ``vmoba_attention``, for the same.
         dense_backend: diffusers' name of the backend of a dense step; empty for the fastest of torch's.
         ranks: that share the tokens; None for one.
     """
     return _attend_at_step(
-        query, key, value, text_lengths, dense, density, partition.flat, *rule.flat,
-        [] if tail is None else tail.flat, dispatch, backend, dense_backend,
+        query, key, value, text_lengths, handle, density, partition.flat, dispatch, backend, dense_backend,
         "" if ranks is None else ranks.group, 0 if ranks is None else ranks.rank, 1 if ranks is None else ranks.size,
     )  # fmt: skip
 
@@ -62,17 +55,16 @@ def attend_at_step(
 # A CUDA graph would keep the step that it was captured in.
 @torch.library.custom_op("vmoba_flex::attend_at_step", mutates_args=("density",), tags=(torch.Tag.cudagraph_unsafe,))
 def _attend_at_step(
-    query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None, dense: Tensor, density: Tensor,
-    sizes: list[int], words: str, counts: list[int], shares: list[float], now: Tensor | None,
-    cell: list[int], dispatch: str, backend: str, dense_backend: str, group: str, rank: int, size: int,
+    query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None, handle: Tensor, density: Tensor,
+    sizes: list[int], dispatch: str, backend: str, dense_backend: str, group: str, rank: int, size: int,
 ) -> Tensor:  # fmt: skip
-    partition, rule = BlockPartition.of_flat(sizes), rule_of_flat(words, counts, shares, now)
+    plan, partition = LayerPlan.of_handle(handle), BlockPartition.of_flat(sizes)
     layout = None
     if size > 1:
         from vmoba_flex.collectives import Ranks
 
         layout = layout_of(Ranks(group, rank, size), partition)
-    if dense.item():
+    if plan.dense:
         density.fill_(1)
         everything = functools.partial(attend_everything, partition=partition, backend=dense_backend)
         if layout is not None:
@@ -81,7 +73,7 @@ def _attend_at_step(
             return by_heads(everything, query, key, value, text_lengths, layout).contiguous()
         return everything(query, key, value, text_lengths).contiguous()
     gqa = key.shape[1] != query.shape[1]
-    call = Call(partition, rule, enable_gqa=gqa, text_lengths=text_lengths, tail=Tail.of_flat(cell))
+    call = Call(partition, plan.rule, enable_gqa=gqa, text_lengths=text_lengths, tail=plan.tail)
     attended = attend(query, key, value, call, cast(Dispatch, dispatch), cast(Backend, backend), layout)
     density.copy_(attended.density())
     return attended.output.contiguous()

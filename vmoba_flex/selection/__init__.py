@@ -11,6 +11,9 @@
     sorted_pools.py    scores, targets -> selection, by a sort
     across_ranks.py    scores, targets -> selection, for pools that span ranks
     tiles.py           the same for tiles of queries that share one choice
+    bounds.py          a rule -> the rows and the density that it allows
+    bits.py, kept.py   selection -> bits, which later calls take in place of a rule
+    choose.py          the public call
 
 ``*_kernels.py`` do the same in Triton: ``gate_kernels``, ``cell_gate_kernels`` and ``exact_kernels`` the gates,
 ``short_pool_kernels`` the selection in pools of one query, and ``long_pool_kernels`` the selection in all other pools,

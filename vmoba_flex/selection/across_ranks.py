@@ -2,8 +2,8 @@
 
 Entries rank by score, and equal scores by their place in the pool, so that no two entries tie. The last entry to take,
 the cutoff, is found digit by digit: ranks add up the number and the weight of the entries that have each value of a
-digit, among those that agree with the cutoff in the digits before. These sums are integers, so the choice is that of a
-single process, to the bit. Nothing is read back to the host.
+digit, among those that agree with the cutoff in the digits before. These sums are integers, so the choice equals a
+single process's, to the bit. Nothing is read back to the host.
 """
 
 import torch

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from block_masks.launching.device import on_device
 from block_masks.precision import accumulator, without_autocast
+from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.selection.cell_places import LEAST_VARIANCE, CellStats, gate_cells, place_of_token, places_of_block
 from vmoba_flex.selection.gate import num_blocks
@@ -24,43 +25,53 @@ _CHUNK_SCORES = 2**26  # in memory at a time: 256 MiB in float32
 
 
 @torch.no_grad()
-def cell_stats(key: Tensor, partition: BlockPartition) -> CellStats:
+def cell_gate(
+    query: Tensor, key: Tensor, partition: BlockPartition, spread: bool, queries: Queries | None = None
+) -> Tensor:
+    """Scores of the blocks by their cells: natural logarithms of masses, up to a constant for each query.
+
+    Args:
+        query: ``(B, H, S, D)`` in raster order, with prefix and suffix; or other queries, in float32 at least.
+        key: ``(B, key heads, S, D)`` in raster order; query head h uses key head ``h // (H // key heads)``.
+        partition: the blocks.
+        spread: whether the scores are those of "spread", and not of "cells".
+        queries: those of ``query``; None for all.
+
+    Returns:
+        ``(B, H, video queries, N)``, float32, or float64 for float64 inputs; block by block in memory, as most pools
+        read it.
+    """
+    before, _, video, _ = Queries.of(partition) if queries is None else queries
+    return _cell_gate(query, key, partition.flat, list(gate_cells(partition).cell), before, video, spread)
+
+
+# Opaque to Inductor, so that a compiled selection sees the same scores, to the bit, as an eager one.
+@torch.library.custom_op("vmoba_flex::cell_gate", mutates_args=())
+@on_device
+def _cell_gate(
+    query: Tensor, key: Tensor, sizes: list[int], cell: list[int], before: int, count: int, spread: bool
+) -> Tensor:
+    partition = BlockPartition.of_flat(sizes)
+    stats = cell_stats(key, Cells(partition, (cell[0], cell[1], cell[2])))
+    return cell_scores(query, stats, partition.num_blocks, before, count, spread)
+
+
+@_cell_gate.register_fake
+def _(query: Tensor, key: Tensor, sizes: list[int], cell: list[int], before: int, count: int, spread: bool) -> Tensor:
+    return query.new_empty(*query.shape[:2], num_blocks(sizes), count, dtype=accumulator(query)).mT
+
+
+def cell_stats(key: Tensor, cells: Cells) -> CellStats:
     """Mean, variance and log count of the tokens of each cell, taken in float32 at least.
 
     Args:
         key: ``(B, key heads, S, D)`` in raster order, prefix and suffix included.
-        partition: the blocks.
+        cells: of its tokens.
     """
-    return CellStats(*_cell_stats(key, partition.flat, list(gate_cells(partition).cell)))
-
-
-@torch.no_grad()
-def cell_scores(query: Tensor, stats: CellStats, blocks: int, before: int, count: int, spread: bool) -> Tensor:
-    """Scores of the blocks by their cells; natural logarithms of masses, up to a constant for each query.
-
-    Args:
-        query: ``(B, H, queries, D)``; query head h uses key head ``h // (H // key heads)``.
-        stats: of the cells.
-        blocks: N.
-        before: queries before the first that is scored.
-        count: queries that are scored.
-        spread: whether the scores are those of "spread", and not of "cells".
-
-    Returns:
-        ``(B, H, count, N)``, float32, or float64 for float64 inputs; block by block in memory, as most pools read it.
-    """
-    return _cell_scores(query, *stats, blocks, before, count, spread)
-
-
-# Opaque to Inductor, so that a compiled selection sees the same scores, to the bit, as an eager one.
-@torch.library.custom_op("vmoba_flex::cell_stats", mutates_args=())
-@on_device
-def _cell_stats(key: Tensor, sizes: list[int], cell: list[int]) -> list[Tensor]:
-    cells = Cells(BlockPartition.of_flat(sizes), (cell[0], cell[1], cell[2]))
     if key.is_cuda and key.dtype != torch.float64 and key.shape[-1] <= _KERNEL_MAX_DIM:
         from vmoba_flex.selection import cell_gate_kernels
 
-        return list(cell_gate_kernels.cell_stats(key, cells))
+        return cell_gate_kernels.cell_stats(key, cells)
     partition, many = cells.partition, places_of_block(cells.per_block)
     place = place_of_token(cells, key.device)
     exact = key[:, :, partition.prefix : partition.prefix + len(place)].to(accumulator(key))
@@ -72,43 +83,35 @@ def _cell_stats(key: Tensor, sizes: list[int], cell: list[int]) -> list[Tensor]:
 
     means = mean(exact)
     variances = mean((exact - means.index_select(2, place)).square()).clamp(max=torch.finfo(key.dtype).max)
-    return [means.to(key.dtype), variances.to(key.dtype), tokens.log()]
+    return CellStats(means.to(key.dtype), variances.to(key.dtype), tokens.log())
 
 
-@_cell_stats.register_fake
-def _(key: Tensor, sizes: list[int], cell: list[int]) -> list[Tensor]:
-    # Sizes may be symbolic, and of these no partition can be made.
-    per_block = tuple(-(-part // side) for part, side in zip(sizes[3:6], cell, strict=True))
-    places = num_blocks(sizes) * places_of_block(per_block)
-    of_cells = key.new_empty(*key.shape[:2], places, key.shape[3])
-    return [of_cells, torch.empty_like(of_cells), key.new_empty(places, dtype=accumulator(key))]
+def cell_scores(query: Tensor, stats: CellStats, blocks: int, before: int, count: int, spread: bool) -> Tensor:
+    """Scores of the blocks, from what is known of their cells.
 
+    Args:
+        query: ``(B, H, queries, D)``.
+        stats: of the cells.
+        blocks: N.
+        before: queries before the first that is scored.
+        count: queries that are scored.
+        spread: as in ``cell_gate``.
 
-@torch.library.custom_op("vmoba_flex::cell_scores", mutates_args=())
-@on_device
-def _cell_scores(
-    query: Tensor, mean: Tensor, variance: Tensor, bias: Tensor, blocks: int, before: int, count: int, spread: bool
-) -> Tensor:
-    stats = CellStats(mean, variance, bias)
+    Returns:
+        ``(B, H, count, N)`` in the dtype of the bias; block by block in memory.
+    """
     batch, heads, _, dim = query.shape
-    in_16_bit = query.dtype == mean.dtype and query.element_size() == 2
+    in_16_bit = query.dtype == stats.mean.dtype and query.element_size() == 2
     if query.is_cuda and in_16_bit and dim <= _KERNEL_MAX_DIM and count:
         from vmoba_flex.selection import cell_gate_kernels
 
         return cell_gate_kernels.cell_scores(query, stats, blocks, before, count, spread)
-    scores = torch.empty(batch, heads, blocks, count, dtype=bias.dtype, device=query.device)
-    rows = max(1, _CHUNK_SCORES // (batch * heads * len(bias)))
+    scores = torch.empty(batch, heads, blocks, count, dtype=stats.bias.dtype, device=query.device)
+    rows = max(1, _CHUNK_SCORES // (batch * heads * len(stats.bias)))
     for first in range(0, count, rows):
         chunk = query[:, :, before + first : before + min(first + rows, count)]
         scores[..., first : first + rows] = _scores(chunk, stats, blocks, spread).mT
     return scores.mT
-
-
-@_cell_scores.register_fake
-def _(
-    query: Tensor, mean: Tensor, variance: Tensor, bias: Tensor, blocks: int, before: int, count: int, spread: bool
-) -> Tensor:
-    return query.new_empty(*query.shape[:2], blocks, count, dtype=bias.dtype).mT
 
 
 def _scores(query: Tensor, stats: CellStats, blocks: int, spread: bool) -> Tensor:

@@ -17,7 +17,6 @@ from vmoba_flex.groups import group_sizes
 from vmoba_flex.inputs import check_query_key, check_scale, check_text_lengths, under_autocast
 from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import TopK
 from vmoba_flex.selection.gate import num_blocks
 
 _LOG = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ def block_masses(
         (torch.Size([1, 2, 256, 4]), True)
     """
     query, key = under_autocast(query, key)
-    partition = check_query_key(query, key, partition, TopK(1))  # a rule that fits any blocks
+    partition = check_query_key(query, key, partition, None)
     check_text_lengths(text_lengths, query, partition)
     scale = scale_of(check_scale(scale), query)
     return _block_masses(query.detach(), key.detach(), partition.flat, scale, text_lengths)

@@ -84,7 +84,7 @@ def gate(query: Tensor, key: Tensor, partition: BlockPartition, queries: Queries
         query: ``(B, H, S, D)`` in raster order, with prefix and suffix.
         key: ``(B, key heads, S, D)``; query head h uses key head ``h // (H // key heads)``.
         partition: the blocks.
-        queries: those of ``query``; None for all.
+        queries: which ``query`` holds; None for all.
 
     Returns:
         ``(B, H, video queries, N)``, float32, or float64 for float64 inputs; block by block in memory, as most pools

@@ -12,7 +12,7 @@ from block_masks.precision import accumulator
 from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Gate, Rule, Threshold
-from vmoba_flex.selection.cell_gate import cell_scores, cell_stats
+from vmoba_flex.selection.cell_gate import cell_gate
 from vmoba_flex.selection.exact_gate import exact_gate
 from vmoba_flex.selection.gate import block_means, gate, products
 from vmoba_flex.selection.mass import block_mass, log_mass
@@ -37,8 +37,7 @@ def gate_scores(
         return gate(query, key, partition, queries)
     if of == "exact":
         return exact_gate(query, key, partition, queries)
-    before, _, video, _ = Queries.of(partition) if queries is None else queries
-    return cell_scores(query, cell_stats(key, partition), partition.num_blocks, before, video, of == "spread")
+    return cell_gate(query, key, partition, of == "spread", queries)
 
 
 def tile_scores(query_slots: Tensor, key: Tensor, partition: BlockPartition, of: Gate, slots: Slots) -> Tensor:
@@ -65,7 +64,7 @@ def tile_scores(query_slots: Tensor, key: Tensor, partition: BlockPartition, of:
     queries = (sums / slots.tile_keys[:, None])[:, :, :tiles]
     if of == "mean":
         return products(queries, block_means(key, partition))
-    return cell_scores(queries, cell_stats(key, partition), partition.num_blocks, 0, tiles, of == "spread")
+    return cell_gate(queries, key, partition, of == "spread", Queries(0, 0, tiles, 0))
 
 
 # Opaque to Inductor, as the gates are.
@@ -75,7 +74,7 @@ def _mean_shares(lse: Tensor, valid: Tensor, tile_size: int) -> Tensor:
     """The log of the mean over each tile's queries of their shares; ``lse``: ``(B, H, slots, N)``, a slot a query."""
     shares = (lse - lse.logsumexp(-1, keepdim=True)).masked_fill_(~valid[:, None], -torch.inf)
     counts = valid.unflatten(0, (-1, tile_size)).sum(1, dtype=lse.dtype)
-    return shares.unflatten(2, (-1, tile_size)).logsumexp(3) - counts.log()[:, None]
+    return (shares.unflatten(2, (-1, tile_size)).logsumexp(3) - counts.log()[:, None]).contiguous()
 
 
 @_mean_shares.register_fake

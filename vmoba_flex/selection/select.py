@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from block_masks.launching.device import on_device
-from vmoba_flex.inputs import check_query_key, under_autocast
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Pool, Rule, TopK
@@ -36,34 +35,14 @@ POOL_DIMS = {
 }
 
 
-def vmoba_selection(query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule) -> Tensor:
-    """Chooses the blocks that each video query attends (arXiv 2506.23858, Sec. 3).
-
-    Every query's own block is chosen. Pools never span samples. Nothing is read back to the host.
-
-    Args:
-        query: ``(B, H, S, D)`` in raster order, prefix and suffix included; floating point. Under autocast both tensors
-            are cast first, as in ``vmoba_attention``.
-        key: ``(B, key heads, S, D)``; where it has fewer heads, query head h uses key head ``h // (H // key heads)``.
-        partition: the blocks; ``S`` is its ``num_tokens``.
-        rule: ``TopK`` or ``Threshold``.
-
-    Returns:
-        bool ``(B, H, video tokens, N)`` in raster order; block by block in memory, so not contiguous.
-
-    Raises:
-        TypeError: if an argument has a wrong type or dtype.
-        ValueError: if shapes, devices or ``k`` do not fit, or the selection has 2**31 entries or more.
-    """
-    query, key = under_autocast(query, key)
-    partition = check_query_key(query, key, partition, rule)
-    return choose_blocks(query, key, partition, rule)
-
-
 def choose_blocks(
     query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, part: Part | None = None
 ) -> Tensor:
-    """``vmoba_selection`` of checked inputs, or of the part of a call on this rank."""
+    """Chooses the blocks of each query, of checked inputs, or of the part of a call on this rank.
+
+    Returns:
+        bool ``(B, H, video queries, N)`` in raster order; block by block in memory, so not contiguous.
+    """
     ids, queries = partition.block_ids(query.device), None
     if part is not None:
         queries = part.queries
@@ -79,10 +58,10 @@ def select(scores: Tensor, own: Tensor, rule: Rule, part: Part | None = None) ->
 
     Args:
         scores: floating ``(B, H, S, N)``; masses in 0..1, or NaN, for a ``Threshold`` with ``normalize="softmax"``.
-        own: bool ``(S, N)``, True at each query's own block.
+        own: bool ``(S, N)``, True at each query's own block; blocks of ``rule.always`` count as own for all.
         rule: ``TopK`` or ``Threshold``.
         part: the part of a call that these scores are; None for all. If its heads or queries compete with other ranks',
-            all ranks of its group call this, and the choice is that of a single process, to the bit.
+            all ranks of its group call this, and the choice equals a single process's, to the bit.
 
     Returns:
         bool ``(B, H, S, N)``, the transpose of a contiguous ``(B, H, N, S)``.
@@ -100,6 +79,7 @@ def _select(
     scores: Tensor, own: Tensor, words: str, counts: list[int], shares: list[float], now: Tensor | None
 ) -> Tensor:
     rule = rule_of_flat(words, counts, shares, now)
+    own = _with_always(own, rule)
     apart, competing = POOL_DIMS[rule.pool]
     targets = _targets(rule, scores, math.prod([scores.shape[dim] for dim in competing]))
     search = _search(scores, rule.pool)
@@ -129,7 +109,7 @@ def _select_across(
 
     rule = rule_of_flat(words, counts, shares, now)
     apart, competing = POOL_DIMS[rule.pool]
-    pools, own = _pools(scores, own, apart, competing)
+    pools, own = _pools(scores, _with_always(own, rule), apart, competing)
     place, length = torch.zeros((), dtype=torch.int64, device=scores.device), 1
     for each in competing:
         whole = size if each == dim else scores.shape[each]
@@ -137,6 +117,15 @@ def _select_across(
         place, length = (place[..., None] * whole + along).flatten(), length * whole
     taken = take_across(pools, own, place, length, _targets(rule, scores, length), group)
     return _unpooled(taken, scores, apart, competing)
+
+
+def _with_always(own: Tensor, rule: Rule) -> Tensor:
+    """``own``, and the blocks of ``rule.always`` for each query."""
+    if rule.always:
+        own = own.clone()
+        for block in rule.always:  # fills, since an index of ids would have to come from the host
+            own[:, block] = True
+    return own
 
 
 def _targets(rule: Rule, scores: Tensor, length: int) -> Targets:

@@ -38,7 +38,7 @@ def choose_tiles(
 
 
 def choose_by_tiles(query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule) -> Tensor:
-    """What each video query attends where the queries of a tile share one choice.
+    """Chooses what the queries of each tile of the video attend.
 
     Args:
         query: ``(B, H, S, D)`` in raster order.
@@ -47,9 +47,9 @@ def choose_by_tiles(query: Tensor, key: Tensor, partition: BlockPartition, rule:
         rule: chooses them.
 
     Returns:
-        bool ``(B, H, video tokens, N)`` in raster order.
+        bool ``(B, H, video tiles, N)``.
     """
     slots = block_slots(partition, query.device)
     chosen = choose_tiles(to_slots(query.detach(), slots), key.detach(), partition, rule, slots)
-    video = slots.key_slot[partition.prefix : partition.prefix + partition.num_video_tokens]
-    return chosen.index_select(2, video // slots.tile_size)[..., : partition.num_blocks]
+    text_tiles = -(-(partition.prefix + partition.suffix) // slots.tile_size)
+    return chosen[:, :, : chosen.shape[2] - text_tiles, : partition.num_blocks]

@@ -1,0 +1,92 @@
+"""What one forward asks of each layer, and how a compiled graph finds it when it runs."""
+
+import dataclasses
+import itertools
+import threading
+import weakref
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vmoba_flex.models.steps import Step
+from vmoba_flex.rules import Rule
+from vmoba_flex.tail import Tail
+from vmoba_flex.warmup import WarmedThreshold
+
+Grid = tuple[int, int, int]
+# Where tokens lie that are not the grid's.
+Rest = Literal["none", "prefix", "suffix"]
+
+_numbers = itertools.count()
+_plans: "weakref.WeakValueDictionary[int, LayerPlan]" = weakref.WeakValueDictionary()
+
+
+# Not frozen: Dynamo guards on all fields of a frozen dataclass, but only on those that it reads of another one.
+@dataclasses.dataclass(eq=False)
+class LayerPlan:
+    """What one forward asks of one layer.
+
+    Attributes:
+        grid: latent video size after patching.
+        block: of the layer's kind on that grid, in tokens.
+        rule: which chooses the blocks.
+        tail: how skipped blocks take part; None if they do not.
+        dense: whether the layer attends everything.
+        skips_scores: whether the layer's output is its value, as diffusers' layer skipping can ask for.
+        prefix: tokens before the grid's that the adapter counts.
+        rest: where tokens lie that are neither.
+        handle: the plan's number, int64 ``(1,)`` on the CPU.
+    """
+
+    grid: Grid
+    block: Grid
+    rule: Rule
+    tail: Tail | None
+    dense: bool
+    skips_scores: bool
+    prefix: int = 0
+    rest: Rest = "none"
+    handle: Tensor = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        number = next(_numbers)
+        # Whatever the default device and the mode, which compiled graphs would guard on.
+        with torch.inference_mode(False):
+            self.handle = torch.tensor([number], dtype=torch.int64, device="cpu")
+        _plans[number] = self
+
+    @staticmethod
+    def of_handle(handle: Tensor) -> "LayerPlan":
+        """The plan that a graph was given the number of."""
+        return _plans[int(handle.item())]
+
+    def facts(self) -> tuple[Any, ...]:
+        """All that decides what the layer computes."""
+        tau = self.rule.now.item() if isinstance(self.rule, WarmedThreshold) else self.rule
+        return self.grid, self.block, tau, self.tail, self.dense, self.skips_scores, self.prefix, self.rest
+
+
+@dataclasses.dataclass(eq=False)
+class Forward:
+    """One forward of a model: a plan for each layer, and the step where it is known."""
+
+    plans: tuple[LayerPlan, ...]
+    step: Step | None
+
+
+class ThreadLocal(threading.local):
+    """Copies and pickles of a model take none of it.
+
+    Attributes are made in ``__init__``, which runs in each thread: Dynamo would take a class's default for the value.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+class LayerNow(ThreadLocal):
+    """The plan of the forward that is under way on this thread."""
+
+    def __init__(self) -> None:
+        self.plan: LayerPlan | None = None
