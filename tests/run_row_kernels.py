@@ -14,6 +14,7 @@ from block_masks.attention import (
     coarse_steps,
     flash_check,
     flash_kernels,
+    launches,
     padding_kernels,
     row_kernels,
     row_steps,
@@ -234,7 +235,8 @@ def check_coarse(
 
 def check_coarse_tiles() -> None:
     """The tiles of 16-bit inputs, whose products of 16-bit numbers Triton's interpreter does not have, in float32."""
-    with mock.patch.dict(coarse_kernels._SHAPES, {"float32": coarse_kernels._SHAPES["16 bit"]}):
+    launch = launches.coarse_launch("sm90", 128, torch.bfloat16)
+    with mock.patch.object(coarse_kernels, "coarse_launch", return_value=launch):
         check_coarse(2, 2, 150, 200, (16, 24), 1, "all")
         check_coarse(2, 1, 70, 64, (16, 16), 64)
 

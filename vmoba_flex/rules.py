@@ -27,9 +27,9 @@ class TopK:
     A pool with R queries keeps ``k * R`` pairs. Own blocks and those of ``always`` count, rank first, and are kept even
     if they are more. Ties go to the lower block id, then the lower query index, then the lower head.
 
-    The gate scores each block for each query. Three of the four gates estimate the logarithm of the attention mass that
-    the query has on the block; none sees prefix, suffix or the ``scale`` of a call, in whose place stands
-    ``s = 1 / sqrt(D)``.
+    The gate scores each block for each query. All gates but ``"mean"`` give the logarithm of the attention mass that
+    the query has on the block, exact or estimated. None sees prefix, suffix or the ``scale`` of a call; in place of the
+    latter stands ``s = 1 / sqrt(D)``.
 
     | gate | score of a block |
     |---|---|
@@ -173,8 +173,9 @@ class Threshold:
     def of_flat(cls, words: str, counts: list[int], shares: list[float]) -> Self:
         """The rule with this ``flat`` form."""
         _, pool, normalize, gate = words.split()
-        words_of = {"pool": cast(Pool, pool), "normalize": cast(Normalize, normalize), "gate": cast(Gate, gate)}
-        return cls(shares[0], max_density=shares[1] if shares[1:] else None, always=tuple(counts), **words_of)
+        rule = cls(shares[0], pool=cast(Pool, pool), normalize=cast(Normalize, normalize), gate=cast(Gate, gate))
+        cap = shares[1] if shares[1:] else None
+        return dataclasses.replace(rule, max_density=cap, always=tuple(counts))
 
     @property
     def flat(self) -> FlatRule:

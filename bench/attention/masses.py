@@ -166,7 +166,7 @@ def markdown(facts: dict[str, Any], rows: list[Row]) -> str:
         [
             row["call"],
             number(row["ms"], 2),
-            number(row["ms"] and row["ms"] / dense, 3),
+            number(row["ms"] / dense if row["ms"] and dense else None, 3),
             "" if row.get("error") is None else f"{row['error']:.1e}",
         ]
         for row in rows

@@ -1,6 +1,7 @@
 """The tail's kernels on random inputs, in a chosen tile shape, and next to their eager twins."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from block_masks import CoarseKeys, to_slots
 from block_masks.attention import coarse_steps, row_steps
+from block_masks.attention.launches import Tile
 from vmoba_flex import BlockPartition, Tail, TopK, vmoba_selection
 from vmoba_flex.cell_slots import _backward_op, slots_and_cells
 from vmoba_flex.cells import plain_means
@@ -33,8 +35,10 @@ def variant(name: str, shape: tuple[int, ...]) -> Iterator[None]:
             stack.enter_context(mock.patch.object(cell_slot_kernels, "_TOKENS", shape[0]))
             stack.enter_context(mock.patch.object(cell_slot_kernels, "_WARPS", shape[1]))
         else:
-            shapes = coarse_kernels._SHAPES["16 bit"] | {name: shape}
-            stack.enter_context(mock.patch.dict(coarse_kernels._SHAPES, {"16 bit": shapes}))
+            launch = dataclasses.replace(
+                coarse_kernels.coarse_launch("sm90", 128, torch.bfloat16), **{name: Tile(*shape)}
+            )
+            stack.enter_context(mock.patch.object(coarse_kernels, "coarse_launch", return_value=launch))
         yield
 
 

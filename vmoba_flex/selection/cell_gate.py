@@ -75,7 +75,8 @@ def cell_stats(key: Tensor, cells: Cells) -> CellStats:
     partition, many = cells.partition, places_of_block(cells.per_block)
     place = place_of_token(cells, key.device)
     exact = key[:, :, partition.prefix : partition.prefix + len(place)].to(accumulator(key))
-    tokens = torch.bincount(place, minlength=partition.num_blocks * many).to(exact.dtype)
+    # bincount would read from a GPU how many there are.
+    tokens = exact.new_zeros(partition.num_blocks * many).index_add_(0, place, exact.new_ones(len(place)))
 
     def mean(x: Tensor) -> Tensor:
         sums = x.new_zeros(*x.shape[:2], len(tokens), x.shape[3]).index_add_(2, place, x)
