@@ -65,15 +65,9 @@ def _means_kernel(
     tl.store(means + (head * cells + cell) * D + dim, mean.to(means.dtype.element_ty), mask=dim < D)
 
 
-@QuickLaunch
 @triton.jit
-def _index_kernel(
-    index, share, tokens, prefix, frames, height, width, bt, bh, bw, many_t, many_y, many_x, ct, ch, cw,
-    grid_y, grid_x, cells, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The cell of each token, -1 in prefix and suffix, and its share of the cell's mean."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    token = row - prefix
+def cell_of_token(token, frames, height, width, bt, bh, bw, many_t, many_y, many_x, ct, ch, cw, grid_y, grid_x):
+    """The cell of each token of the video, -1 outside, and its share of the cell's mean."""
     video = (token >= 0) & (token < frames * height * width)
     t, y, x = token // (height * width), token // width % height, token % width
     cell_t, cell_y = t // bt * many_t + t % bt // ct, y // bh * many_y + y % bh // ch
@@ -82,8 +76,21 @@ def _index_kernel(
     _, ny, _ = axis_place(cell_y, height, bh, many_y, ch)
     _, nx, _ = axis_place(cell_x, width, bw, many_x, cw)
     cell = (cell_t * grid_y + cell_y) * grid_x + cell_x
-    tl.store(index + row, tl.where(video, cell, -1), mask=row < tokens)
-    tl.store(share + row, 1.0 / tl.where(video, nt * ny * nx, 1).to(tl.float32), mask=row < tokens)
+    return tl.where(video, cell, -1), 1.0 / tl.where(video, nt * ny * nx, 1).to(tl.float32)
+
+
+@QuickLaunch
+@triton.jit
+def _index_kernel(
+    index, share, tokens, prefix, frames, height, width, bt, bh, bw, many_t, many_y, many_x, ct, ch, cw,
+    grid_y, grid_x, cells, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    cell, part = cell_of_token(
+        row - prefix, frames, height, width, bt, bh, bw, many_t, many_y, many_x, ct, ch, cw, grid_y, grid_x
+    )
+    tl.store(index + row, cell, mask=row < tokens)
+    tl.store(share + row, part, mask=row < tokens)
 
 
 @QuickLaunch
@@ -139,7 +146,7 @@ def cell_means_backward(grad: Tensor, cells: Cells) -> Tensor:
     """See ``cells.cell_means``; ``grad``: contiguous."""
     batch, heads, _, dim = grad.shape
     tokens = cells.partition.num_tokens
-    index, share = cell_index(cells, grad.device)
+    index, share = _cell_index(cells, grad.device)
     whole = torch.empty(batch, heads, tokens, dim, dtype=grad.dtype, device=grad.device)
     _spread_kernel[triton.cdiv(tokens, 32), batch * heads](
         grad, index, share, whole, tokens, cells.total, D=dim, BLOCK_D=triton.next_power_of_2(dim), ROWS=32
@@ -147,7 +154,7 @@ def cell_means_backward(grad: Tensor, cells: Cells) -> Tensor:
     return whole
 
 
-def cell_index(cells: Cells, device: torch.device) -> tuple[Tensor, Tensor]:
+def _cell_index(cells: Cells, device: torch.device) -> tuple[Tensor, Tensor]:
     """Of each token its cell, int32 ``(S,)``, -1 in prefix and suffix; and its share of the cell's mean, float32."""
     tokens = cells.partition.num_tokens
     index = torch.empty(tokens, dtype=torch.int32, device=device)

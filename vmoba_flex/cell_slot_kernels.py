@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from block_masks.launching.launch import QuickLaunch
-from vmoba_flex.cell_kernels import axis_place, cell_index, geometry
+from vmoba_flex.cell_kernels import axis_place, cell_of_token, geometry
 from vmoba_flex.tail import Cells
 
 _TOKENS, _WARPS = 64, 2  # that a program of a cell reads at once, and its warps (bench/NOTES.md)
@@ -107,15 +107,17 @@ def _gather_tile(
 @QuickLaunch
 @triton.jit
 def _backward_kernel(
-    key_slots, value_slots, key_means, value_means, grad_key, grad_value, index, share, key_slot,
-    slots, cells, tokens, alike,
+    key_slots, value_slots, key_means, value_means, grad_key, grad_value, key_slot, slots, tokens, alike, prefix,
+    frames, height, width, bt, bh, bw, many_t, many_y, many_x, ct, ch, cw, grid_y, grid_x, cells,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = token < tokens
     slot = tl.load(key_slot + row // alike * tokens + token, mask=inside, other=-1)
-    cell, part = tl.load(index + token, mask=inside, other=-1), tl.load(share + token, mask=inside, other=0.0)
+    cell, part = cell_of_token(
+        token - prefix, frames, height, width, bt, bh, bw, many_t, many_y, many_x, ct, ch, cw, grid_y, grid_x
+    )
     _gather_tile(key_slots, key_means, grad_key, row, token, slot, cell, part, slots, cells, tokens, D, BLOCK_D)
     _gather_tile(value_slots, value_means, grad_value, row, token, slot, cell, part, slots, cells, tokens, DV, BLOCK_DV)
 
@@ -156,11 +158,11 @@ def slots_and_means_backward(
     """The adjoint of ``slots_and_means``; gradients of its outputs, contiguous."""
     batch, heads, slots, dim = in_slots[0].shape
     tokens, value_dim = key_slot.shape[-1], in_slots[1].shape[3]
-    index, share = cell_index(cells, key_slot.device)
+    before, after = geometry(cells)
     grads = [torch.empty(batch, heads, tokens, x.shape[3], dtype=x.dtype, device=x.device) for x in in_slots]
     _backward_kernel[triton.cdiv(tokens, _ROWS), batch * heads](
-        *in_slots, *means, *grads, index, share, key_slot.contiguous(),
-        slots, cells.total, tokens, batch * heads * tokens // key_slot.numel(),
+        *in_slots, *means, *grads, key_slot.contiguous(), slots, tokens,
+        batch * heads * tokens // key_slot.numel(), cells.partition.prefix, *before, *cells.cell, *after,
         D=dim, BLOCK_D=triton.next_power_of_2(dim), DV=value_dim, BLOCK_DV=triton.next_power_of_2(value_dim),
         ROWS=_ROWS,
     )  # fmt: skip
