@@ -36,7 +36,8 @@ from block_masks.launching.launch import QuickLaunch
 from block_masks.masks import list_kernels
 from block_masks.plans import plan_kernels
 from block_masks.plans.rows import _plan_on_gpu
-from vmoba_flex import BlockPartition, cell_kernels
+from vmoba_flex import BlockPartition, cell_kernels, cell_slot_kernels
+from vmoba_flex.groups import block_slots
 from vmoba_flex.selection import (
     cell_gate_kernels,
     exact_kernels,
@@ -205,7 +206,12 @@ def launch_attention(dtype: torch.dtype, dim: int) -> None:
     tokens = torch.zeros(1, 2, PARTITION.num_tokens, dim, dtype=dtype)
     cells = Cells(PARTITION, (1, 2, 3))
     cell_kernels.cell_means(tokens, cells)
-    cell_kernels.cell_means_backward(torch.zeros(1, 2, cells.total, dim, dtype=dtype), cells)
+    means = torch.zeros(1, 2, cells.total, dim, dtype=dtype)
+    cell_kernels.cell_means_backward(means, cells)
+    of_blocks = block_slots(PARTITION, tokens.device)
+    index = of_blocks.slot_key, of_blocks.key_slot
+    moved = cell_slot_kernels.slots_and_means(tokens, tokens, *index, cells)
+    cell_slot_kernels.slots_and_means_backward((moved[0], moved[1]), (means, means), index[1], cells)
     stats = cell_gate_kernels.cell_stats(tokens, cells)
     gate_kernels.block_means(tokens, PARTITION)
     exact_kernels.group_lse(tokens, tokens, PARTITION, 0, PARTITION.num_tokens, 1.0, PARTITION.num_blocks)

@@ -16,6 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.attention import stages
+from bench.attention.profiles import CALL_STAGES
 from bench.attention.stages import STAGES, watched
 from tests.test_bench import ROOT
 from vmoba_flex import BlockPartition, Threshold, TopK, vmoba_attention, vmoba_mask, vmoba_selection
@@ -113,7 +114,7 @@ def test_each_stage_has_a_function():
     assert packed_calls(FEW).keys() == STAGES.keys()
 
 
-@pytest.mark.parametrize("place", [place for places in STAGES.values() for place in places])
+@pytest.mark.parametrize("place", [place for places in CALL_STAGES.values() for place in places])
 def test_each_function_of_a_stage_exists(place: str):
     # By its source: modules of kernels can be imported only where Triton is.
     module, _, name = place.rpartition(".")

@@ -65,7 +65,7 @@ def cell_means(x: Tensor, cells: Cells) -> Tensor:
         ``(B, H, C, D)`` in the dtype of ``x``.
     """
     if in_transform(x):
-        return _plain_means(x, cells)
+        return plain_means(x, cells)
     return _cell_means(x, cells.partition.flat, list(cells.cell))
 
 
@@ -73,8 +73,8 @@ def cell_means(x: Tensor, cells: Cells) -> Tensor:
 @torch.library.custom_op("vmoba_flex::cell_groups", mutates_args=())
 @on_device
 def _cell_groups(like: Tensor, partition: list[int], cell: list[int]) -> list[Tensor]:
-    cells = _cells(partition, cell)
-    if _has_kernels(like):
+    cells = cells_of(partition, cell)
+    if has_kernels(like):
         from vmoba_flex import cell_kernels
 
         return cell_kernels.cell_groups(cells, like.device)
@@ -88,22 +88,23 @@ def _cell_groups(like: Tensor, partition: list[int], cell: list[int]) -> list[Te
 
 @_cell_groups.register_fake
 def _(like: Tensor, partition: list[int], cell: list[int]) -> list[Tensor]:
-    count = _count(partition, cell)
+    count = count_cells(partition, cell)
     return [like.new_empty(count, dtype=_accumulator(like)), like.new_empty(count, dtype=torch.int64)]
 
 
 @torch.library.custom_op("vmoba_flex::cell_means", mutates_args=())
 @on_device
 def _cell_means(x: Tensor, partition: list[int], cell: list[int]) -> Tensor:
-    cells = _cells(partition, cell)
-    if _has_kernels(x):
+    cells = cells_of(partition, cell)
+    if has_kernels(x):
         from vmoba_flex import cell_kernels
 
         return cell_kernels.cell_means(x, cells)
-    return _plain_means(x, cells)
+    return plain_means(x, cells)
 
 
-def _plain_means(x: Tensor, cells: Cells) -> Tensor:
+def plain_means(x: Tensor, cells: Cells) -> Tensor:
+    """``cell_means`` in plain PyTorch."""
     first, count = cells.partition.prefix, cells.partition.num_video_tokens
     sums = x[:, :, first : first + count].to(_accumulator(x)).unflatten(2, cells.partition.grid)
     for axis, (ids, size) in enumerate(zip(_axis_cells(cells, x.device), cells.grid, strict=True)):
@@ -115,17 +116,22 @@ def _plain_means(x: Tensor, cells: Cells) -> Tensor:
 
 @_cell_means.register_fake
 def _(x: Tensor, partition: list[int], cell: list[int]) -> Tensor:
-    return x.new_empty(*x.shape[:2], _count(partition, cell), x.shape[3])
+    return x.new_empty(*x.shape[:2], count_cells(partition, cell), x.shape[3])
 
 
 @torch.library.custom_op("vmoba_flex::cell_means_backward", mutates_args=())
 @on_device
 def _cell_means_backward(grad: Tensor, partition: list[int], cell: list[int]) -> Tensor:
-    cells = _cells(partition, cell)
-    if _has_kernels(grad):
+    cells = cells_of(partition, cell)
+    if has_kernels(grad):
         from vmoba_flex import cell_kernels
 
         return cell_kernels.cell_means_backward(grad, cells)
+    return plain_spread(grad, cells)
+
+
+def plain_spread(grad: Tensor, cells: Cells) -> Tensor:
+    """Each token's share of the gradient ``(B, H, C, D)`` of its cell's mean; zero in prefix and suffix."""
     shares = grad.to(_accumulator(grad)) / _tokens(cells, grad.device)[:, None]
     shares = shares.to(grad.dtype).unflatten(2, cells.grid)
     for axis, ids in enumerate(_axis_cells(cells, grad.device)):
@@ -158,11 +164,12 @@ _cell_means.register_autograd(_backward, setup_context=_save)
 _cell_means_backward.register_autograd(_double_backward, setup_context=_save)
 
 
-def _cells(partition: list[int], cell: list[int]) -> Cells:
+def cells_of(partition: list[int], cell: list[int]) -> Cells:
+    """The cells that an op was given."""
     return Cells(BlockPartition.of_flat(partition), (cell[0], cell[1], cell[2]))
 
 
-def _count(partition: list[int], cell: list[int]) -> int:
+def count_cells(partition: list[int], cell: list[int]) -> int:
     """As ``Cells.total``; sizes may be symbolic here, and of these no partition can be made."""
     sizes = [axis_cells(*axis) for axis in zip(partition[:3], partition[3:6], cell, strict=True)]
     return math.prod(sizes)
@@ -181,7 +188,8 @@ def _tokens(cells: Cells, device: torch.device) -> Tensor:
     return (t[:, None, None] * y[:, None] * x).flatten()
 
 
-def _has_kernels(x: Tensor) -> bool:
+def has_kernels(x: Tensor) -> bool:
+    """Whether the kernels take tokens like these."""
     return x.is_cuda and x.dtype != torch.float64 and x.shape[-1] <= _KERNEL_MAX_DIM
 
 

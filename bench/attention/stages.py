@@ -42,15 +42,17 @@ _BACKWARD = re.compile(r"^autograd::engine::evaluate_function: ")
 
 
 @contextlib.contextmanager
-def watched(around: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Replaces each stage's functions by ``around(stage, function)``.
+def watched(
+    around: Callable[[str, Callable[..., Any]], Callable[..., Any]], stages: dict[str, list[str]] | None = None
+) -> Iterator[None]:
+    """Replaces each stage's functions by ``around(stage, function)``; ``STAGES`` if no stages are given.
 
     Raises:
-        AttributeError: if a module of ``STAGES`` lacks a function.
+        AttributeError: if a module of the stages lacks a function.
         ImportError: if there is no such module.
     """
     with contextlib.ExitStack() as stack:
-        for stage, places in STAGES.items():
+        for stage, places in (stages or STAGES).items():
             for place in filter(_is_loadable, places):
                 module_name, _, name = place.rpartition(".")
                 module = importlib.import_module(module_name)
@@ -102,8 +104,13 @@ def _one_run(call: Callable[[], Any], device: str) -> dict[str, float]:
     return totals
 
 
-def kernel_milliseconds(call: Callable[[], Any], device: str, most: int = 12) -> dict[str, Any]:
-    """Device time of one call by stage or op, and the kernels that take most; ops and their CPU time on a CPU."""
+def kernel_milliseconds(
+    call: Callable[[], Any], device: str, most: int = 12, stages: dict[str, list[str]] | None = None
+) -> dict[str, Any]:
+    """Device time and launches of one call by stage or op, and the kernels that take most.
+
+    On a CPU, ops and their CPU time. ``stages``: ``STAGES`` if None.
+    """
 
     def around(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def named(*args: Any, **kwargs: Any) -> Any:
@@ -113,10 +120,11 @@ def kernel_milliseconds(call: Callable[[], Any], device: str, most: int = 12) ->
         return named
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
-    with watched(around), profile(activities=activities) as profiler:
+    with watched(around, stages), profile(activities=activities) as profiler:
         call()
         _synchronize(device)
     by_stage: dict[str, float] = defaultdict(float)
+    launches: dict[str, int] = defaultdict(int)
     by_kernel: dict[str, list[float]] = defaultdict(list)
     events: Any = profiler.events()
     of_cpu = [event for event in events if event.device_type.name == "CPU"]
@@ -130,15 +138,18 @@ def kernel_milliseconds(call: Callable[[], Any], device: str, most: int = 12) ->
         for name, duration in kernels:
             linked += duration
             by_stage[_stage_of(event)] += duration / 1e3
+            launches[_stage_of(event)] += 1
             by_kernel[name].append(duration / 1e3)
     if device == "cuda":
         on_device = [e for e in events if e.device_type.name == "CUDA" and e.name not in ranges]
         total = sum(event.time_range.elapsed_us() for event in on_device)
         if total > linked:
             by_stage["launched outside of any op"] = (total - linked) / 1e3
+            launches["launched outside of any op"] = len(on_device) - sum(launches.values())
     slowest = sorted(by_kernel.items(), key=lambda item: -sum(item[1]))[:most]
     return {
         "by_stage_ms": dict(sorted(by_stage.items(), key=lambda item: -item[1])[: 2 * most]),
+        "by_stage_launches": dict(launches),
         "kernels": [{"name": name[:100], "ms": sum(times), "calls": len(times)} for name, times in slowest],
     }
 

@@ -82,7 +82,7 @@ _ATTEND: dict[Architecture, tuple[AttendLaunch, AttendLaunch, AttendLaunch, Atte
     "rdna": (_RDNA, _TINY, _TINY, _TINY),
 }
 
-_COARSE_HOPPER = CoarseLaunch(Tile(64, 32, 4, 3), Tile(128, 64, 8, 3), Tile(32, 64, 4, 3))
+_COARSE_HOPPER = CoarseLaunch(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 128, 8, 3))
 _COARSE_HOPPER_WIDE = CoarseLaunch(Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1))
 _COARSE_FLOAT32 = CoarseLaunch(Tile(64, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
 _COARSE_AMPERE = CoarseLaunch(Tile(64, 32, 4, 3), Tile(128, 32, 8, 2), Tile(32, 64, 4, 3))

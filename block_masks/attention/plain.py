@@ -38,7 +38,8 @@ def plain_rows(
     Returns:
         ``(H, S, value dim)`` and ``(H, S)``.
     """
-    attended = selected[..., slots.slot_group[slots.key_slot].long()]
+    group = slots.slot_group[slots.key_slot]
+    attended = selected[..., group.clamp(min=0).long()] & (group >= 0)
     if group_lengths is not None:
         attended = attended & slots.valid(group_lengths).slots[:, None, slots.key_slot]
     output, lse = plain_attention(query, key, value, attended, scale)

@@ -64,7 +64,15 @@ class Slots:
     @property
     def in_place(self) -> bool:
         """Whether each key is known to be in its slot already."""
-        return self.whole and self.sorted_keys
+        return self.sorted_keys and len(self.key_slot) == len(self.slot_key)
+
+    @property
+    def placed(self) -> Self:
+        """These slots for keys that ``to_slots`` has put there, padding included. Gradients of padding mean nothing."""
+        if self.in_place:
+            return self
+        slot = torch.arange(len(self.slot_key), device=self.slot_key.device)
+        return dataclasses.replace(self, slot_key=slot, key_slot=slot, sorted_keys=True)
 
     def valid(self, group_lengths: Tensor) -> "ValidSlots":
         """What the slots hold where only the first keys of each group are there, int32 ``(rows, G)`` of them."""

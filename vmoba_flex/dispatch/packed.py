@@ -5,7 +5,7 @@ from torch import Tensor
 
 from block_masks import attend_packed
 from vmoba_flex.call import Call, ChosenBackend
-from vmoba_flex.cells import coarse_keys
+from vmoba_flex.cell_slots import slots_and_cells
 from vmoba_flex.groups import block_slots, valid_group_lengths, with_text
 from vmoba_flex.part import Part, Queries
 from vmoba_flex.selection.bounds import row_bound
@@ -55,8 +55,10 @@ def packed_attention(
             "or use TopK; a selection that such a rule made has a bound if it was made outside"
         )
     lengths = None if call.text_lengths is None else valid_group_lengths(partition, call.text_lengths)
-    coarse = None if call.tail is None else coarse_keys(key, value, partition, call.tail)
-    slots = block_slots(partition, query.device) if plan is None else plan.slots
+    slots, coarse = block_slots(partition, query.device) if plan is None else plan.slots, None
+    if call.tail is not None:
+        key, value, coarse = slots_and_cells(key, value, partition, call.tail, slots)
+        slots = slots.placed
     return attend_packed(
         query, key, value, with_text(selection, partition, queries), slots,
         scale=call.scale, backend=backend, bound=bound, max_row_bytes=call.max_row_bytes, group_lengths=lengths,

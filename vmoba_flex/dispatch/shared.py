@@ -19,6 +19,7 @@ from torch import Tensor
 from block_masks import Slots, attend_slots, from_slots, merge_coarse_keys, realize, slot_mask, to_slots, valid_slots
 from block_masks.plans.rows import TILE
 from vmoba_flex.call import Call, ChosenBackend
+from vmoba_flex.cell_slots import slots_and_cells
 from vmoba_flex.cells import coarse_keys
 from vmoba_flex.dispatch.chunked import chunked_attention
 from vmoba_flex.dispatch.compiled import compiled_flex_attention, has_flex_kernel
@@ -78,21 +79,26 @@ def shared_attention(
         selected = rule.tiles(part) if plan is None or plan.of_tiles is None else plan.of_tiles
     else:
         selected = choose_tiles(query_slots, key, partition, rule, slots, part)
-    coarse = None if call.tail is None else coarse_keys(key, value, partition, call.tail)
-    wants_lse = call.lse or coarse is not None
+    wants_lse = call.lse or call.tail is not None
     if not has_flex_kernel(query, key, value, wants_lse):
         of_token = selected.index_select(2, slots.key_slot // tile_size)
         key_group, valid = group_of_key(partition, query.device), valid_keys(partition, text_lengths)
         output, lse = chunked_attention(query, key, value, of_token, key_group, scale, valid, wants_lse)
-        if coarse is not None:
+        if call.tail is not None:
             assert lse is not None
+            coarse = coarse_keys(key, value, partition, call.tail)
             output, lse = merge_coarse_keys(query, output, lse, coarse, of_token, scale_of(scale, query))
         return Shared(output, lse, selected, slots)
     group_lengths, valid = None, None
     if backend == "flash" and text_lengths is not None:
         group_lengths = valid_group_lengths(partition, text_lengths)
         valid = slots.valid(group_lengths)
-    q, k, v = query_slots, to_slots(key, slots, valid), to_slots(value, slots, valid)
+    coarse = None
+    if call.tail is None:
+        k, v = to_slots(key, slots, valid), to_slots(value, slots, valid)
+    else:
+        k, v, coarse = slots_and_cells(key, value, partition, call.tail, slots, valid)
+    q = query_slots
     if not query.is_cuda:  # FlexAttention's CPU kernel cannot read views of an op's result
         q, k, v = map(realize, (q, k, v))
     tiles, lists = (None, None) if plan is None else (plan.tiles, plan.lists)
