@@ -18,7 +18,8 @@ class Remember:
     Block masses of full attention hardly change from step to step, and block means only estimate them. The last dense
     step before sparse ones takes each sparse layer's masses, applies the layer's rule to them (``gate="exact"``), and
     keeps what it chose as bits; where rules change by steps, for each rule that follows. Sparse steps attend what is
-    kept. A sparse step with nothing kept chooses by its rule's own gate, and logs so once.
+    kept. A sparse step with nothing kept chooses by its rule's own gate, and logs so once; with ``refresh`` it chooses
+    from its own exact masses, and keeps that.
 
     A layer keeps choices for each pass of a step: passes are told apart by the names that pipelines give them with
     ``cache_context`` (such as ``"cond"`` and ``"uncond"``), and by their order. Choices are dropped where grid, text,

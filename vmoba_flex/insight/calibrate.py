@@ -1,7 +1,7 @@
 """Finds the rules that reach a wanted recall, overlap or density, on recorded query and key."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from statistics import mean
 from typing import Literal, NamedTuple, get_args
 
@@ -15,6 +15,7 @@ from vmoba_flex.dispatch.choose import dense_seconds, packed_share, packed_wins
 from vmoba_flex.dispatch.machine import HOPPER, machine_of
 from vmoba_flex.insight.masses import overlap_of, recall_of, true_mass
 from vmoba_flex.insight.measure import choose, layer_of, num_layers_of, sample_rows
+from vmoba_flex.insight.places import by_entry, by_kind, by_layer, rules_of_layers
 from vmoba_flex.insight.records import Record
 from vmoba_flex.insight.search import Measure, rule_at, smallest, smallest_capped
 from vmoba_flex.partition import BlockPartition
@@ -120,12 +121,12 @@ def calibrate(
     for gate in gates:
         check_choice("gates", gate, GATES)
     found: list[Calibrated] = []
-    by_kind: dict[str, LayerRule] = {}
-    by_layer = _rules_of_layers(records, config) if by == "layer" else []
-    for kind, layer, here in _by_layer(sparse, config, len(by_layer)) if by == "layer" else _by_kind(sparse, config):
+    of_kinds: dict[str, LayerRule] = {}
+    of_layers = rules_of_layers(records, config) if by == "layer" else []
+    for kind, layer, here in by_layer(sparse, config, len(of_layers)) if by == "layer" else by_kind(sparse, config):
         setting = rule_of_layer(config.rule, kind, here[0].layer, num_layers_of(here[0], config))
         pairs = []
-        for start, rule, there in _by_entry(setting, here, kind if layer is None else f"layer {layer}"):
+        for start, rule, there in by_entry(setting, here, kind if layer is None else f"layer {layer}"):
             measure = _measure_of(there, config, rows, seed)
             with_gates = [dataclasses.replace(rule, gate=gate) for gate in gates or (rule.gate,)]
             tried = [_find(kind, each, there, config, name, wanted, measure) for each in with_gates]
@@ -134,52 +135,10 @@ def calibrate(
             pairs.append((start, best.rule))
         rule = BySteps(pairs) if isinstance(setting, BySteps) else pairs[0][1]
         if layer is None:
-            by_kind[kind] = rule
+            of_kinds[kind] = rule
         else:
-            by_layer[layer] = rule
-    return dataclasses.replace(config, rule=by_layer or by_kind), found
-
-
-def _rules_of_layers(records: Sequence[Record], config: VMoBAConfig) -> list[LayerRule]:
-    """Each layer's rule as the config has it."""
-    counts = {num_layers_of(record, config) for record in records}
-    if len(counts) != 1:
-        raise ValueError(f"records must be of models with one number of layers for by='layer', got {sorted(counts)}")
-    (count,) = counts
-    kinds = [config.cycle[layer % len(config.cycle)] for layer in range(count)]
-    return [rule_of_layer(config.rule, kind, layer, count) for layer, kind in enumerate(kinds)]
-
-
-def _by_kind(records: list[Record], config: VMoBAConfig) -> Iterator[tuple[str, None, list[Record]]]:
-    for kind in dict.fromkeys(config.cycle):
-        here = [record for record in records if layer_of(record, config)[0] == kind]
-        if not here:
-            raise ValueError(f"records must have a {kind} layer that is not dense in the config, got none")
-        yield kind, None, here
-
-
-def _by_layer(records: list[Record], config: VMoBAConfig, count: int) -> Iterator[tuple[str, int, list[Record]]]:
-    for layer in range(count):
-        if dataclasses.replace(config, dense_steps=0, remember=None).layer(layer, count, 0, 1).dense:
-            continue
-        here = [record for record in records if record.layer == layer]
-        if not here:
-            raise ValueError(f"records must have layer {layer}, which is not dense in the config, got none")
-        yield config.cycle[layer % len(config.cycle)], layer, here
-
-
-def _by_entry(
-    setting: LayerRule, records: list[Record], where: str
-) -> Iterator[tuple[int | float | None, Rule, list[Record]]]:
-    """Each rule of a layer, and the records of its steps."""
-    if not isinstance(setting, BySteps):
-        yield None, setting, records
-        return
-    for i, (start, rule) in enumerate(setting.pairs):
-        there = [record for record in records if setting.index(record.step, record.num_steps) == i]
-        if not there:
-            raise ValueError(f"records must have a step at which {where} has the rule from {start} on, got none")
-        yield start, rule, there
+            of_layers[layer] = rule
+    return dataclasses.replace(config, rule=of_layers or of_kinds), found
 
 
 def _find(
