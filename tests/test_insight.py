@@ -30,9 +30,10 @@ from vmoba_flex import (
 )
 from vmoba_flex.dispatch.choose import choose_dispatch
 from vmoba_flex.insight import Record, Timing, break_even, calibrate, crossover, inspect, load, save
-from vmoba_flex.insight.calibrate import MARGIN, _auto_is_packed
+from vmoba_flex.insight.calibrate import _auto_is_packed
 from vmoba_flex.insight.masses import best_choice, entropy_of, overlap_of, recall_of, true_mass
 from vmoba_flex.insight.measure import layer_of, own_blocks, sample_rows
+from vmoba_flex.insight.search import MARGIN
 from vmoba_flex.user_error import UserError
 
 GRID = (4, 6, 8)

@@ -57,7 +57,8 @@ class _Layer(nn.Module):
 
     def __init__(self, stepped: Stepped, index: int, num_layers: int) -> None:
         super().__init__()
-        self.stepped, self.kind = stepped, stepped.attention.layer(index, num_layers).kind
+        plan = stepped.attention.layer(index, num_layers)
+        self.stepped, self.kind, self.tail = stepped, plan.kind, plan.tail
         self.kept: dict[TopK, Selection] = {}
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, grid: Sizes3) -> Tensor:
@@ -76,5 +77,5 @@ class _Layer(nn.Module):
             kept = self.kept[dataclasses.replace(rule, gate="exact")]
         return vmoba_attention(
             query, key, value, partition, None if kept is not None else rule, selection=kept,
-            dispatch=variant.dispatch, backend=attention.backend, tail=attention.tail,
+            dispatch=variant.dispatch, backend=attention.backend, tail=self.tail,
         )  # fmt: skip
