@@ -24,8 +24,14 @@ class _Reorder(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
         _, index, inverse, ctx.dim = inputs
         ctx.save_for_backward(index, inverse)
+        ctx.save_for_forward(index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         index, inverse = ctx.saved_tensors
         return _Reorder.apply(*grads, inverse, index, ctx.dim), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (index,) = ctx.saved_tensors
+        return tangent.index_select(ctx.dim, index)

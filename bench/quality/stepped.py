@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bench.common.sizes import Sizes3
 from bench.quality.variants import Variant
-from vmoba_flex import Selection, Tail, TopK, VMoBAConfig, vmoba_attention, vmoba_selection
+from vmoba_flex import Selection, TopK, VMoBAConfig, vmoba_attention, vmoba_selection
 from vmoba_flex.demo.model import VideoTransformer
 
 
@@ -57,7 +57,8 @@ class _Layer(nn.Module):
 
     def __init__(self, stepped: Stepped, index: int, num_layers: int) -> None:
         super().__init__()
-        self.stepped, self.kind = stepped, stepped.attention.layer(index, num_layers).kind
+        plan = stepped.attention.layer(index, num_layers)
+        self.stepped, self.kind, self.tail = stepped, plan.kind, plan.tail
         self.kept: dict[TopK, Selection] = {}
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, grid: Sizes3) -> Tensor:
@@ -71,11 +72,10 @@ class _Layer(nn.Module):
                     for rule in stepped.later_rules()
                 }
             return vmoba_attention(query, key, value, partition, stepped.rule(stepped.step), dispatch="dense")
-        rule, kept, tail = stepped.rule(stepped.step), None, attention.tail
-        assert tail is None or isinstance(tail, Tail)  # as variants.config makes it
+        rule, kept = stepped.rule(stepped.step), None
         if variant.remembers:
             kept = self.kept[dataclasses.replace(rule, gate="exact")]
         return vmoba_attention(
             query, key, value, partition, None if kept is not None else rule, selection=kept,
-            dispatch=variant.dispatch, backend=attention.backend, tail=tail,
+            dispatch=variant.dispatch, backend=attention.backend, tail=self.tail,
         )  # fmt: skip
