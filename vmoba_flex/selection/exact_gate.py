@@ -12,7 +12,6 @@ from torch import Tensor
 
 from block_masks.launching.device import on_device
 from block_masks.precision import accumulator, without_autocast
-from vmoba_flex.call import scale_of
 from vmoba_flex.groups import group_sizes
 from vmoba_flex.inputs import check_query_key, check_scale, check_text_lengths, under_autocast
 from vmoba_flex.part import Queries
@@ -64,7 +63,8 @@ def block_masses(
     query, key = under_autocast(query, key)
     partition = check_query_key(query, key, partition, None)
     check_text_lengths(text_lengths, query, partition)
-    scale = scale_of(check_scale(scale), query)
+    scale = check_scale(scale)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     return _block_masses(query.detach(), key.detach(), partition.flat, scale, text_lengths)
 
 
