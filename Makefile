@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: clean demo docs format test
+.PHONY: clean demo docs format test test-targets
 
 demo: .venv/demo
 	$(BIN)/vmoba-flex demo
@@ -13,6 +13,10 @@ test: .venv/dev
 	$(BIN)/ruff format --check
 	$(BIN)/basedpyright
 	HYPOTHESIS_PROFILE=ci $(BIN)/pytest -n auto --dist loadgroup
+
+# Compiles the kernels for GPUs that are not here: minutes, and skipped without Triton.
+test-targets: .venv/dev
+	$(BIN)/pytest -n auto -m targets -rs tests/test_targets.py
 
 docs: .venv/dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -17,6 +18,17 @@ from vmoba_flex.groups import block_slots
 from vmoba_flex.selection.tiles import choose_tiles
 
 Path = Callable[[Problem], Tensor]
+
+
+def untraced_flex_attention(*tensors: Tensor, **options: Any) -> Any:
+    """``flex_attention``, not traced where it runs eagerly, by torch's own switch.
+
+    Eager calls trace themselves anew for each shape, which takes a second and runs the same operations.
+    """
+    if torch.compiler.is_compiling():
+        return flex_attention(*tensors, **options)
+    with mock.patch("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True):
+        return flex_attention(*tensors, **options)
 
 
 def through_mask(token_order: str, tile_size: int = 16, choice: str = "token") -> Path:
@@ -36,7 +48,7 @@ def through_mask(token_order: str, tile_size: int = 16, choice: str = "token") -
             inputs = vmoba_inputs(query, key, value, partition, problem.rule, tail=problem.tail, **options)
             key, value, mask, score_mod = inputs
         gqa = {"scale": problem.scale, "enable_gqa": problem.gqa}
-        output = flex_attention(query, key, value, block_mask=mask, score_mod=score_mod, **gqa)
+        output = untraced_flex_attention(query, key, value, block_mask=mask, score_mod=score_mod, **gqa)
         assert isinstance(output, Tensor)
         return partition.to_raster_order(output) if token_order == "block" else output
 
@@ -161,3 +173,38 @@ def assert_equals_dense_masked_attention(path: Path, problem: Problem, upstream:
     low = outputs_and_gradients(functools.partial(low_precision, mask=mask), problem, upstream)
     truth = outputs_and_gradients(functools.partial(exact, mask=mask), problem.to(torch.float64), upstream)
     assert_within_budget(actual, low, truth)
+
+
+def assert_captured_graph_replays(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Callable[[int], list[Tensor]]
+) -> None:
+    """Holds replays of a CUDA graph of output and gradients, with fresh inputs, to eager runs, bit for bit.
+
+    Args:
+        attend: query, key and value -> output.
+        inputs: a seed -> query, key, value and the output's gradient, on a GPU.
+    """
+    *leaves, upstream = inputs(0)
+    for x in leaves:
+        x.requires_grad_()
+
+    def step() -> list[Tensor]:
+        output = attend(*leaves)
+        return [output, *torch.autograd.grad(output, leaves, upstream)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):
+        with torch.no_grad():
+            for target, x in zip((*leaves, upstream), inputs(seed), strict=True):
+                target.copy_(x)
+        graph.replay()
+        for x, y in zip(captured, step(), strict=True):
+            assert torch.equal(x, y)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vmoba_flex import BlockPartition, BySteps, Tail, Threshold, TopK
+from vmoba_flex import BlockPartition, BySteps, Remember, Tail, Threshold, TopK
 from vmoba_flex.call import BACKENDS, DISPATCHES
 from vmoba_flex.config import KINDS, ApproxBlocks, VMoBAConfig
 from vmoba_flex.rules import GATES, NORMALIZE, POOLS, Rule
@@ -110,6 +110,7 @@ def configs(draw: st.DrawFn) -> VMoBAConfig:
     by_kind = st.fixed_dictionaries(dict.fromkeys(sorted(set(cycle)), one))
     rule = draw(one | by_kind | st.lists(one, min_size=12, max_size=12).map(tuple))
     dispatch = draw(st.sampled_from(DISPATCHES))
+    remembers = st.builds(Remember, st.integers(1, 9), st.sampled_from(["device", "cpu"]), st.integers(1, 2**40))
     tails = st.none() | st.builds(Tail, st.integers(1, 64) | st.tuples(sides, sides, sides))
     return VMoBAConfig(
         draw(sides | about),
@@ -122,6 +123,7 @@ def configs(draw: st.DrawFn) -> VMoBAConfig:
         dispatch=dispatch,
         tail=draw(st.none() if dispatch == "dense" else tails | by_steps(tails)),
         backend=draw(st.sampled_from(BACKENDS)),
+        remember=draw(st.none() if dispatch == "dense" else st.none() | remembers),
     )
 
 

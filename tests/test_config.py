@@ -12,9 +12,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.strategies import configs
-from vmoba_flex import BySteps, Tail, Threshold, TopK
+from vmoba_flex import BySteps, Remember, Tail, Threshold, TopK
 from vmoba_flex.approx_blocks import _even_sides
 from vmoba_flex.config import KINDS, ApproxBlocks, Layer, VMoBAConfig
+from vmoba_flex.remember import steps_served
 
 RULE = Threshold(0.25)
 SMALL = VMoBAConfig(2, (2, 3), (1, 2, 3), RULE)
@@ -178,6 +179,12 @@ def test_a_rule_for_each_layer():
             ValueError,
             "rule must have one entry for each layer, num_layers = 3, got 2",
         ),
+        (
+            {"remember": Remember(2)},
+            (0, 3, 1),
+            ValueError,
+            "step and num_steps must be given where remember is, got 1 and None",
+        ),
         ({"dense_layers": [0, 3]}, (0, 3), ValueError, r"dense_layers must lie in .* = -3..2, got 3 in \(0, 3\)"),
         ({"dense_layers": [-4]}, (0, 3), ValueError, r"dense_layers must lie in .* = -3..2, got -4 in \(-4,\)"),
     ],
@@ -272,6 +279,34 @@ def test_paper_settings(grid: tuple[int, int, int], blocks: object, counts: tupl
     assert [about.partition(kind, grid) for kind in KINDS] == [training.partition(kind, grid) for kind in KINDS]
 
 
+@pytest.mark.parametrize("grid", [None, (21, 45, 80)])
+def test_fast_remembers_what_a_dense_quarter_finds(grid: tuple[int, int, int] | None):
+    fast, paper = VMoBAConfig.fast(grid), VMoBAConfig.paper("inference", grid)
+    assert [getattr(fast, kind) for kind in KINDS] == [getattr(paper, kind) for kind in KINDS]
+    layers = [fast.layer(0, 30, step, 40) for step in range(40)]
+    assert [(layer.dense, layer.recalls) for layer in layers] == [(True, False)] * 10 + [(False, True)] * 30
+    assert [len(layer.records) for layer in layers] == [0] * 9 + [2] + [0] * 30
+    assert {layer.rule for layer in layers[10:]} == set(layers[9].records)
+    assert VMoBAConfig.from_json(fast.to_json()) == fast
+
+
+@pytest.mark.parametrize(
+    ("dense_steps", "refresh", "expected"),
+    [
+        (2, None, {1: range(2, 6)}),
+        (2, 2, {1: range(2, 4), 4: range(4, 6)}),
+        (0, 3, {0: range(3), 3: range(3, 6)}),
+        ((1, 2), 1, {0: range(1, 2), 2: range(2, 3), 3: range(3, 4)}),
+        ((0.5, 1), None, {2: range(3, 5)}),
+        (6, None, {}),
+        (9, 2, {}),
+    ],
+)
+def test_which_steps_choose_for_which(dense_steps: Any, refresh: int | None, expected: dict[int, range]):
+    served = {step: steps_served(refresh, dense_steps, step, 6) for step in range(6)}
+    assert {step: steps for step, steps in served.items() if steps} == expected
+
+
 @pytest.mark.parametrize("grid", [None, (13, 30, 52), [13, 30, 52]])
 def test_paper_settings_at_other_grids(grid: tuple[int, int, int] | None):
     about = VMoBAConfig(ApproxBlocks(8), ApproxBlocks(48), ApproxBlocks(72), Threshold(0.25, max_density=0.25))
@@ -305,6 +340,10 @@ def test_paper_settings_at_other_grids(grid: tuple[int, int, int] | None):
         ),
         (lambda: VMoBAConfig.paper("test"), ValueError, "setting must be one of .*'inference'.*, got 'test'"),
         (lambda: VMoBAConfig.paper("training", (1, 2)), ValueError, r"grid must have 3 sizes, got \(1, 2\)"),
+        (lambda: VMoBAConfig.fast((1, 2)), ValueError, r"grid must have 3 sizes, got \(1, 2\)"),
+        (lambda: Remember(0), ValueError, "refresh must be at least 1, got 0"),
+        (lambda: Remember(on="disk"), ValueError, "on must be one of .*, got 'disk'"),
+        (lambda: Remember(max_bytes=0.5), TypeError, "max_bytes must be an int, got 0.5"),
         (lambda: ApproxBlocks(0), ValueError, "count must be at least 1, got 0"),
         (lambda: ApproxBlocks(2.5), TypeError, "count must be an int, got 2.5"),
         (lambda: ApproxBlocks(10**400), ValueError, "count must be below 2..31, got 10000"),
@@ -366,6 +405,10 @@ def test_takes_lists_and_rules_for_kinds_outside_the_cycle():
         ({"rule": BySteps({0: RULE, 2: 2})}, TypeError, "rule must hold TopKs and Thresholds, got 2$"),
         ({"rule": [RULE, None]}, TypeError, "rule must hold TopKs and Thresholds, got None for layer 1"),
         ({"rule": []}, ValueError, r"rule must have one entry for each layer, got \[\]"),
+        ({"remember": True}, TypeError, "remember must be a Remember or None, got True"),
+        ({"remember": Remember()}, ValueError, r"remember must come with dense first steps, .*, or with Remember\("),
+        ({"remember": Remember(), "dense_steps": (0, 2)}, ValueError, r"remember must come .* dense_steps=\(0, 2\)"),
+        ({"remember": Remember(1), "dispatch": "dense"}, ValueError, "remember must be None for dispatch='dense'"),
         ({"tail": 64}, TypeError, "tail must be a Tail or None, or BySteps of these, got 64"),
         ({"tail": BySteps({0: None, 1: 64})}, TypeError, "tail must be a Tail or None, .*, got BySteps"),
         (

@@ -16,18 +16,23 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from vmoba_flex import (
     BlockPartition,
+    Tail,
     Threshold,
     TopK,
     VMoBAAttention,
     VMoBAConfig,
     reference,
+    vmoba_attention,
     vmoba_mask,
     vmoba_selection,
 )
 from vmoba_flex.cli import main
+from vmoba_flex.config import KINDS
 from vmoba_flex.demo import checkpoint, denoise, run
 from vmoba_flex.demo.clip import BUNNY, read_clip
 from vmoba_flex.demo.model import Shape, VideoTransformer, from_patches, rotary_angles, rotate, to_patches
+from vmoba_flex.demo.story import Story
+from vmoba_flex.demo.tailed import TAILED, attention_with_tail, tail_of
 from vmoba_flex.user_error import UserError
 
 GRID = (4, 6, 8)
@@ -259,6 +264,25 @@ def test_measures(inputs: list[run.Inputs], rule: Threshold | TopK):
         assert result.density == pytest.approx(selection.float().mean().item())
         kept = probabilities * reference.attention_mask(selection, result.partition)
         assert result.recall == pytest.approx(kept.sum(-1).mean().item())
+        assert (result.tail is None) == (result.kind not in TAILED) == (result.overlap == result.recall)
+        assert result.recall <= result.overlap <= 1 + 1e-6
+
+
+def test_a_layer_with_a_tail_attends_as_vmoba_attention_does(inputs: list[run.Inputs]):
+    for layer, kind in enumerate(("1D", "2D", "3D")):
+        partition = CONFIG.partition(KINDS[layer], GRID)
+        attention = attention_with_tail(CONFIG, layer, 3, kind)
+        expected = vmoba_attention(*inputs[layer], partition, CONFIG.rule, dispatch="packed", tail=tail_of(kind))
+        assert torch.equal(attention(*inputs[layer], GRID), expected)
+
+
+def test_cells_have_the_mean_colour_of_their_tokens():
+    partition, tail = CONFIG.partition("spatiotemporal", GRID), Tail((2, 2, 3))
+    story = mock.Mock(grid=GRID, frames=torch.rand(4, 3, 6 * 8, 8 * 8), spec=Story)
+    colours = Story.as_cells(story, mock.Mock(partition=partition, tail=tail))
+    tokens = story.frames.unflatten(3, (8, 8)).unflatten(2, (6, 8)).mean((3, 5)).movedim(1, -1)
+    corner = colours[:2, :2, :3]
+    torch.testing.assert_close(corner, tokens[:2, :2, :3].mean((0, 1, 2)).expand_as(corner))
 
 
 def test_attention_of_one_query(inputs: list[run.Inputs]):
@@ -288,8 +312,8 @@ def test_demo_from_command_to_picture(tmp_path: Path, capsys: pytest.CaptureFixt
     assert width == 1760
     assert 1500 < height < 2500
     report = capsys.readouterr().out.splitlines()
-    assert [line.count(" dB to ") for line in report[2:5]] == [1, 2, 1]
-    assert [line.split()[1] for line in report[6:14]] == ["kind", "full", *("1D", "2D", "3D") * 2]
+    assert [line.count(" dB to ") for line in report[2:6]] == [1, 2, 2, 1]
+    assert [line.split()[1] for line in report[7:15]] == ["kind", "full", *("1D", "2D", "3D") * 2]
 
 
 @pytest.mark.usefixtures("eager")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from block_masks.launching import architecture
 from block_masks.plans.rows import TILE
 from vmoba_flex import BlockPartition, Tail, Threshold, TopK, vmoba_attention, vmoba_selection
 from vmoba_flex.dispatch.choose import choose_backend, choose_dispatch, dense_seconds, packed_share
@@ -143,6 +144,41 @@ def test_the_estimated_cost_of_a_tail_is_what_was_measured(mode: str, backward: 
     estimated = 1e3 * (shares[0] - shares[1]) * dense_seconds(12, partition.num_tokens, 128, backward)
     assert estimated == pytest.approx(sum(added) / len(added), rel=0.02)
     assert all(estimated == pytest.approx(each, rel=0.3) for each in added)
+
+
+def test_full_attention_on_gpus_older_than_the_kernels(caplog: pytest.LogCaptureFixture):
+    partition = BlockPartition((1, 1, 110_592), (1, 1, 2304))
+    with (
+        FakeTensorMode(),
+        mock.patch("torch.cuda.device_count", return_value=1),
+        mock.patch("torch.cuda.get_device_capability", return_value=(7, 5)),
+        mock.patch("torch.cuda.get_device_name", return_value="a T4"),
+    ):
+        query = torch.empty(1, 12, 110_592, 128, device="cuda", dtype=torch.float16)
+        for _ in range(2):
+            assert choose_dispatch(query, query, query, partition, TopK(9)) == "dense"
+        assert choose_backend("auto", "dense", query, query, query, partition) == "triton"
+        with pytest.raises(ValueError, match=r"compute capability 8.0 .* unless dispatch='dense', got a T4 with 7.5"):
+            choose_backend("auto", "packed", query, query, query, partition)
+    assert caplog.text.count("full attention: the device must have") == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((8, 0), "sm80"), ((8, 6), "sm86"), ((8, 7), "sm80"), ((8, 9), "sm86"), ((9, 0), "sm90"), ((10, 0), "sm100"),
+     ((10, 3), "sm100"), ((11, 0), "sm100"), ((12, 0), "sm120"), ((12, 1), "sm120"), ((13, 0), "sm120")],
+)  # fmt: skip
+def test_architectures(capability: tuple[int, int], expected: str):
+    assert architecture.nvidia(*capability) == expected
+
+
+def test_amds_capabilities_are_none_of_nvidias():
+    assert [architecture.amd(name) for name in ("gfx942:sramecc+:xnack-", "gfx90a", "gfx1100", "gfx1201")] == [
+        *["cdna"] * 2, *["rdna"] * 2
+    ]  # fmt: skip
+    with mock.patch("torch.version.hip", "7.0"), mock.patch("torch.cuda.get_device_capability", return_value=(9, 4)):
+        assert not architecture.is_hopper(0)
+        assert architecture.refusal(0) is None
 
 
 @pytest.mark.parametrize("pool", POOLS)

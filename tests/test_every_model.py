@@ -213,6 +213,10 @@ MODES: dict[str, tuple[dict[str, Any], str]] = {
     "z-image": ({"x": [torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 4)]}, "images of one size"),
     "cosmos-3": ({"vision_token_shapes": [(1, 4, 4), (1, 4, 4)]}, "those of one video"),
     "minimax-h3": ({"audio_indices": torch.arange(9, 14)}, "position ids must be those of a grid"),
+    "allegro": (
+        {"attention_mask": torch.ones(2, 3, 8, 8)},
+        "attention_mask must be None with VMoBA applied to Allegro",
+    ),
     "ltx-2": ({"video_self_attention_mask": torch.rand(2, 48, 48)}, "attention_mask must be None"),
 }
 
@@ -224,4 +228,18 @@ def test_modes_that_cannot_be_sparse_say_why(name: str):
     model, inputs = MODELS[name].build(), MODELS[name].inputs() | arguments
     apply_vmoba(model, config_of(MODELS[name], TopK(1)))
     with pytest.raises(ValueError, match=said):
+        model(**inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["minimax-h3", "helios"])
+def test_ranks_cannot_share_other_tokens(name: str):
+    """There are plans for these models, so only the forward can tell."""
+    model, inputs = MODELS[name].build(), MODELS[name].inputs()
+    handle = apply_vmoba(model, config_of(MODELS[name], TopK(1)))
+    for processor in handle.states()["model"].processors:
+        processor.ranks = types.SimpleNamespace(size=2)
+    with pytest.raises(
+        ValueError, match=r"context parallelism must be off .* where other tokens attend with the video"
+    ):
         model(**inputs)

@@ -1,5 +1,7 @@
 """The check of FlashAttention-4: what it asks for, and that it comes out the same wherever the first call stands."""
 
+import logging
+import warnings
 from unittest import mock
 
 import pytest
@@ -9,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from block_masks.attention import flash_check
 from block_masks.attention.flash_check import undisturbed
+from block_masks.attention.flash_warning import ignore_its_warning
 
 
 def gradient() -> Tensor:
@@ -80,9 +83,37 @@ def test_only_gradients_are_not_deterministic(backward: bool):
 
 
 @pytest.mark.usefixtures("a_hopper_gpu")
-@pytest.mark.parametrize(("error", "refused"), [(2.0, False), (2.1, True), (float("inf"), True)])
-def test_it_is_refused_where_it_is_off(error: float, refused: bool):
-    with mock.patch.object(flash_check, "_worst_error", return_value=error):
-        said = flash_check.refusal(0, torch.float16, 128, 128, False, True)
-    assert (said is not None) == refused
-    assert said is None or f"{error:.1f} times" in said
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(2.0, None), (2.1, "2.1 times"), (float("inf"), "inf times"), ("KeyError: x", "KeyError: x")],
+)
+def test_it_is_refused_where_it_is_off_and_the_log_says_why_once(
+    error: float | str, words: str | None, caplog: pytest.LogCaptureFixture
+):
+    flash_check._log.cache_clear()
+    with mock.patch.object(flash_check, "_worst_error", return_value=error), caplog.at_level(logging.INFO):
+        said = [flash_check.refusal(0, torch.float16, 128, 128, False, True) for _ in range(2)]
+    assert said[0] == said[1]
+    assert len(caplog.records) == (words is not None)
+    if words is None:
+        assert said[0] is None
+    else:
+        assert words in said[0]
+        assert said[0] in caplog.text
+        assert caplog.records[0].levelno == logging.WARNING
+
+
+def test_that_it_is_not_installed_is_no_warning(caplog: pytest.LogCaptureFixture):
+    flash_check._log.cache_clear()
+    with mock.patch.object(flash_check, "_version", return_value=None), caplog.at_level(logging.INFO):
+        assert flash_check.refusal(0, torch.float16, 128, 128, False, True) == "flash-attn-4 is not installed"
+    assert [record.levelno for record in caplog.records] == [logging.INFO]
+
+
+def test_its_warning_of_each_kernel_does_not_reach_users():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ignore_its_warning.__wrapped__()
+        warnings.warn("Argument aux_data (position 19) cannot be converted to a JitArgument", UserWarning, stacklevel=1)
+        warnings.warn("Argument of ours", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["Argument of ours"]

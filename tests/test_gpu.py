@@ -14,6 +14,7 @@ from block_masks import plan_slots, slot_mask, tile_lists
 from block_masks.attention import row_steps
 from block_masks.plans.slots import SLOT_TENSORS
 from tests.paths import (
+    assert_captured_graph_replays,
     assert_equals_dense_masked_attention,
     assert_within_budget,
     exact,
@@ -529,29 +530,8 @@ def fresh_inputs(partition: BlockPartition, seed: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dispatch", CAPTURED)
 def test_a_captured_graph_replays_with_fresh_inputs(dispatch: str):
     partition, rule = CASES["spatial"][0], CAPTURED[dispatch]
-    *inputs, upstream = fresh_inputs(partition, 0)
-    leaves = [x.requires_grad_() for x in inputs]
-
-    def step() -> list[torch.Tensor]:
-        output = vmoba_attention(*leaves, partition, rule, dispatch=dispatch, backend="triton")
-        return [output, *torch.autograd.grad(output, leaves, upstream)]
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for seed in (1, 2):
-        with torch.no_grad():
-            for target, x in zip((*leaves, upstream), fresh_inputs(partition, seed), strict=True):
-                target.copy_(x)
-        graph.replay()
-        for x, y in zip(captured, step(), strict=True):
-            assert torch.equal(x, y)
+    attend = functools.partial(vmoba_attention, partition=partition, rule=rule, dispatch=dispatch, backend="triton")
+    assert_captured_graph_replays(attend, functools.partial(fresh_inputs, partition))
 
 
 @pytest.mark.parametrize("dispatch", CAPTURED)

@@ -1,6 +1,7 @@
 """The tail on a CUDA GPU: its kernels, every dispatch and backend, graphs, and the plain way compiled."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from block_masks import CoarseKeys
 from block_masks.attention import coarse_steps
-from tests.paths import assert_within_budget, outputs_and_gradients, shared_selection
+from tests.paths import assert_captured_graph_replays, assert_within_budget, outputs_and_gradients, shared_selection
 from tests.strategies import Problem
 from tests.test_gpu import CASES, PATHS, compiled, fresh_inputs, problem, tile_size
 from tests.test_tail import exactly, roughly, upstream_of
@@ -164,26 +165,6 @@ def test_non_finite_values_stay_in_their_sample(bad: float, path: str):
 @pytest.mark.parametrize("dispatch", ["packed", "tiles", "shared"])
 def test_a_captured_graph_replays_with_fresh_inputs(dispatch: str):
     partition = CASES["spatial"][0]
-    *inputs, upstream = fresh_inputs(partition, 0)
-    leaves = [x.requires_grad_() for x in inputs]
-
-    def step() -> list[torch.Tensor]:
-        output = vmoba_attention(*leaves, partition, TopK(2), dispatch=dispatch, backend="triton", tail=Tail((2, 3, 2)))
-        return [output, *torch.autograd.grad(output, leaves, upstream)]
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for seed in (1, 2):
-        with torch.no_grad():
-            for target, x in zip((*leaves, upstream), fresh_inputs(partition, seed), strict=True):
-                target.copy_(x)
-        graph.replay()
-        for x, y in zip(captured, step(), strict=True):
-            assert torch.equal(x, y)
+    options = {"dispatch": dispatch, "backend": "triton", "tail": Tail((2, 3, 2))}
+    attend = functools.partial(vmoba_attention, partition=partition, rule=TopK(2), **options)
+    assert_captured_graph_replays(attend, functools.partial(fresh_inputs, partition))

@@ -108,6 +108,18 @@ def test_a_processor_that_would_stay_dense_is_refused(processor: type, missing: 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("option", [{"is_causal": True}, {"scale": 0.5}, {"dropout_p": 0.1}])
+def test_a_call_that_would_not_be_as_asked_is_an_error(option: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    model, inputs = WAN.build(), WAN.inputs()
+    apply_vmoba(model, SPARSE)
+    module: Any = __import__(type(model).__module__, fromlist=["x"])
+    stock = module.dispatch_attention_fn
+    monkeypatch.setattr(module, "dispatch_attention_fn", lambda *args, **options: stock(*args, **options | option))
+    with pytest.raises(ValueError, match="without dropout, scale and order with VMoBA applied"):
+        run(model, inputs)
+
+
+@torch.no_grad()
 def test_a_call_that_hands_over_no_layer_is_an_error(monkeypatch: pytest.MonkeyPatch):
     model, inputs = WAN.build(), WAN.inputs()
     apply_vmoba(model, VMoBAConfig(1, (2, 3), (2, 2, 3), TopK(2)))

@@ -24,10 +24,10 @@ ORDER = {
     "block_masks": ["checks", "precision", "launching", "plans", "masks", "attention", "block_masks"],
     "vmoba_flex": [
         *("reference_gates", "reference", "version", "user_error"),
-        *("checks", "partition", "approx_blocks", "tail", "cell_kernels", "cells", "rules", "warmup"),
+        *("checks", "reorder", "partition", "approx_blocks", "tail", "cell_kernels", "cells", "rules", "warmup"),
         *("part", "groups", "inputs", "collectives"),
         *("selection", "call", "mask", "flex_inputs", "stats", "dispatch", "distributed", "attention"),
-        *("paper", "dense_schedule", "by_steps", "layer", "config_fields", "config_json", "config"),
+        *("paper", "dense_schedule", "by_steps", "remember", "fast", "layer", "config_fields", "config_json", "config"),
         *("module", "models", "vmoba_flex"),
         *("insight", "demo", "arguments", "cli"),
     ],

@@ -14,12 +14,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.strategies import Problem, problems
-from vmoba_flex import BlockPartition, BySteps, Tail, Threshold, TopK, VMoBAConfig, reference, vmoba_selection
+from tests.paths import attend
+from tests.strategies import Problem
+from tests.test_tail import tailed
+from vmoba_flex import (
+    BlockPartition,
+    BySteps,
+    Tail,
+    Threshold,
+    TopK,
+    VMoBAConfig,
+    block_masses,
+    reference,
+    vmoba_selection,
+)
 from vmoba_flex.dispatch.choose import choose_dispatch
 from vmoba_flex.insight import Record, Timing, break_even, calibrate, crossover, inspect, load, save
 from vmoba_flex.insight.calibrate import MARGIN, _auto_is_packed
-from vmoba_flex.insight.measure import best_choice, layer_of, own_blocks, recall_of, sample_rows, true_mass
+from vmoba_flex.insight.masses import best_choice, entropy_of, overlap_of, recall_of, true_mass
+from vmoba_flex.insight.measure import layer_of, own_blocks, sample_rows
 from vmoba_flex.user_error import UserError
 
 GRID = (4, 6, 8)
@@ -38,23 +51,50 @@ def record(layer: int = 0, seed: int = 0, **facts) -> Record:
     return Record(3 * query, key, CONFIG.partition(kind, GRID), kind=kind, layer=layer, **facts)
 
 
-@given(problems())
-def test_reports_are_those_of_dense_attention(problem: Problem):
+@given(tailed(), st.booleans())
+def test_reports_are_those_of_dense_attention(problem: Problem, with_tail: bool):
     problem = dataclasses.replace(problem, query=problem.query[:1], key=problem.key[:1])
     one, partition = record_of(problem), problem.partition
     lengths = None if one.text_length is None else torch.tensor([one.text_length])
     selection = vmoba_selection(problem.query, one.key[None], partition, problem.rule)
     there = reference.attention_mask(torch.ones_like(selection), partition, lengths)
-    scores = one.query.double() @ one.key.double().mT / math.sqrt(one.query.shape[-1])
-    shares = scores.masked_fill(~there[0], -torch.inf).softmax(-1)
+    # With the identity as value, an output is the weight of each key, and a cell spreads its own over its tokens.
+    key, value = one.key[None], torch.eye(partition.num_tokens).expand(1, len(one.key), -1, -1)
+    shares, mask = (
+        reference.attention(one.query[None], key, value, there)[0][0],
+        reference.attention_mask(selection, partition, lengths),
+    )
     video = slice(partition.prefix, partition.prefix + partition.num_video_tokens)
-    kept = (shares * reference.attention_mask(selection, partition, lengths)[0]).sum(-1)[:, video].mean(-1)
+    kept = (shares * mask[0]).sum(-1)[:, video].mean(-1)
     entropy = torch.special.entr(shares).sum(-1)[:, video].mean(-1)
-    for head, report in enumerate(inspect([one], problem.rule, rows=10_000)):
+    cells, tail = (key, value, mask, None), None
+    if with_tail:
+        tail = problem.tail
+        assert tail is not None
+        cells = reference.with_cells(key, value, selection, mask, partition, tail.cell_of(partition))
+    weights = reference.attention(one.query[None], cells[0], cells[1], cells[2], bias=cells[3])[0][0]
+    overlap = torch.minimum(weights, shares).sum(-1)[:, video].mean(-1)
+    for head, report in enumerate(inspect([one], problem.rule, tail=tail, rows=10_000)):
         assert report.head == head
         assert report.density == pytest.approx(selection[0, head].float().mean().item())
         assert report.recall == pytest.approx(kept[head].item(), abs=1e-5)
+        assert report.overlap == pytest.approx(overlap[head].item(), abs=1e-5)
+        assert report.overlap == report.recall or with_tail
         assert report.entropy == pytest.approx(entropy[head].item(), abs=1e-4)
+
+
+@given(tailed())
+def test_overlap_bounds_the_error_of_outputs(problem: Problem):
+    problem = dataclasses.replace(
+        problem, query=problem.query[:1], key=problem.key[:1], value=problem.value[:1], text_lengths=None, scale=None
+    )
+    one, partition = record_of(problem), problem.partition
+    rows = torch.arange(partition.num_video_tokens)
+    selection = vmoba_selection(problem.query, one.key[None], partition, problem.rule)
+    overlap = overlap_of(one, partition, rows, selection[0], problem.tail)
+    full = attend(dataclasses.replace(problem, tail=None), dispatch="dense")
+    off = (attend(problem, dispatch="packed") - full).abs().amax(-1)[0, :, partition.prefix :][:, : len(rows)]
+    assert (off <= 2 * (1 - overlap) * problem.value.abs().max() + 1e-5).all()
 
 
 @given(st.data())
@@ -83,11 +123,14 @@ def test_samples_are_seeded_and_mass_takes_them_in_parts(monkeypatch: pytest.Mon
     rows = sample_rows(one.partition, 50, seed=1)
     assert len(rows.unique()) == 50 and torch.equal(rows, sample_rows(one.partition, 50, seed=1))
     assert not torch.equal(rows, sample_rows(one.partition, 50, seed=2))
-    mass, entropy = true_mass(one, one.partition, rows)
-    monkeypatch.setattr("vmoba_flex.insight.measure._LOGITS", 7 * one.query.shape[1])
-    parts, entropy_in_parts = true_mass(one, one.partition, rows)
-    torch.testing.assert_close(parts, mass)
-    torch.testing.assert_close(entropy_in_parts, entropy)
+    mass, entropy = true_mass(one, one.partition, rows), entropy_of(one, one.partition, rows)
+    torch.testing.assert_close(mass, block_masses(one.query[None], one.key[None], one.partition)[0, :, rows])
+    monkeypatch.setattr("vmoba_flex.insight.masses._LOGITS", 7 * one.query.shape[1])
+    torch.testing.assert_close(entropy_of(one, one.partition, rows), entropy)
+    chosen = own_blocks(one.partition, mass.device)[rows].expand(2, -1, -1)
+    overlap = overlap_of(one, one.partition, rows, chosen, Tail(8))
+    monkeypatch.undo()
+    torch.testing.assert_close(overlap, overlap_of(one, one.partition, rows, chosen, Tail(8)))
     assert mass.sum(-1).allclose(torch.ones(()))
     assert own_blocks(one.partition, mass.device)[rows].sum() == 50
 
@@ -152,7 +195,7 @@ def test_a_record_prints_shapes_and_no_values():
 )
 def test_a_record_is_dense_where_its_config_is(dense: Any, num_layers: int | None, expected: bool):
     config = dataclasses.replace(CONFIG, dense_layers=dense)
-    _, _, rule = layer_of(record(1, num_layers=num_layers), config)
+    _, _, rule, _ = layer_of(record(1, num_layers=num_layers), config)
     assert (rule is None) == expected
 
 
@@ -225,6 +268,45 @@ def test_calibrate_reaches_the_wanted_recall_on_held_out_frames(trained: dict[st
         recalls = [report.recall for report in reports if report.kind == one.kind]
         assert sum(recalls) / len(recalls) == pytest.approx(0.85, abs=0.02)
         assert 0 < one.density < 1
+
+
+def test_calibrate_reaches_a_wanted_overlap_at_fewer_pairs_than_recall():
+    config = dataclasses.replace(CONFIG, cycle=("spatial",), tail=Tail(4))
+    records = [dataclasses.replace(record(1, seed), layer=0) for seed in range(2)]
+    _, (by_recall,) = calibrate(records, config, recall=0.8)
+    found, (by_overlap,) = calibrate(records, config, overlap=0.8)
+    assert 0 <= by_overlap.overlap - 0.8 <= 0.02
+    assert by_overlap.recall < 0.8 <= by_recall.recall < by_recall.overlap
+    assert by_overlap.density < by_recall.density
+    assert found.tail == Tail(4)
+    reports = inspect(records, found)
+    assert sum(report.overlap for report in reports) / len(reports) == pytest.approx(by_overlap.overlap, abs=1e-5)
+    _, (without,) = calibrate(records, dataclasses.replace(config, tail=None), recall=0.8)
+    assert without.overlap == without.recall
+    with pytest.raises(ValueError, match="tail must be None next to a config, which has its own, got Tail"):
+        inspect(records, found, tail=Tail(4))
+
+
+def test_calibrate_compares_gates_and_keeps_the_best():
+    config = dataclasses.replace(CONFIG, rule=Threshold(0.5, normalize="softmax", pool="query"), cycle=("spatial",))
+    records = [dataclasses.replace(record(1, seed), layer=0) for seed in range(2)]
+    for wanted in ({"recall": 0.7}, {"density": 0.3}):
+        kept, found = calibrate(records, config, gates=("mean", "spread", "exact"), **wanted)
+        mean_gate, spread, exact = found
+        assert [one.rule.gate for one in found] == ["mean", "spread", "exact"]
+        assert [one.kept for one in found] == [False, False, True]  # nothing beats the masses themselves
+        assert isinstance(kept.rule, Mapping) and kept.rule["spatial"] == exact.rule
+        (alone,) = calibrate(records, config, **wanted)[1]
+        assert alone == mean_gate._replace(kept=True)
+        if "recall" in wanted:
+            assert exact.density < min(mean_gate.density, spread.density)
+        else:
+            assert exact.overlap > max(mean_gate.overlap, spread.overlap)
+    # What the exact gate chooses is the best choice of as many pairs.
+    report = inspect(records[:1], TopK(2, gate="exact"), rows=10_000)[0]
+    assert report.recall == pytest.approx(report.best_recall, abs=1e-6)
+    with pytest.raises(ValueError, match=r"gates must be one of .* got 'median'"):
+        calibrate(records, config, recall=0.5, gates=("median",))
 
 
 def test_calibrate_reaches_a_wanted_density():
@@ -320,8 +402,9 @@ def test_calibrate_moves_top_k_in_whole_blocks():
 @pytest.mark.parametrize(
     ("records", "options", "message"),
     [
-        ([record()], {}, "exactly one of recall and density must be given, got None and None"),
-        ([record()], {"recall": 0.5, "density": 0.5}, "exactly one of recall and density"),
+        ([record()], {}, "exactly one of recall, overlap and density must be given, got recall=None, "),
+        ([record()], {"recall": 0.5, "density": 0.5}, "exactly one of recall, overlap and density"),
+        ([record()], {"overlap": 1.5}, r"overlap must lie in \(0, 1\], got 1.5"),
         ([record()], {"recall": 1.5}, r"recall must lie in \(0, 1\], got 1.5"),
         ([record()], {"density": 0.0}, r"density must lie in \(0, 1\], got 0.0"),
         ([record()], {"recall": 0.5, "rows": 0}, "rows must be at least 1, got 0"),

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.test_insight import CONFIG, record
-from vmoba_flex import Threshold, VMoBAConfig
+from vmoba_flex import Tail, Threshold, VMoBAConfig
 from vmoba_flex.cli import main
 from vmoba_flex.insight import save
 
@@ -47,6 +47,25 @@ def test_inspect(here: Path, capsys: pytest.CaptureFixture[str]):
     assert matplotlib.image.imread(here / "i.png").shape[1] == 1320
 
 
+def test_what_a_tail_adds_is_told(here: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["ok.safetensors", "--density", "0.2", "--pool", "query", "--tail", "4", "--gate", "spread"]
+    assert main(["inspect", *options, "--json", "i.json", "--plot", "i.png"]) == 0
+    results = json.loads((here / "i.json").read_text())
+    assert results["tail"] == "Tail(cell=4)"
+    assert all(head["recall"] < head["overlap"] < 1 for head in results["heads"])
+    config = ["--output", "c.json", "--tail", "4", "--rows", "16", "--gates", "exact"]
+    capsys.readouterr()
+    assert main(["calibrate", "ok.safetensors", "--recall", "0.8", *config]) == 0
+    assert capsys.readouterr().out.count("gate='exact'") == 3
+    found = VMoBAConfig.from_json((here / "c.json").read_text())
+    assert found.tail == Tail(4)
+    assert isinstance(found.rule, Mapping) and all(rule.gate == "exact" for rule in found.rule.values())
+    for what, wide in (("choice", 1), ("density", 1400)):  # a panel more
+        rule = ["--density", "0.2", "--pool", "query", "--tail", "4"]
+        assert main(["plot", "ok.safetensors", "--output", f"{what}.png", "--what", what, *rule]) == 0
+        assert matplotlib.image.imread(here / f"{what}.png").shape[1] > wide
+
+
 @pytest.mark.parametrize("base", [[], ["--config", "ok.json"]])
 def test_calibrate(here: Path, base: list[str], capsys: pytest.CaptureFixture[str]):
     assert main(["calibrate", "ok.safetensors", "--recall", "0.8", "--output", "c.json", *base]) == 0
@@ -74,7 +93,7 @@ def test_plot(here: Path, options: list[str]):
 
 def test_bench(here: Path, capsys: pytest.CaptureFixture[str]):
     options = ["--tokens", "512", "1024", "--heads", "1", "--head-dim", "8", "--density", "0.25", "--pool", "query"]
-    assert main(["bench", *options, "--json", "b.json", "--plot", "b.png"]) == 0
+    assert main(["bench", *options, "--tail", "16", "--json", "b.json", "--plot", "b.png"]) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert lines[1] == "1,024 tokens: timed at 8x11x11 = 968, the nearest with square frames."
@@ -82,7 +101,8 @@ def test_bench(here: Path, capsys: pytest.CaptureFixture[str]):
     assert [line.partition(":")[0] for line in captured.err.splitlines()] == [
         f"{tokens} tokens, {direction}" for tokens in (512, 968) for direction in ("forward", "forward + backward")
     ]
-    assert len(json.loads((here / "b.json").read_text())["timings"]) == 4
+    results = json.loads((here / "b.json").read_text())
+    assert (len(results["timings"]), results["tail"]) == (4, "Tail(cell=16)")
     assert matplotlib.image.imread(here / "b.png").shape[1] > 1000
 
 
@@ -99,6 +119,8 @@ OK = "ok.safetensors"
         ("inspect keys.safetensors", "keys.safetensors holds records that do not fit together"),
         ("inspect new.safetensors", "has version 2 of its format, not 1"),
         (f"inspect {OK} --rows 0", "rows must be at least 1, got 0"),
+        (f"inspect {OK} --tail 0", "cell must be at least 1, got 0"),
+        (f"inspect {OK} --config ok.json --tail 4", "--tail 4 has no effect with --config ok.json"),
         (f"inspect {OK} --tau 1.5", "tau must lie in (0, 1], got 1.5"),
         (f"inspect {OK} --config missing.json", "cannot read missing.json"),
         (f"inspect {OK} --config text.json", "text.json is no VMoBAConfig"),

@@ -1,6 +1,7 @@
 """``QuickLaunch`` with a stand-in for Triton: when a kernel's compiled form is taken again, and how it is launched."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -81,3 +82,13 @@ def test_tritons_interpreter_compiles_nothing():
     for _ in range(3):
         launch(quick, X, 7, 0.5)
     assert (kernel.launches, kernel.quick) == (3, [])
+
+
+@pytest.mark.parametrize(("amd", "launches"), [(True, 2), (False, 1)])
+def test_a_buffer_of_two_gigabytes_takes_another_kernel_on_amd_only(amd: bool, launches: int):
+    kernel = Kernel()
+    quick = QuickLaunch(kernel)
+    with mock.patch("block_masks.launching.launch._SEES_BUFFERS", amd):
+        for size in (2**31 - 1, 2**31):
+            launch(quick, torch.empty(size, dtype=torch.uint8, device="meta"), 7, 0.5)
+    assert kernel.launches == launches

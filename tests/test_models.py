@@ -346,6 +346,8 @@ class TestAdapters:
             register_adapter("WanTransformer3DModel", adapters._ADAPTERS["WanTransformer3DModel"])
         with pytest.raises(TypeError, match="adapter must be an Adapter, got int"):
             register_adapter("OwnVideoModel", 3)
+        with pytest.raises(TypeError, match=r"layers must be a tuple of paths such as .blocks.\*.attn1., got 'blocks'"):
+            adapters.Adapter("blocks", lambda model, arguments: (1, 1, 1))  # pyright: ignore
         with pytest.raises(TypeError, match="class_name must be a str"):
             register_adapter(nn.Linear, adapters._ADAPTERS["WanTransformer3DModel"])
 

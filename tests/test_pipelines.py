@@ -5,7 +5,7 @@ import copy
 import gc
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -292,6 +292,39 @@ def test_steps_are_those_of_the_pipeline_that_runs(other: str, ran: bool):
     del pipe
     gc.collect()
     assert dense_steps_of(second) == FIRST_QUARTER
+
+
+def test_a_modular_pipeline_gives_its_steps():
+    from diffusers.modular_pipelines import SequentialPipelineBlocks
+    from diffusers.modular_pipelines.wan import before_denoise, denoise
+
+    class Blocks(SequentialPipelineBlocks):
+        block_classes: ClassVar[list[Any]] = [
+            before_denoise.WanTextInputStep,
+            before_denoise.WanSetTimestepsStep,
+            before_denoise.WanPrepareLatentsStep,
+            denoise.WanDenoiseStep,
+        ]
+        block_names: ClassVar[list[str]] = ["text", "timesteps", "latents", "denoise"]
+
+    pipe: Any = Blocks().init_pipeline()
+    pipe.update_components(transformer=WAN.build(), scheduler=SCHEDULERS["UniPC"]())
+    pipe.set_progress_bar_config(disable=True)
+    apply_vmoba(pipe, QUARTER)
+    calls: list[bool] = []
+    pipe.transformer.register_forward_hook(lambda model, *_: calls.append(WAN.attentions(model)[0].processor.dense))
+    frames, height, width = GRID
+    pipe(
+        latents=torch.randn(1, 4, frames, 2 * height, 2 * width),
+        prompt_embeds=torch.randn(1, 5, TEXT_DIM),
+        negative_prompt_embeds=torch.randn(1, 5, TEXT_DIM),
+        num_frames=4 * (frames - 1) + 1,
+        height=16 * height,
+        width=16 * width,
+        num_inference_steps=STEPS,
+        output="latents",
+    )
+    assert calls[::2] == calls[1::2] == FIRST_QUARTER
 
 
 def test_two_pipelines_in_two_threads_count_their_own_steps():

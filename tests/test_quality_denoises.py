@@ -10,11 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from bench.attention.checks import chosen_blocks
-from bench.quality import clips, denoise_report, denoises, fidelity, study, variants
+from bench.models.report import FORWARD
+from bench.quality import clips, denoise_report, denoises, fidelity, study
+from bench.quality.denoise_speed import Times, variant_of
+from bench.quality.stepped import Stepped
 from bench.quality.train import loss_of
-from bench.quality.variants import CYCLES, DENSITIES, MAIN_SETTING, SMALL_SETTING, VARIANTS, WITHOUT_TAIL, config, full
+from bench.quality.variants import (
+    CYCLES,
+    DENSE_STEPS,
+    DENSITIES,
+    FIRST,
+    MAIN_SETTING,
+    PARTS,
+    PLAIN,
+    SMALL_SETTING,
+    Variant,
+    cases,
+    config,
+    full,
+)
 from bench.quality.windows import Windows
-from vmoba_flex import Tail, TopK, vmoba_attention
+from vmoba_flex import TopK, block_masses, vmoba_attention, vmoba_selection
 from vmoba_flex.demo.denoise import frames_of, psnr
 from vmoba_flex.demo.model import VideoTransformer
 from vmoba_flex.demo.run import recall
@@ -48,34 +64,70 @@ def reference(frames: dict[str, Tensor], lively: VideoTransformer) -> fidelity.R
     return fidelity.Reference(lively, full(SMALL_SETTING), Windows(frames, *SMALL_SETTING.size.pixels), GRID)
 
 
+def stepped(variant: Variant, density: float, cycle: str = "cubes") -> Stepped:
+    return Stepped(variant, config(variant, cycle, density, SMALL_SETTING, "cpu"), fidelity.STEPS)
+
+
 def test_the_study_is_what_is_claimed():
-    assert (fidelity.LEVEL, fidelity.STEPS, fidelity.DENSE_STEPS, len(fidelity.NOISE_SEEDS)) == (0.9, 20, 5, 2)
+    assert (fidelity.LEVEL, fidelity.STEPS, DENSE_STEPS, len(fidelity.NOISE_SEEDS)) == (0.9, 20, 5, 2)
     assert DENSITIES == (0.25, 0.125, 0.083, 0.0625, 0.03)
     assert MAIN_SETTING.cell == (2, 3, 6)
     counts = []
     for kind in CYCLES["cycle"]:
-        partition = config("plain", "cycle", 0.25, MAIN_SETTING, "cuda").partition(kind, MAIN_SETTING.size.grid)
+        partition = config(PLAIN, "cycle", 0.25, MAIN_SETTING, "cuda").partition(kind, MAIN_SETTING.size.grid)
         counts.append(partition.num_blocks)
         for setting in (MAIN_SETTING, SMALL_SETTING):
-            block = config("plain", "cycle", 0.25, setting, "cpu").partition(kind, setting.size.grid).block
+            block = config(PLAIN, "cycle", 0.25, setting, "cpu").partition(kind, setting.size.grid).block
             assert all(cell <= side for cell, side in zip(setting.cell, block, strict=True))
     assert counts == [8, 48, 72]
     cubes = [TopK(density=density).blocks_per_query(72) for density in DENSITIES]
     assert cubes == [18, 9, 6, 5, 2]  # each density is another choice
-    for variant, other in WITHOUT_TAIL.items():
-        assert VARIANTS[variant].keys() - VARIANTS[other].keys() == {"tail"}
+    found = [(part, variant, density) for part in PARTS for variant, density in cases(part)]
+    assert len({(variant.name, density) for _, variant, density in found}) == len(found)  # a row's id
+    parts = {part: [variant for where, variant, _ in found if where == part] for part in PARTS}
+    assert len(parts["tail"]) == 4 * len(DENSITIES)
+    assert {variant.gate for variant in parts["gates"]} == {"cells", "spread", "exact"}
+    assert {variant.dense for variant in parts["remembered"]} == {1, 2, 5}
+    assert all(variant.every for variant in parts["again"]) and all(variant.falls for variant in parts["falling"])
+    assert all({"packed", "shared"} == {variant.dispatch for variant in parts[part]} for part in PARTS[:-1])
 
 
-def test_a_variant_with_a_tail_says_so_or_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(variants, "takes_tail", lambda: False)
-    with pytest.raises(NotImplementedError, match="takes no tail"):
-        config("tail", "cycle", 0.25, MAIN_SETTING, "cpu")
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(variants, "takes_tail", lambda: True)
-    monkeypatch.setattr(variants, "VMoBAConfig", lambda *args, **arguments: given.update(arguments))
-    config("shared, tail", "cubes", 0.125, MAIN_SETTING, "cuda")
-    tail = Tail(cell=(2, 3, 6))
-    assert given == {"dispatch": "shared", "tail": tail, "cycle": ("spatiotemporal",), "backend": "triton"}
+def test_variants_say_what_each_step_does():
+    again = Variant("shared", tail=True, remembers=True, dense=2, every=6, falls=True)
+    assert again.name == "shared, tail, remembered, 2 dense, dense every 6, falling"
+    assert denoise_report.without_tail(again.name) == again._replace(tail=False).name
+    assert denoise_report.without_tail("tail, spread gate") == PLAIN._replace(gate="spread").name
+    assert [variant.name for variant in FIRST] == ["plain", "tail", "shared", "shared, tail"]
+    assert [step for step in range(20) if again.is_dense(step)] == [0, 1, 7, 13, 19]
+    assert [step for step in range(20) if PLAIN.is_dense(step)] == [0, 1, 2, 3, 4]
+    assert [again.density(0.0625, step, 20) for step in (2, 4, 5, 9, 10)] == [0.25, 0.25, 0.125, 0.125, 0.0625]
+    assert PLAIN.density(0.0625, 2, 20) == 0.0625
+    assert again.changes and not PLAIN._replace(gate="spread").changes
+
+
+@pytest.mark.parametrize("dispatch", ["packed", "shared"])
+def test_sparse_steps_attend_what_the_last_dense_step_chose(dispatch: Any, lively: VideoTransformer):
+    variant = Variant(dispatch, tail=True, remembers=True, dense=2, falls=True)
+    plan = stepped(variant, 0.125)
+    plan.attach(lively)
+    layer: Any = lively.blocks[1].attention
+    partition = plan.attention.partition("spatiotemporal", GRID)
+    generator = torch.Generator().manual_seed(0)
+    for plan.step in (0, 1):
+        query, key, value = torch.randn(3, 1, 2, 4 * 6 * 8, 16, generator=generator)
+        dense = vmoba_attention(query, key, value, partition, TopK(1), dispatch="dense")
+        torch.testing.assert_close(layer(query, key, value, GRID), dense)
+    later = torch.randn(3, 1, 2, 4 * 6 * 8, 16, generator=generator)
+    densities = []
+    for plan.step, density in ((2, 0.5), (6, 0.25), (15, 0.125)):
+        rule = TopK(density=density, gate="exact")
+        choice: Any = "tile" if dispatch == "shared" else "token"
+        kept = vmoba_selection(query, key, partition, rule, choice=choice, as_bits=True)
+        expected = vmoba_attention(*later, partition, None, selection=kept, dispatch=dispatch, tail=plan.attention.tail)
+        assert torch.equal(layer(*later, GRID), expected)
+        densities.append(kept.density().mean().item())
+    steps = [densities[0]] * 3 + [densities[1]] * 5 + [densities[2]] * 10
+    assert plan.density(GRID, 3) == pytest.approx(sum(steps) / len(steps))
 
 
 def test_a_model_that_knows_the_video_arrives_at_it():
@@ -98,20 +150,18 @@ def test_a_model_that_knows_the_video_arrives_at_it():
 def test_full_attention_is_its_own_video(reference: fidelity.Reference):
     assert len(reference.samples) == len(reference.videos) == 8
     assert len({(clip, number) for clip, number, _ in reference.samples}) == 4
-    assert reference.fidelities(full(SMALL_SETTING)) == [100.0] * 8  # psnr's most
-    everything = config("plain", "cycle", 1.0, SMALL_SETTING, "cpu")
-    assert min(reference.fidelities(everything)) > 70
-    few, more = (
-        reference.fidelities(config("plain", "cubes", density, SMALL_SETTING, "cpu")) for density in (0.0625, 0.5)
-    )
+    assert reference.fidelities(stepped(Variant(dense=20), 0.5)) == [100.0] * 8  # psnr's most
+    for variant in (PLAIN, Variant("shared", tail=True, remembers=True, dense=1)):
+        assert min(reference.fidelities(stepped(variant, 1.0, "cycle"))) > 70
+    few, more = (reference.fidelities(stepped(PLAIN, density)) for density in (0.0625, 0.5))
     assert max(few) < 60
     assert sum(few) < sum(more)
 
 
 def test_a_fidelity_is_that_of_the_sample_by_itself(reference: fidelity.Reference, lively: VideoTransformer):
     # Full attention down to the fifth step, the other one after it, from the sample's own noise.
-    attention = config("plain", "cubes", 0.125, SMALL_SETTING, "cpu")
-    batched = reference.fidelities(attention)
+    attention = config(PLAIN, "cubes", 0.125, SMALL_SETTING, "cpu")
+    batched = reference.fidelities(stepped(PLAIN, 0.125))
     clip, number, seed = reference.samples[5]
     assert (clip, number, seed) == ("bikes", 2, 1)
     video = reference.windows.held_out()[number][1]
@@ -137,12 +187,12 @@ def test_held_out_losses_are_those_of_training(frames: dict[str, Tensor], lively
 @pytest.mark.parametrize("kind", CYCLES["cycle"])
 def test_density_and_recall_of_what_is_chosen(dispatch: str, kind: str):
     query, key, value = torch.randn(3, 1, 2, 4 * 6 * 8, 16, generator=torch.Generator().manual_seed(0))
-    attention = config("plain", "cycle", 0.25, SMALL_SETTING, "cpu")
+    attention = config(PLAIN, "cycle", 0.25, SMALL_SETTING, "cpu")
     partition, rule = attention.partition(kind, GRID), TopK(density=0.25)
     chosen = chosen_blocks(query, key, partition, rule, dispatch)
     _, stats = vmoba_attention(query, key, value, partition, rule, dispatch=dispatch, return_stats=True)
     assert chosen.float().mean((0, 2, 3)).tolist() == pytest.approx(stats.density.flatten().tolist())
-    masses = fidelity.block_masses(query, key, partition)
+    masses = block_masses(query, key, partition)
     torch.testing.assert_close(masses.sum(-1), torch.ones(1, 2, 192))
     expected = recall(query, key, chosen, partition)
     assert (masses * chosen).sum(-1).mean().item() == pytest.approx(expected, rel=1e-5)
@@ -196,15 +246,70 @@ def test_tables_by_hand():
     assert len(denoise_report.fewer_pairs(data)[1]) == 2
 
 
+def test_gains_over_the_mean_key_by_hand():
+    data = {"rows": [row("tail", 0.125, [30.0, 34.0]), row("tail", 0.0625, [30.0, 34.0])]}
+    for way, fidelities in (("spread gate", [32.0, 34.0]), ("exact gate", [34.0, 38.0]), ("remembered", [33.0, 36.0])):
+        data["rows"].append(row(f"tail, {way}", 0.125, fidelities))
+    names, (cells,) = denoise_report.chosen_by(data)
+    assert dict(zip(names, cells, strict=True)) == {
+        "attention": "tail", "blocks": "cubes", "density": "0.125", "mean key dB": "32.0", "cells gate (worst)": "",
+        "spread gate (worst)": "+1.0 (+0.0)", "remembered (worst)": "+2.5 (+2.0)", "exact gate (worst)": "+4.0 (+4.0)",
+        "spread: of the oracle's gain": "25%", "remembered: of the oracle's gain": "62%",
+    }  # fmt: skip
+
+
+def forward(attention: str, ms: float, dispatch: str = "", density: float = 1.0, **facts: bool) -> dict[str, Any]:
+    row = {"model": "Wan 1.3B", "tokens": 75_600, "mode": FORWARD, "status": "ok", "dense": attention == "cuDNN"}
+    return (
+        row
+        | {"attention": attention, "ms": ms, **facts}
+        | ({"dispatch": dispatch, "density": density} if dispatch else {})
+    )
+
+
+FORWARDS = {
+    "runs": [{"device": "a GPU", "date": "today", "versions": {"torch": "2"}}],
+    "rows": [
+        forward("cuDNN", 2000), forward("none", 400), forward("exact", 1000, "auto", 0.25),
+        forward("shared", 500, "shared", 0.0625, tail=True), forward("shared", 700, "shared", 0.125, tail=True),
+        forward("shared", 600, "shared", 0.125, tail=True, remembered=True),
+        forward("shared", 450, "shared", 0.0625, tail=True, remembered=True),
+    ],
+}  # fmt: skip
+
+
+def test_speed_of_a_whole_run_by_hand():
+    times = Times(FORWARDS)
+    assert times.speed_up(PLAIN, 0.25, 20) == 20 * 2000 / (5 * 2000 + 15 * 1000)  # the paper's setting
+    assert times.speed_up(PLAIN, 0.125, 20) is None  # not measured
+    shared = Variant("shared", tail=True)
+    assert times.step_ms(shared, 0.09375) == pytest.approx(600)
+    assert times.step_ms(shared, 0.25) == pytest.approx(1100)
+    remembered = shared._replace(remembers=True, dense=1)
+    assert times.speed_up(remembered, 0.125, 20) == pytest.approx(40_000 / (2000 + 800 + 19 * 600))
+    falling = remembered._replace(falls=True)
+    ms = 4 * 900 + 5 * 600 + 10 * 450  # at 0.25, 0.125 and 0.0625
+    assert times.speed_up(falling, 0.0625, 20) == pytest.approx(40_000 / (2800 + ms))
+    again = remembered._replace(every=10)  # dense at 0 and 10, each of which records
+    assert times.speed_up(again, 0.125, 20) == pytest.approx(40_000 / (2 * 2800 + 18 * 600))
+    assert variant_of({"attention": "shared, tail"}) == shared  # results of an earlier version
+    assert variant_of(remembered._asdict() | {"attention": remembered.name}) == remembered
+    with pytest.raises(ValueError, match=r"forwards of Wan 1\.3B at 75600 tokens with full attention and without"):
+        Times({"rows": FORWARDS["rows"][2:]})
+
+
 @pytest.fixture
 def command(tmp_path: Path, frames: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch):
     """The command on clips of noise, with few attentions; called with further options, it gives the exit status."""
+    few = {
+        "tail": [(PLAIN, 0.5), (Variant(tail=True), 0.125)],
+        "again": [(Variant("shared", tail=True, remembers=True, dense=2, every=9, falls=True), 0.125)],
+    }
     monkeypatch.setattr(clips, "load", lambda path, device: frames)
-    monkeypatch.setattr(study, "DENSITIES", (0.5, 0.125))
+    monkeypatch.setattr(study, "cases", lambda part: few.get(part, []))
     monkeypatch.setattr(study, "CYCLES", {"cubes": CYCLES["cubes"]})
-    monkeypatch.setattr(study, "TUNED_DENSITIES", (0.125,))
-    monkeypatch.setattr(study, "VARIANTS", {name: VARIANTS[name] for name in ("plain", "tail")})
-    monkeypatch.setattr(variants, "takes_tail", lambda: False)
+    monkeypatch.setattr(study, "FEW", (0.125,))
+    monkeypatch.setattr(study, "TUNED_VARIANTS", (PLAIN,))
     fixed = ["--output", str(tmp_path / "out.json"), "--work", str(tmp_path / "work"), "--device", "cpu", "--small"]
 
     def call(*options: str) -> int:
@@ -216,42 +321,47 @@ def command(tmp_path: Path, frames: dict[str, Tensor], monkeypatch: pytest.Monke
 
 def test_a_small_run_and_one_that_goes_on(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(study, "TUNED_RATE", 0.0)  # so that tuned weights are full attention's
-    plot = tmp_path / "plots" / "x.png"
-    assert command("--steps", "3", "--plot", str(plot)) == 0
-    data = json.loads((tmp_path / "out.json").read_text())
-    rows = {row["id"]: row for row in data["rows"]}
-    statuses = {name.removeprefix("model 0 | "): row["status"] for name, row in rows.items()}
-    assert statuses == {
-        "full": "ok",
-        "denoise | plain | cubes | density 0.5": "ok",
-        "denoise | tail | cubes | density 0.5": "unsupported",
-        "denoise | plain | cubes | density 0.125": "ok",
-        "denoise | tail | cubes | density 0.125": "unsupported",
-        "tuned | full": "ok",
-        "tuned | plain | cycle | density 0.125": "ok",
-        "tuned | tail | cycle | density 0.125": "unsupported",
-    }
-    full_row, plain = rows["model 0 | full"], rows["model 0 | denoise | plain | cubes | density 0.5"]
+    plot, speed, times = (tmp_path / name for name in ("plots/x.png", "plots/speed.png", "times.json"))
+    times.write_text(json.dumps(FORWARDS))
+    pictures = ["--plot", str(plot), "--speed-plot", str(speed), "--times", str(times)]
+    assert command("--steps", "3", "--parts", "tail", "tuned") == 0
+    first = json.loads((tmp_path / "out.json").read_text())
+    rows = {row["id"].removeprefix("model 0 | "): row for row in first["rows"]}
+    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(
+        [
+            "full",
+            "denoise | plain | cubes | density 0.5",
+            "denoise | tail | cubes | density 0.125",
+            "tuned | full",
+            "tuned | plain | cycle | density 0.125",
+        ],
+        "ok",
+    )
+    full_row, plain = rows["full"], rows["denoise | plain | cubes | density 0.5"]
     assert len(full_row["samples"]) == len(plain["fidelity"]) == 8
     assert (plain["density"], len(plain["losses"])) == (0.5, 4)
     expected = [ours / theirs - 1 for ours, theirs in zip(plain["losses"], full_row["losses"], strict=True)]
     assert plain["over_full"] == expected
-    assert rows["model 0 | tuned | full"]["losses"] == pytest.approx(full_row["losses"], rel=1e-6)
-    assert rows["model 0 | tuned | plain | cycle | density 0.125"]["losses"] != full_row["losses"]
+    assert rows["tuned | full"]["losses"] == pytest.approx(full_row["losses"], rel=1e-6)
+    assert rows["tuned | plain | cycle | density 0.125"]["losses"] != full_row["losses"]
     text = (tmp_path / "out.md").read_text()
-    assert all(f"## {title}" in text for title in ("Models", "Fidelity", "Tuned", "Not measured"))
-    assert "takes no tail" in text
-    assert str(tmp_path) not in text + json.dumps(data)
-    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert all(f"## {title}" in text for title in ("Models", "Fidelity", "Tuned"))
+    assert str(tmp_path) not in text + json.dumps(first)
 
-    # Again: what is there stays, what was not measured is tried again, and the model is not trained again.
+    # Again, all parts: what is there stays, and the model is not trained again.
     capsys.readouterr()
-    assert command("--steps", "3") == 0
+    assert command("--steps", "3", *pictures) == 0
     printed = capsys.readouterr().out
     assert "trains" not in printed
-    assert printed.count("unsupported") == len(printed.splitlines()) == 3
-    again = {row["id"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
-    assert all(again[name] == row for name, row in rows.items() if row["status"] == "ok")
+    assert len(printed.splitlines()) == 1
+    again = {
+        row["id"].removeprefix("model 0 | "): row for row in json.loads((tmp_path / "out.json").read_text())["rows"]
+    }
+    assert all(again.pop(name) == row for name, row in rows.items())
+    (added,) = again.values()
+    assert (added["attention"], added["status"]) == ("shared, tail, remembered, 2 dense, dense every 9, falling", "ok")
+    assert added["density"] > added["asked"] and "recall" not in added
+    assert plot.read_bytes().startswith(b"\x89PNG") and speed.read_bytes().startswith(b"\x89PNG")
 
     # The picture may be drawn by itself, and changes no results.
     plot.unlink()
@@ -278,7 +388,13 @@ def test_without_budget_rows_are_noted_as_not_run(command, tmp_path: Path):
 def test_a_picture_by_itself_needs_results(command, options: tuple[str, ...], capsys):
     with pytest.raises(SystemExit):
         command(*options)
-    assert "--plot-only needs --plot and results at --output" in capsys.readouterr().err
+    assert "--plot-only needs --plot or --speed-plot, and results at --output" in capsys.readouterr().err
+
+
+def test_a_picture_of_speed_needs_times(command, capsys):
+    with pytest.raises(SystemExit):
+        command("--speed-plot", "x.png")
+    assert "--speed-plot needs --times with results of bench.models, got None" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [("--checkpoint", "no/such/file"), ("--checkpoint", __file__, "--seeds", "0", "1")])

@@ -7,12 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 
 from block_masks import RowPlan, Slots, plan_rows, plan_slots, row_mask
 from block_masks.attention import row_steps
 from block_masks.attention.row_attention import Room, attend_rows
 from block_masks.plans.section import sections_of
+from tests.paths import untraced_flex_attention
 from tests.strategies import generators
 from tests.test_block_masks import INDEX_TENSORS
 
@@ -179,7 +180,7 @@ def test_flex_attention_over_the_mask_gives_the_same_rows(problem: RowProblem):
         place = plan.row_query[section]
         rows = torch.where((place >= 0)[:, None], problem.query.flatten(0, 1)[place.clamp(min=0)], 0)
         inputs = (x[None, None] for x in (rows, keys[part].flatten(0, 1), values[part].flatten(0, 1)))
-        output, aux = flex_attention(
+        output, aux = untraced_flex_attention(
             *inputs, block_mask=row_mask(plan, slots, section), scale=0.5, return_aux=AuxRequest(lse=True)
         )
         of_section = sections_of(plan, slots, None)[section]

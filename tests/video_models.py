@@ -25,7 +25,7 @@ pytest.importorskip("diffusers")
 import diffusers
 from diffusers.models import attention_processor
 
-from vmoba_flex import BlockPartition, TopK
+from vmoba_flex import BlockPartition, TopK, reference_gates
 from vmoba_flex import reference as oracle
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.rules import Rule
@@ -210,7 +210,7 @@ def vmoba_mask_of(query: Tensor, key: Tensor, partition: BlockPartition, rule: R
     """The reference's mask ``(B, H, S, S)`` of a layer, and the density of its selection."""
     ids = oracle.block_ids(partition.grid, partition.block)
     video = slice(partition.prefix, partition.prefix + len(ids))
-    selection = oracle.select(oracle.gate(query[:, :, video], key[:, :, video], ids), ids, rule)
+    selection = oracle.select(reference_gates.gate(query[:, :, video], key[:, :, video], ids), ids, rule)
     return oracle.attention_mask(selection, partition), selection.double().mean().item()
 
 

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from vmoba_flex.attention import vmoba_attention
     from vmoba_flex.by_steps import BySteps
     from vmoba_flex.config import VMoBAConfig
+    from vmoba_flex.dispatch.machine import Machine, use_machine
     from vmoba_flex.flex_inputs import FlexInputs, vmoba_inputs
     from vmoba_flex.layer import Layer
     from vmoba_flex.mask import vmoba_mask
     from vmoba_flex.models import VMoBAHandle, apply_vmoba, register_adapter
     from vmoba_flex.module import VMoBAAttention
     from vmoba_flex.partition import BlockPartition
+    from vmoba_flex.remember import Remember
     from vmoba_flex.rules import Threshold, TopK
     from vmoba_flex.selection.choose import vmoba_selection
     from vmoba_flex.selection.exact_gate import block_masses
@@ -41,6 +43,8 @@ __all__ = [
     "BySteps",
     "FlexInputs",
     "Layer",
+    "Machine",
+    "Remember",
     "Selection",
     "Tail",
     "Threshold",
@@ -53,6 +57,7 @@ __all__ = [
     "apply_vmoba",
     "block_masses",
     "register_adapter",
+    "use_machine",
     "vmoba_attention",
     "vmoba_inputs",
     "vmoba_mask",
@@ -66,6 +71,8 @@ _MODULES = {
     "BySteps": "by_steps",
     "FlexInputs": "flex_inputs",
     "Layer": "layer",
+    "Machine": "dispatch.machine",
+    "Remember": "remember",
     "Selection": "selection.kept",
     "Tail": "tail",
     "Threshold": "rules",
@@ -77,6 +84,7 @@ _MODULES = {
     "apply_vmoba": "models",
     "block_masses": "selection.exact_gate",
     "register_adapter": "models",
+    "use_machine": "dispatch.machine",
     "vmoba_attention": "attention",
     "vmoba_inputs": "flex_inputs",
     "vmoba_mask": "mask",

@@ -8,20 +8,22 @@ from typing import Any
 from vmoba_flex.user_error import UserError
 from vmoba_flex.version import __version__
 
-_RULE = ("tau", "density", "pool", "normalize", "max_density")
+_RULE = ("tau", "density", "pool", "normalize", "max_density", "gate")
 
 # An option, its value (None for any), and the options that have no effect next to it: giving one of those is an error.
 _EXCLUDES = (
-    ("config", None, _RULE),
+    ("config", None, (*_RULE, "tail")),
     ("density", None, ("tau", "normalize", "max_density")),
-    ("what", "mass", ("config", *_RULE, "head", "query")),
+    ("what", "mass", ("config", *_RULE, "tail", "head", "query")),
     ("what", "choice", ("rows", "seed")),
     ("what", "density", ("layer", "step", "head", "query")),
 )
 
+_GATES = ("mean", "cells", "spread", "exact")
+
 # The parser leaves these None where they were not given, so that the check above sees what was; then they get these
 # values. The demo's own default is the rule that its model was trained with.
-_DEFAULTS = {"tau": 0.25, "pool": "head", "normalize": "minmax", "rows": 256, "seed": 0}
+_DEFAULTS = {"tau": 0.25, "pool": "head", "normalize": "minmax", "gate": "mean", "rows": 256, "seed": 0}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -63,20 +65,24 @@ def _parser() -> argparse.ArgumentParser:
     reading.add_argument("--seed", type=int, help="seed of the sample (default: 0)")
     blocks = argparse.ArgumentParser(add_help=False)
     blocks.add_argument("--config", type=Path, metavar="JSON", help="blocks and rules of a VMoBAConfig")
+    tail = argparse.ArgumentParser(add_help=False)
+    words = "skipped blocks take part by cells of about this many tokens (default: they do not)"
+    tail.add_argument("--tail", type=int, metavar="TOKENS", help=words)
     rule = argparse.ArgumentParser(add_help=False)
     rule.add_argument("--tau", type=float, help="share that a Threshold reaches (default: 0.25)")
     rule.add_argument("--density", type=float, help="share of the blocks that a TopK keeps, in place of a Threshold")
     rule.add_argument("--pool", choices=("query", "block", "head", "global"), help="what competes (default: head)")
     rule.add_argument("--normalize", choices=("minmax", "softmax"), help="of a Threshold's scores (default: minmax)")
     rule.add_argument("--max-density", type=float, help="cap of a Threshold (default: none)")
+    rule.add_argument("--gate", choices=_GATES, help="what scores blocks (default: mean)")
     outputs = argparse.ArgumentParser(add_help=False)
     outputs.add_argument("--json", type=Path, metavar="JSON", help="write the results to this file")
     outputs.add_argument("--plot", type=Path, metavar="PNG", help="draw the results in this file")
 
-    _add(commands, "inspect", "density, recall and entropy of each head", reading, blocks, rule, outputs)
-    _add_calibrate(commands, reading, blocks)
-    _add_plot(commands, reading, blocks, rule)
-    _add_bench(commands, rule, outputs)
+    _add(commands, "inspect", "density, recall, overlap and entropy of each head", reading, blocks, rule, tail, outputs)
+    _add_calibrate(commands, reading, blocks, tail)
+    _add_plot(commands, reading, blocks, rule, tail)
+    _add_bench(commands, rule, tail, outputs)
     return parser
 
 
@@ -102,11 +108,15 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_calibrate(commands: Any, *parents: argparse.ArgumentParser) -> None:
-    one = _add(commands, "calibrate", "find the rules that reach a wanted recall or density", *parents)
+    one = _add(commands, "calibrate", "find the rules that reach a wanted recall, overlap or density", *parents)
     wanted = one.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--recall", type=float, help="wanted share of attention")
+    wanted.add_argument("--recall", type=float, help="wanted share of attention on chosen blocks")
+    words = "wanted share of attention weight on the same keys as full attention's: counts what a tail adds"
+    wanted.add_argument("--overlap", type=float, help=words)
     wanted.add_argument("--density", type=float, dest="wanted_density", help="wanted share of the pairs")
     one.add_argument("--by", choices=("kind", "layer"), default="kind", help="what has a rule of its own: %(default)s")
+    words = "gates to compare; each kind gets the best (default: the rule's own)"
+    one.add_argument("--gates", nargs="+", choices=_GATES, metavar="GATE", help=words)
     one.add_argument("--output", type=Path, metavar="JSON", default=Path("vmoba.json"), help="default: %(default)s")
 
 
@@ -127,6 +137,9 @@ def _add_bench(commands: Any, *parents: argparse.ArgumentParser) -> None:
     one.add_argument("--heads", type=int, default=12, help="default: %(default)s")
     one.add_argument("--head-dim", type=int, default=128, help="default: %(default)s")
     one.add_argument("--dispatch", choices=("packed", "shared", "tiles"), default="packed", help="default: %(default)s")
+    place = one.add_mutually_exclusive_group()
+    place.add_argument("--profile", type=Path, metavar="JSON", help="of this GPU, for auto (default: where auto looks)")
+    place.add_argument("--no-profile", action="store_true", help="write none")
 
 
 def _grid(words: str) -> tuple[int, int, int]:

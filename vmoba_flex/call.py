@@ -1,6 +1,5 @@
 """The arguments of a call other than query, key and value, and the names of its choices."""
 
-import math
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
@@ -43,8 +42,3 @@ class Call(NamedTuple):
     max_row_bytes: int = MAX_ROW_BYTES
     tail: Tail | None = None
     lse: bool = False
-
-
-def scale_of(scale: float | None, query: Tensor) -> float:
-    """The factor on the scores of a call: as given, or ``1 / sqrt(D)``."""
-    return 1 / math.sqrt(query.shape[-1]) if scale is None else scale

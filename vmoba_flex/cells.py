@@ -48,6 +48,12 @@ def cell_groups(cells: Cells, like: Tensor) -> tuple[Tensor, Tensor]:
     return bias, group
 
 
+def cell_ids(cells: Cells, device: torch.device) -> Tensor:
+    """The cell of each video token in raster order, int64 ``(video tokens,)``."""
+    (t, y, x), (_, cells_y, cells_x) = _axis_cells(cells, device), cells.grid
+    return ((t[:, None, None] * cells_y + y[:, None]) * cells_x + x).flatten()
+
+
 def cell_means(x: Tensor, cells: Cells) -> Tensor:
     """The mean over each cell's tokens, taken in float32 at least. Differentiable.
 

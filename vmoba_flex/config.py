@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from vmoba_flex import config_json, dense_schedule
+from vmoba_flex import config_json
 from vmoba_flex.approx_blocks import ApproxBlocks
 from vmoba_flex.by_steps import BySteps, value_at
 from vmoba_flex.call import BACKENDS, DISPATCHES, Backend, Dispatch
@@ -14,6 +14,7 @@ from vmoba_flex.config_fields import (
     KINDS,
     Rules,
     block_on,
+    check_remember,
     check_tails,
     checked_cycle,
     checked_rules,
@@ -21,9 +22,12 @@ from vmoba_flex.config_fields import (
     rule_of_layer,
     rules_of_layers,
 )
+from vmoba_flex.dense_schedule import checked_layers, checked_steps, is_dense_layer, is_dense_step
+from vmoba_flex.fast import fast_arguments
 from vmoba_flex.layer import Layer
 from vmoba_flex.paper import Setting, paper_arguments
 from vmoba_flex.partition import BlockPartition
+from vmoba_flex.remember import Remember, steps_served
 from vmoba_flex.tail import Tail
 from vmoba_flex.user_error import UserError, new_file, one_line
 
@@ -47,6 +51,7 @@ class VMoBAConfig:
         dispatch: as in ``vmoba_attention``, for the layers and steps that are not dense.
         backend: as in ``vmoba_attention``, for the same layers and steps.
         tail: how blocks that are skipped there take part, None if they do not; or ``BySteps`` of these.
+        remember: how sparse steps take over what dense ones find; None if each step chooses for itself.
 
     Raises:
         TypeError: if a value has a wrong type.
@@ -71,6 +76,7 @@ class VMoBAConfig:
     dispatch: Dispatch = dataclasses.field(default="auto", kw_only=True)
     backend: Backend = dataclasses.field(default="auto", kw_only=True)
     tail: Tail | BySteps[Tail | None] | None = dataclasses.field(default=None, kw_only=True)
+    remember: Remember | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.temporal, ApproxBlocks):
@@ -80,11 +86,12 @@ class VMoBAConfig:
         object.__setattr__(self, "spatiotemporal", checked_sizes("spatiotemporal", self.spatiotemporal, 3))
         object.__setattr__(self, "cycle", checked_cycle(self.cycle))
         object.__setattr__(self, "rule", checked_rules(self.rule, self.cycle))
-        object.__setattr__(self, "dense_layers", dense_schedule.checked_layers(self.dense_layers))
-        object.__setattr__(self, "dense_steps", dense_schedule.checked_steps(self.dense_steps))
+        object.__setattr__(self, "dense_layers", checked_layers(self.dense_layers))
+        object.__setattr__(self, "dense_steps", checked_steps(self.dense_steps))
         check_choice("dispatch", self.dispatch, DISPATCHES)
         check_choice("backend", self.backend, BACKENDS)
         check_tails(self.tail, self.dispatch)
+        check_remember(self.remember, self.dispatch, self.dense_steps)
 
     @classmethod
     def paper(cls, setting: Setting, grid: tuple[int, int, int] | None = None) -> Self:
@@ -106,11 +113,27 @@ class VMoBAConfig:
         """
         return cls(**paper_arguments(setting, grid))
 
+    @classmethod
+    def fast(cls, grid: tuple[int, int, int] | None = None) -> Self:
+        """Inference without training, in the least time: a dense first quarter, whose choices the rest remembers.
+
+        Densities fall from 0.125 to 0.0625 at half of the steps. Skipped blocks take part by a tail. Where nothing is
+        remembered, blocks are chosen by the gate ``"spread"``. The values may change from version to version.
+
+        Args:
+            grid: as in ``paper``, whose block shapes it has.
+
+        Raises:
+            TypeError: if ``grid`` has a wrong type.
+            ValueError: if ``grid`` is not three sizes of at least 1.
+        """
+        return cls(**fast_arguments(grid))
+
     @property
     def needs_step(self) -> bool:
         """Whether ``layer`` needs to know the denoising step."""
         by_steps = (*rules_of_layers(self.rule), self.tail)
-        return bool(self.dense_steps or any(isinstance(one, BySteps) for one in by_steps))
+        return bool(self.dense_steps or self.remember or any(isinstance(one, BySteps) for one in by_steps))
 
     def layer(self, i: int, num_layers: int, step: int | None = None, num_steps: int | None = None) -> Layer:
         """What layer i does; the one place that decides.
@@ -119,8 +142,8 @@ class VMoBAConfig:
             i: the layer, in 0..num_layers - 1.
             num_layers: layers of the model.
             step: the denoising step, from 0. Needed where ``needs_step`` is true.
-            num_steps: denoising steps in all. Needed where ``dense_steps`` is a share or has last steps, or ``rule`` or
-                ``tail`` changes at a share. Of a share in ``dense_steps``, the first or last
+            num_steps: denoising steps in all. Needed where ``dense_steps`` is a share or has last steps, ``rule`` or
+                ``tail`` changes at a share, or ``remember`` is given. Of a share in ``dense_steps``, the first or last
                 ``ceil(share * num_steps)`` steps are dense.
 
         Raises:
@@ -137,10 +160,14 @@ class VMoBAConfig:
         layers: Any = self.dense_layers  # __post_init__ has narrowed both
         steps: Any = self.dense_steps
         kind = self.cycle[i % len(self.cycle)]
-        rule = value_at(rule_of_layer(self.rule, kind, i, num_layers), step, num_steps)
-        dense = dense_schedule.is_dense_layer(layers, i, num_layers)
-        dense = dense_schedule.is_dense_step(steps, step, num_steps) or dense
-        return Layer(kind, rule, dense, value_at(self.tail, step, num_steps))
+        rule, always = rule_of_layer(self.rule, kind, i, num_layers), is_dense_layer(layers, i, num_layers)
+        dense = is_dense_step(steps, step, num_steps) or always
+        now, tail = value_at(rule, step, num_steps), value_at(self.tail, step, num_steps)
+        if self.remember is None or always:
+            return Layer(kind, now, dense, tail)
+        served = steps_served(self.remember.refresh, steps, step, num_steps)
+        records = tuple(dict.fromkeys(value_at(rule, at, num_steps) for at in served))
+        return Layer(kind, now, dense, tail, records, recalls=not dense)
 
     def partition(self, kind: str, grid: tuple[int, int, int], prefix: int = 0, suffix: int = 0) -> BlockPartition:
         """A kind's blocks on a grid.

@@ -6,6 +6,7 @@ from typing import Any
 from vmoba_flex.approx_blocks import ApproxBlocks, approx_block
 from vmoba_flex.by_steps import BySteps, values_of
 from vmoba_flex.checks import check_positive
+from vmoba_flex.remember import Remember
 from vmoba_flex.rules import Rule, Threshold, TopK
 from vmoba_flex.tail import Tail
 
@@ -131,6 +132,27 @@ def check_tails(value: Any, dispatch: str) -> None:
             raise TypeError(f"tail must be a Tail or None, or BySteps of these, got {value!r}")
         if tail is not None and dispatch == "dense":
             raise ValueError(f"tail must be None for dispatch='dense', which skips no block, got {value}")
+
+
+def check_remember(value: Any, dispatch: str, dense_steps: Any) -> None:
+    """Checks ``remember`` next to the dispatch and the dense steps.
+
+    Raises:
+        TypeError: if it is neither a ``Remember`` nor None.
+        ValueError: if no step would choose what is remembered, or none would use it.
+    """
+    if value is None:
+        return
+    if not isinstance(value, Remember):
+        raise TypeError(f"remember must be a Remember or None, got {value!r}")
+    if dispatch == "dense":
+        raise ValueError(f"remember must be None for dispatch='dense', which chooses no block, got {value}")
+    first = dense_steps[0] if isinstance(dense_steps, tuple) else dense_steps
+    if not first and value.refresh is None:
+        raise ValueError(
+            "remember must come with dense first steps, such as dense_steps=0.25, or with Remember(refresh=n): no step "
+            f"would choose what is remembered, got {value} and dense_steps={dense_steps}"
+        )
 
 
 def rule_of_layer(rules: Rules, kind: str, i: int, num_layers: int) -> LayerRule:

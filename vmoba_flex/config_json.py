@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from vmoba_flex.approx_blocks import ApproxBlocks
 from vmoba_flex.by_steps import BySteps
+from vmoba_flex.remember import Remember
 from vmoba_flex.rules import Pool, Rule, Threshold, TopK
 from vmoba_flex.tail import Tail
 
@@ -24,6 +25,7 @@ FIELDS = (
     "dispatch",
     "backend",
     "tail",
+    "remember",
 )
 """Arguments of ``VMoBAConfig``; the first four are needed."""
 
@@ -63,6 +65,8 @@ def _plain(value: Any) -> Any:
         return {"approx_blocks": value.count}
     if isinstance(value, Tail):
         return value.cell
+    if isinstance(value, Remember):
+        return dataclasses.asdict(value)
     if isinstance(value, TopK | Threshold):
         return {key: item for key, item in dataclasses.asdict(value).items() if item not in (None, ())}
     if isinstance(value, Mapping):
@@ -87,6 +91,8 @@ def _own(data: dict[str, Any]) -> dict[str, Any]:
     for key in FIELDS[:3]:
         if isinstance(arguments[key], dict):
             arguments[key] = _approx_blocks(key, arguments[key])
+    if arguments.get("remember") is not None:
+        arguments["remember"] = _remember(arguments["remember"])
     arguments["tail"] = _by_steps("tail", arguments.get("tail"), _tail)
     rule = arguments["rule"]
     if isinstance(rule, dict) and "by_steps" not in rule and any(isinstance(value, dict) for value in rule.values()):
@@ -115,6 +121,13 @@ def _by_steps(name: str, data: Any, one: Callable[[str, Any], T]) -> T | BySteps
     if len(data) > 1 or not isinstance(entries, list) or any(not _is_pair(entry) for entry in entries):
         raise ValueError(f'{name} must be {{"by_steps": [[start, value], ...]}} where it changes by steps, got {data}')
     return BySteps([(start, one(f"{name} from {start}", value)) for start, value in entries])
+
+
+def _remember(data: Any) -> Remember:
+    if not isinstance(data, dict):
+        raise ValueError(f"remember must be an object, got {data!r}")
+    _check_keys("remember", data, tuple(field.name for field in dataclasses.fields(Remember)))
+    return Remember(**data)
 
 
 def _is_pair(entry: Any) -> bool:

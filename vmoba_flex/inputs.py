@@ -95,6 +95,11 @@ def check_scale(scale: Any) -> float | None:
     return float(number)
 
 
+def scale_of(scale: float | None, query: Tensor) -> float:
+    """The factor on the scores of a call: as given, or ``1 / sqrt(D)``."""
+    return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+
+
 def check_text_lengths(text_lengths: Any, query: Tensor, partition: BlockPartition) -> None:
     """Raises ``TypeError`` or ``ValueError`` unless ``text_lengths`` is None or fits; its values are not read."""
     if text_lengths is None:

@@ -16,9 +16,10 @@ class VMoBAAttention(nn.Module):
     """The attention of one layer of a config, over projected query, key and value; it has no parameters.
 
     Args:
-        config: of the whole model. The module knows no denoising steps. So it ignores ``dense_steps``: pass
-            ``dense=config.layer(layer, num_layers, step, num_steps).dense`` to ``forward`` instead. It takes no
-            ``BySteps``: make a module for each value, with ``dataclasses.replace(config, rule=..., tail=...)``.
+        config: of the whole model. The module knows no denoising steps. So it ignores ``dense_steps`` and ``remember``:
+            pass ``dense=config.layer(layer, num_layers, step, num_steps).dense``, and a ``selection`` that a dense step
+            made, to ``forward`` instead. It takes no ``BySteps``: make a module for each value, with
+            ``dataclasses.replace(config, rule=..., tail=...)``.
         layer: index of this layer, in 0..num_layers - 1.
         num_layers: layers of the model.
 
@@ -46,7 +47,7 @@ class VMoBAAttention(nn.Module):
         self.config = config
         self.index = layer
         self.num_layers = num_layers
-        of_any_step = dataclasses.replace(config, dense_steps=0)
+        of_any_step = dataclasses.replace(config, dense_steps=0, remember=None)
         if of_any_step.needs_step:
             raise ValueError(
                 "config must have no BySteps for VMoBAAttention, which knows no steps: make a module for each value, "

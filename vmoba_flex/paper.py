@@ -29,16 +29,27 @@ def paper_arguments(setting: Setting, grid: tuple[int, int, int] | None) -> dict
         ValueError: if ``setting`` is unknown, or ``grid`` is not three sizes of at least 1.
     """
     check_choice("setting", setting, _SETTINGS)
-    blocks, k = _ANY_GRID, None
+    arguments = blocks_at(grid)
+    k = None if grid is None else _AT_GRID.get(BlockPartition(grid, (1, 1, 1)).grid, (None, None))[1]
+    if setting == "training":
+        return arguments | {"rule": Threshold(0.25, pool="head", max_density=0.25)}
+    rule = TopK(density=0.25) if k is None else dict(zip(arguments, map(TopK, k), strict=True))
+    return arguments | {"rule": rule, "dense_steps": 0.25}
+
+
+def blocks_at(grid: tuple[int, int, int] | None) -> dict[str, Any]:
+    """The paper's block shape of each kind at a grid, or at any.
+
+    Raises:
+        TypeError: if ``grid`` has a wrong type.
+        ValueError: if it is not three sizes of at least 1.
+    """
+    blocks = _ANY_GRID
     if grid is not None:
         if not isinstance(grid, tuple | list):
             raise TypeError(
                 "grid must be None for any video, or a tuple of 3 ints (frames, height, width) in tokens, such as "
                 f"(21, 30, 52) for Wan 2.1 at 81x480x832, got {grid!r}"
             )
-        blocks, k = _AT_GRID.get(BlockPartition(grid, (1, 1, 1)).grid, (blocks, k))
-    arguments: dict[str, Any] = dict(zip(("temporal", "spatial", "spatiotemporal"), blocks, strict=True))
-    if setting == "training":
-        return arguments | {"rule": Threshold(0.25, pool="head", max_density=0.25)}
-    rule = TopK(density=0.25) if k is None else dict(zip(arguments, map(TopK, k), strict=True))
-    return arguments | {"rule": rule, "dense_steps": 0.25}
+        blocks, _ = _AT_GRID.get(BlockPartition(grid, (1, 1, 1)).grid, (blocks, None))
+    return dict(zip(("temporal", "spatial", "spatiotemporal"), blocks, strict=True))

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from block_masks import realize
 from block_masks.launching.constant import constant_size
 from vmoba_flex.checks import check_count, check_int, check_sizes
+from vmoba_flex.reorder import reorder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,31 +228,6 @@ class BlockPartition:
         """Moves the video tokens and leaves prefix and suffix; ``token`` counts from the first video token."""
         is_video = (token >= 0) & (token < self.num_video_tokens)
         return realize(torch.where(is_video, moved, token) + self.prefix)
-
-
-def reorder(x: Tensor, index: Tensor, inverse: Tensor, dim: int) -> Tensor:
-    """``x.index_select(dim, index)`` of a permutation, whose gradient gathers by its ``inverse``."""
-    return _Reorder.apply(x, index, inverse, dim)
-
-
-class _Reorder(torch.autograd.Function):
-    """A permutation whose gradient is the inverse gather, where ``index_select`` would scatter-add."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, index: Tensor, inverse: Tensor, dim: int) -> Tensor:
-        return x.index_select(dim, index)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
-        _, index, inverse, ctx.dim = inputs
-        ctx.save_for_backward(index, inverse)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        index, inverse = ctx.saved_tensors
-        return _Reorder.apply(*grads, inverse, index, ctx.dim), None, None, None
 
 
 def _ceil_div(sizes: tuple[int, int, int], parts: tuple[int, int, int]) -> tuple[int, int, int]:

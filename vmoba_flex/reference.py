@@ -50,8 +50,9 @@ def select(scores: Tensor, ids: Tensor, rule: Any) -> Tensor:
 
 def _select_pool(scores: Tensor, own: Tensor, rule: Any, rows: int | None, num_blocks: int) -> Tensor:
     """One pool, entries in the order that breaks ties."""
-    ranked = sorted(range(len(scores)), key=lambda i: (not math.isnan(scores[i]), -scores[i].nan_to_num().item()))
-    others = [i for i in ranked if not own[i]]
+    ranked = sorted(enumerate(scores.tolist()), key=lambda pair: (0, 0.0) if math.isnan(pair[1]) else (1, -pair[1]))
+    is_own = own.tolist()
+    others = [i for i, _ in ranked if not is_own[i]]
     if hasattr(rule, "tau"):
         others = others[: _threshold_length(scores, own, others, rule)]
         if rule.max_density is not None:

@@ -17,11 +17,13 @@ The training study, full attention against VMoBA and others:
 
 Whole denoises with the weights of full attention:
 
-    variants.py             the attentions
+    variants.py             the attentions, and the parts of the study
+    stepped.py              an attention over the steps of a denoise
     fidelity.py             how close each is to full attention's own videos
     study.py                one model: trains, measures and tunes
     denoises.py             the command -> results JSON
     denoise_report.py, denoise_plot.py           results JSON -> Markdown and picture
+    denoise_speed.py, denoise_speed_plot.py      these and results of bench.models -> fidelity against speed
 
     conditioning.py         the model that ships -> how far rounding moves the gradients of single samples
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.common.report import Row
 from bench.quality.denoise_report import DENOISE, DenoiseReport, gains, good, values
-from bench.quality.variants import CYCLES, VARIANTS
+from bench.quality.variants import CYCLES
 
 # Told apart without colour: line style and marker.
 _STYLES: dict[str, dict[str, Any]] = {
@@ -15,6 +15,8 @@ _STYLES: dict[str, dict[str, Any]] = {
     "tail": {"color": "#d1711d", "linestyle": "--", "marker": "s"},
     "shared": {"color": "#7a7a7a", "linestyle": ":", "marker": "^"},
     "shared, tail": {"color": "#c9a227", "linestyle": "-.", "marker": "x"},
+    "tail, remembered": {"color": "#2f8f6f", "linestyle": "-", "marker": "D", "markerfacecolor": "white"},
+    "shared, tail, remembered": {"color": "#8a4fa0", "linestyle": "--", "marker": "v", "markerfacecolor": "white"},
 }
 _TITLES = {"cycle": "slabs, windows and cubes in turn", "cubes": "cubes in all layers"}
 
@@ -32,7 +34,7 @@ def draw(source: Path, target: Path) -> None:
     with plt.rc_context(style):
         figure, panels = plt.subplots(2, len(CYCLES), figsize=(11, 7.6), layout="constrained", sharey="row")
         for (above, below), blocks in zip(panels.T, CYCLES, strict=True):
-            for attention in VARIANTS:
+            for attention in _STYLES:
                 rows = {key[2]: each for key, each in found.items() if key[:2] == (attention, blocks)}
                 _band(above, attention, rows, {asked: values(each) for asked, each in rows.items()})
                 if attention != "plain":

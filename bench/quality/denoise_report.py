@@ -6,17 +6,23 @@ from statistics import mean, median_low
 from typing import Any
 
 from bench.common.report import Report, Row, number, table
-from bench.quality.variants import WITHOUT_TAIL
 
 FULL, DENOISE, TUNED = "full", "denoise", "tuned"
 FORMULAS = {
     "model": "a video transformer trained with full attention; all rows of a seed have its weights, except tuned ones",
-    "denoise": "20 Euler steps from noise level 0.9 to 0, the first 5 with full attention, from the same noise",
+    "denoise": "20 Euler steps from noise level 0.9 to 0, the first 5 with full attention unless said otherwise, from "
+    "the same noise",
+    "gate": "what blocks are chosen by: mean key (unless said), cells, their spread, or exact: the masses that full "
+    "attention of the same step has, the oracle",
+    "remembered": "chosen by the exact masses that the last dense step had; 'dense every n': full attention again in "
+    "each n-th step",
+    "falling": "four times the density asked for until a quarter of the steps, twice until half",
     "fidelity": "PSNR in dB of the video to full attention's own, pixels in [0, 1]; mean and worst over held-out "
     "windows, noise seeds and models",
     "gain": "fidelity minus that of another attention on the same window, noise and model; mean (worst)",
     "loss": "held-out loss without training / that of full attention on the same window and model, minus 1",
-    "density": "chosen (query, block) pairs / (tokens * blocks), mean over layers; slabs keep at least 1 of 8",
+    "density": "chosen (query, block) pairs / (tokens * blocks), mean over layers and sparse steps; slabs keep at "
+    "least 1 of 8",
     "recall": "the share of full attention's mass on chosen blocks; what a tail adds is not counted",
     "fewer pairs": "plain's pairs at its largest density / the pairs at which the attention has the same fidelity, by "
     "interpolation over the logarithm of the density, for each window, noise and model; a lower bound where the least "
@@ -45,6 +51,7 @@ class DenoiseReport(Report):
         for title, (names, rows) in {
             "Models": models(self.data),
             "Fidelity": fidelity(self.data),
+            "What blocks are chosen by": chosen_by(self.data),
             "Plain's fidelity at fewer pairs": fewer_pairs(self.data),
             "Tuned from full attention's weights": tuned(self.data),
         }.items():
@@ -99,16 +106,43 @@ def fidelity(data: Row) -> Table:
     for (attention, blocks, asked), ours in found.items():
         each = values(ours)
         over_full = [x for row in ours for x in row.get("over_full", [])]
+        recalls = [row["recall"] for row in ours if "recall" in row]
         cells = [attention, blocks, f"{mean(row['density'] for row in ours):.3f}"]
         cells += [f"{mean(each):.1f}", f"{min(each):.1f}"]
-        for other in ("plain", WITHOUT_TAIL.get(attention, "")):
-            gained = gains(ours, found.get((other, blocks, asked), [])) if other != attention else []
-            cells.append(f"{mean(gained):+.1f} ({min(gained):+.1f})" if gained else "")
+        for other in ("plain", without_tail(attention)):
+            others = found.get((other, blocks, asked), []) if other != attention else []
+            cells.append(_gain(ours, others))
         cells.append(f"{_percent(mean(over_full))} ({_percent(max(over_full))})" if over_full else "")
-        rows.append([*cells, f"{mean(row['recall'] for row in ours):.2f}"])
+        rows.append([*cells, f"{mean(recalls):.2f}" if recalls else ""])
     names = ["attention", "blocks", "density", "fidelity dB", "worst"]
     names += ["over plain (worst)", "over the same without tail (worst)", "loss over full's (worst)", "recall"]
     return names, rows
+
+
+def without_tail(attention: str) -> str:
+    """The name of the same attention without a tail."""
+    words = [word for word in attention.split(", ") if word != "tail"]
+    return ", ".join(words if words[:1] in (["plain"], ["shared"], ["full"]) else ["plain", *words])
+
+
+CHOSEN_BY = ("cells gate", "spread gate", "remembered", "exact gate")
+
+
+def chosen_by(data: Row) -> Table:
+    """What each way to choose gains over the mean key, and how much of the oracle's gain that is."""
+    found, rows = good(data, DENOISE), []
+    for (attention, blocks, asked), mean_gate in found.items():
+        ways = {way: found.get((f"{attention}, {way}", blocks, asked), []) for way in CHOSEN_BY}
+        if not any(ways.values()):
+            continue
+        gained = {way: gains(ours, mean_gate) for way, ours in ways.items()}
+        cells = [attention, blocks, f"{mean_gate[0]['density']:.3f}", f"{mean(values(mean_gate)):.1f}"]
+        cells += [_gain(ours, mean_gate) for ours in ways.values()]
+        oracle = mean(gained["exact gate"]) if gained["exact gate"] else 0.0
+        shares = [mean(gained[way]) / oracle if gained[way] and oracle > 0 else None for way in CHOSEN_BY[1:3]]
+        rows.append([*cells, *("" if share is None else f"{share:.0%}" for share in shares)])
+    names = ["attention", "blocks", "density", "mean key dB", *(f"{way} (worst)" for way in CHOSEN_BY)]
+    return [*names, "spread: of the oracle's gain", "remembered: of the oracle's gain"], rows
 
 
 def fewer_pairs(data: Row) -> Table:
@@ -117,7 +151,8 @@ def fewer_pairs(data: Row) -> Table:
     rows = []
     for attention, blocks in dict.fromkeys((attention, blocks) for attention, blocks, _ in found):
         asked = max((each for name, where, each in found if (name, where) == ("plain", blocks)), default=None)
-        if attention == "plain" or asked is None:
+        # Dense steps of other numbers would be pairs, too.
+        if attention == "plain" or asked is None or "dense" in attention or "falling" in attention:
             continue
         ratios = []
         for target in found["plain", blocks, asked]:
@@ -175,11 +210,17 @@ def line(row: Row) -> str:
     facts = []
     if "fidelity" in row:
         facts += [f"density {row['density']:.3f}", f"{mean(row['fidelity']):.2f} dB, worst {min(row['fidelity']):.2f}"]
-        facts += [f"recall {row['recall']:.2f}"]
+        facts += [f"recall {row['recall']:.2f}"] if "recall" in row else []
     if "losses" in row:
         facts.append(f"loss {mean(row['losses']):.4f}")
     facts += [row["error"]] if "error" in row else []
     return f"{row['id']}: {', '.join([row['status'], *facts])} [{row['wall_s']:.1f} s]"
+
+
+def _gain(ours: list[Row], others: list[Row]) -> str:
+    """Mean and worst gain in dB; empty where nothing is paired."""
+    gained = gains(ours, others)
+    return f"{mean(gained):+.1f} ({min(gained):+.1f})" if gained else ""
 
 
 def _percent(share: float) -> str:

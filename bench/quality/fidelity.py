@@ -1,9 +1,9 @@
 """How close whole denoises with another attention are to full attention's own, with the same weights and noise.
 
-A denoise takes ``STEPS`` Euler steps from noise level ``LEVEL`` to 0. Its first ``DENSE_STEPS`` use full attention, so
-they are taken once, and all attentions go on from there.
+A denoise takes ``STEPS`` Euler steps from noise level ``LEVEL`` to 0. Its first steps use full attention, the same for
+all: they are taken once, and each attention goes on from where its own first step begins.
 
-Shapes: B held-out windows times noise seeds, S tokens, N blocks, H heads, D head dim.
+B: held-out windows times noise seeds.
 """
 
 from collections.abc import Sequence
@@ -11,23 +11,21 @@ from itertools import pairwise, product
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench.attention.checks import chosen_blocks
 from bench.common.sizes import Sizes3
 from bench.quality.probe import PROBED_LEVELS, window_inputs
+from bench.quality.stepped import Stepped
 from bench.quality.train import LEAST_LEVEL
 from bench.quality.windows import LEVELS, Sample, Windows
-from vmoba_flex import BlockPartition, VMoBAConfig
+from vmoba_flex import VMoBAConfig, block_masses
 from vmoba_flex.demo.denoise import frames_of, psnr
 from vmoba_flex.demo.model import VideoTransformer
 
-LEVEL, STEPS, DENSE_STEPS = 0.9, 20, 5
+LEVEL, STEPS = 0.9, 20
 NOISE_SEEDS = (0, 1)
 
-# Queries whose scores are in memory at a time.
-_ROWS = 2048
 # No other noise of this study has such seeds.
 _FIRST_SEED = 1_000_000
 _PATH = [LEVEL * (1 - step / STEPS) for step in range(STEPS + 1)]
@@ -50,21 +48,27 @@ class Reference:
         pairs = zip(self.samples, videos, strict=True)
         noise = torch.cat([_noise(video, _FIRST_SEED + 100 * number + seed) for (_, number, seed), video in pairs])
         model.set_attention(attention)
-        self._middle = follow(model, videos + LEVEL * (noise - videos), _PATH[: DENSE_STEPS + 1])
-        self.videos = follow(model, self._middle, _PATH[DENSE_STEPS:])
+        self._latents = [videos + LEVEL * (noise - videos)]  # before each step
+        for step in range(STEPS):
+            self._latents.append(follow(model, self._latents[-1], _PATH[step : step + 2]))
+        self.videos = self._latents[-1]
         self.losses = held_out_losses(model, windows)
         self._inputs = [window_inputs(model, windows, level) for level in PROBED_LEVELS]
         self._masses: dict[Any, Tensor] = {}
 
-    def fidelities(self, attention: VMoBAConfig) -> list[float]:
+    def fidelities(self, stepped: Stepped) -> list[float]:
         """PSNR in dB of each denoise under another attention to full attention's video; the model keeps it."""
-        self.model.set_attention(attention)
-        videos = follow(self.model, self._middle, _PATH[DENSE_STEPS:])
-        return [psnr(frames_of(x[None]), frames_of(y[None])) for x, y in zip(videos, self.videos, strict=True)]
+        stepped.attach(self.model)
+        variant = stepped.variant
+        first = variant.dense - variant.remembers  # the last dense step once more: it records
+        noisy = self._latents[first]
+        for stepped.step in range(first, STEPS):
+            noisy = follow(self.model, noisy, _PATH[stepped.step : stepped.step + 2])
+        return [psnr(frames_of(x[None]), frames_of(y[None])) for x, y in zip(noisy, self.videos, strict=True)]
 
-    def chosen(self, attention: VMoBAConfig) -> tuple[float, float]:
-        """Density, and recall: the share of full attention's mass on chosen blocks; means over layers and levels."""
-        densities, recalls = [], []
+    def recall(self, attention: VMoBAConfig) -> float:
+        """The share of full attention's mass on chosen blocks, the mean over layers and levels."""
+        recalls = []
         for level, layers in enumerate(self._inputs):
             for index, (query, key, _) in enumerate(layers):
                 plan = attention.layer(index, len(layers))
@@ -73,9 +77,8 @@ class Reference:
                 where = level, index, partition
                 if where not in self._masses:
                     self._masses[where] = block_masses(query, key, partition)
-                densities.append(chosen.float().mean())
-                recalls.append((self._masses[where] * chosen).sum(-1).mean())
-        return torch.stack(densities).mean().item(), torch.stack(recalls).mean().item()
+                recalls.append((self._masses[where] * chosen).sum(-1).mean(dtype=torch.float32))
+        return torch.stack(recalls).mean().item()
 
 
 @torch.no_grad()
@@ -116,24 +119,6 @@ def predict(model: VideoTransformer, noisy: Tensor, level: Tensor) -> Tensor:
     """The video in noisy videos, in bfloat16 on a GPU, as in training."""
     with torch.autocast(noisy.device.type, torch.bfloat16, noisy.is_cuda):
         return model(noisy, level)
-
-
-@torch.no_grad()
-def block_masses(query: Tensor, key: Tensor, partition: BlockPartition) -> Tensor:
-    """The share of each query's full attention on each block.
-
-    Args:
-        query: ``(1, H, S, D)``, raster order.
-        key: like query.
-        partition: of the S tokens.
-
-    Returns:
-        float32 ``(1, H, S, N)``.
-    """
-    member = F.one_hot(partition.block_ids(query.device).long(), partition.num_blocks).float()
-    keys = key.float().mT / query.shape[-1] ** 0.5
-    # Some queries at a time: all scores of four heads take 3 GB at 13,824 tokens.
-    return torch.cat([(rows.float() @ keys).softmax(-1) @ member for rows in query.split(_ROWS, dim=2)], dim=2)
 
 
 def _noise(video: Tensor, seed: int) -> Tensor:

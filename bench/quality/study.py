@@ -13,17 +13,19 @@ from torch import Tensor, nn
 from bench.common.machine import error_text, free_memory, print_trace
 from bench.common.report import Row
 from bench.quality.denoise_report import DENOISE, FULL, TUNED, DenoiseReport
-from bench.quality.fidelity import Reference, held_out_losses
+from bench.quality.fidelity import STEPS, Reference, held_out_losses
 from bench.quality.runs import MAIN, Run
+from bench.quality.stepped import Stepped
 from bench.quality.train import STRIDE, Trainer
 from bench.quality.variants import (
     CYCLES,
-    DENSITIES,
+    DENSE_STEPS,
+    FEW,
     MAIN_SETTING,
     SMALL_SETTING,
-    TUNED_DENSITIES,
     TUNED_VARIANTS,
-    VARIANTS,
+    Variant,
+    cases,
     config,
     full,
 )
@@ -71,54 +73,63 @@ class Study:
         """Full attention's own videos."""
         return Reference(self.model, full(self.setting), self.windows, self.setting.size.grid)
 
-    def rows(self, report: DenoiseReport, run: int) -> Iterator[tuple[Row, Callable[[Row], bool]]]:
-        """The rows that a report lacks, each with what measures it.
+    def rows(self, part: str, report: DenoiseReport, run: int) -> Iterator[tuple[Row, Callable[[Row], bool]]]:
+        """The rows of a part of the study that a report lacks, each with what measures it.
 
         Raises:
             ModelError: if the report has rows of other weights of the same seed.
         """
         if report.rows.get(self._id(FULL), {}).get("weights", self.facts["weights"]) != self.facts["weights"]:
             raise ModelError(f"{report.path} has rows of another model of seed {self.seed}: give another --output")
-        for what, attention, blocks, asked in _cases(tuning=self.args.tune_steps > 0):
+        for what, variant, blocks, asked in _cases(part):
+            attention = "full" if variant is None else variant.name
             row: Row = {
                 "id": self._id(what, attention, blocks, asked), "status": "running", "run": run, "what": what,
                 "model_seed": self.seed, "attention": attention, "blocks": blocks, "asked": asked, "wall_s": 0.0,
             }  # fmt: skip
+            if variant is not None:
+                row |= variant._asdict()
             if not report.has(row["id"]):
-                yield row, self._measure
+                yield row, functools.partial(self._measure, variant)
 
     def _id(self, what: str, attention: str = "full", blocks: str = "", asked: float = 1.0) -> str:
         name = "" if (what, attention) == (FULL, "full") else attention
         density = f"density {asked:g}" if blocks else ""
         return " | ".join(filter(None, [f"model {self.seed}", what, name, blocks, density]))
 
-    def _measure(self, row: Row) -> bool:
+    def _measure(self, variant: Variant | None, row: Row) -> bool:
         """Fills the row, with the error's text if it fails; returns whether the device still works."""
         began = time.monotonic()
         try:
-            {FULL: self._full, DENOISE: self._denoise, TUNED: self._tune}[row["what"]](row)
+            if row["what"] == TUNED:
+                self._tune(variant, row)
+            elif variant is None:
+                row |= self.facts | {"samples": self.reference.samples, "losses": self.reference.losses}
+            else:
+                self._denoise(variant, row)
             row["status"] = "ok"
-        except NotImplementedError as error:
-            row["status"], row["error"] = "unsupported", str(error)
         except Exception as error:
             row["status"], row["error"] = "failed", error_text(error)
             print_trace()
         row["wall_s"] = time.monotonic() - began
         return row["status"] != "failed" or free_memory(self.device)
 
-    def _full(self, row: Row) -> None:
-        row |= self.facts | {"samples": self.reference.samples, "losses": self.reference.losses}
-
-    def _denoise(self, row: Row) -> None:
-        attention = self._attention(row)
+    def _denoise(self, variant: Variant, row: Row) -> None:
+        attention = self._attention(variant, row)
+        stepped = Stepped(variant, attention, STEPS)
         row |= {"rule": repr(attention.rule), "against": self._id(FULL)}
-        row["density"], row["recall"] = self.reference.chosen(attention)
-        row["fidelity"] = self.reference.fidelities(attention)
+        row["density"] = stepped.density(self.setting.size.grid, len(self.model.blocks))
+        row["fidelity"] = self.reference.fidelities(stepped)
+        if variant.changes or variant.dense != DENSE_STEPS:  # the others have the same of one forward
+            return
+        row["recall"] = self.reference.recall(attention)
+        self.model.set_attention(attention)
         row["losses"] = held_out_losses(self.model, self.windows)
 
-    def _tune(self, row: Row) -> None:
+    def _tune(self, variant: Variant | None, row: Row) -> None:
         run = Run(row["attention"], MAIN, TUNED_SEED + self.seed)
-        trainer = Trainer(run, self.setting.size, self._attention(row), self.frames)
+        attention = full(self.setting) if variant is None else self._attention(variant, row)
+        trainer = Trainer(run, self.setting.size, attention, self.frames)
         for model in (trainer.model, trainer.average):
             model.load_state_dict(self.model.state_dict())
         trainer.learning_rate *= TUNED_RATE
@@ -126,10 +137,8 @@ class Study:
         row |= {"against": self._id(TUNED), "steps": trainer.step, "seconds": trainer.seconds}
         row["losses"] = held_out_losses(trainer.average, self.windows)
 
-    def _attention(self, row: Row) -> VMoBAConfig:
-        if row["attention"] == "full":
-            return full(self.setting)
-        return config(row["attention"], row["blocks"], row["asked"], self.setting, self.device)
+    def _attention(self, variant: Variant, row: Row) -> VMoBAConfig:
+        return config(variant, row["blocks"], row["asked"], self.setting, self.device)
 
     def _trained(self) -> Trainer:
         args = self.args
@@ -152,14 +161,14 @@ class Study:
                 trainer.save(path)
 
 
-def _cases(tuning: bool) -> Iterator[tuple[str, str, str, float]]:
-    """Kind of row, attention, blocks and density of each row of a model, the most urgent first."""
-    yield FULL, "full", "", 1.0
+def _cases(part: str) -> Iterator[tuple[str, Variant | None, str, float]]:
+    """Kind of row, attention (None: full), blocks and density of each row of a part, the most urgent first."""
+    yield FULL, None, "", 1.0
+    if part == "tuned":
+        yield TUNED, None, "", 1.0
+        yield from ((TUNED, variant, "cycle", density) for density in FEW for variant in TUNED_VARIANTS)
     for blocks in CYCLES:
-        yield from ((DENOISE, attention, blocks, density) for density in DENSITIES for attention in VARIANTS)
-    if tuning:
-        yield TUNED, "full", "", 1.0
-        yield from ((TUNED, attention, "cycle", density) for density in TUNED_DENSITIES for attention in TUNED_VARIANTS)
+        yield from ((DENOISE, variant, blocks, density) for variant, density in cases(part))
 
 
 def digest(model: nn.Module) -> str:

@@ -8,13 +8,16 @@ owns what it writes, and two runs give the same bits.
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
 import functools
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from block_masks.attention.launches import Tile, attend_launch, dot_precision
 from block_masks.attention.row_steps import Merged
+from block_masks.launching import architecture
 from block_masks.plans import move_kernels
 from block_masks.plans.section import Section
 
@@ -187,20 +190,21 @@ def _key_backward_kernel(
 class _Launch:
     """What the three kernels share: dims, tile shapes and how they read tiles."""
 
-    def __init__(self, kernel: str, rows: Tensor, values: Tensor, tile_size: int) -> None:
+    def __init__(
+        self, kernel: Literal["forward", "query", "key"], rows: Tensor, values: Tensor, tile_size: int
+    ) -> None:
         dim, value_dim = rows.shape[-1], values.shape[-1]
         padded, value_padded = dot_width(dim), dot_width(value_dim)
-        hopper = rows.is_cuda and torch.cuda.get_device_capability(rows.device)[0] == 9
-        wide = max(padded, value_padded) > 128
-        kind = "float32" if rows.dtype == torch.float32 else "hopper" if hopper and not wide else "small"
-        m, n, warps, stages = _SHAPES[kind][kernel]
-        self.block_m, self.block_n = min(m, tile_size), min(n, tile_size)
+        where = architecture.architecture_of(rows.device)
+        launch = attend_launch(where, max(padded, value_padded), rows.dtype)
+        tile: Tile = getattr(launch, kernel)
+        self.block_m, self.block_n = min(tile.rows, tile_size), min(tile.keys, tile_size)
         # Descriptors need rows of whole 16 bytes.
-        self.tma = kind == "hopper" and all(d * rows.element_size() % 16 == 0 for d in (dim, value_dim))
+        self.tma = launch.descriptors and all(d * rows.element_size() % 16 == 0 for d in (dim, value_dim))
         self.options = {
             "D": dim, "BLOCK_D": padded, "DV": value_dim, "BLOCK_DV": value_padded,
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "TILE": tile_size, "TMA": self.tma,
-            "PRECISION": "tf32x3" if rows.dtype == torch.float32 else "ieee", "num_warps": warps, "num_stages": stages,
+            "PRECISION": dot_precision(where, rows.dtype), "num_warps": tile.warps, "num_stages": tile.stages,
         }  # fmt: skip
 
     def tiles(self, x: Tensor, count: int) -> object:
@@ -219,13 +223,6 @@ def dot_width(dim: int) -> int:
 
 
 _LEAST_SCALE = 1e-30
-
-# Rows, slots, warps and stages of each kernel's tile: the fastest of those timed (bench/NOTES.md).
-_SHAPES = {
-    "hopper": {"forward": (64, 64, 4, 3), "query": (128, 64, 8, 3), "key": (64, 128, 8, 3)},
-    "small": {"forward": (64, 32, 4, 2), "query": (64, 32, 4, 2), "key": (32, 64, 4, 2)},
-    "float32": {"forward": (64, 32, 4, 1), "query": (32, 32, 8, 1), "key": (32, 32, 8, 1)},
-}
 
 
 def forward(query: Tensor, keys: Tensor, values: Tensor, section: Section, scale: float) -> tuple[Tensor, Tensor]:

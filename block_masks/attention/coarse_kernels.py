@@ -8,6 +8,8 @@ Shapes: ``H`` heads of all samples, ``S`` queries, ``C`` coarse keys, ``G`` grou
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
+from typing import Literal
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from block_masks.attention.attend_kernels import dot_width
 from block_masks.attention.coarse_steps import CoarseKeys
+from block_masks.attention.launches import Tile, coarse_launch, dot_precision
+from block_masks.launching import architecture
 from block_masks.launching.launch import QuickLaunch
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -218,25 +222,18 @@ def split_grad(grad: Tensor, output: Tensor, lse: Tensor, merged_lse: Tensor, de
     return grad_output, grad_lse
 
 
-# Rows, coarse keys, warps and stages of each kernel's tile: the fastest of those timed (bench/NOTES.md).
-_SHAPES = {
-    "16 bit": {"merge": (64, 32, 4, 3), "query": (128, 64, 8, 3), "key": (32, 64, 4, 3)},
-    "wide": {"merge": (64, 32, 4, 2), "query": (64, 32, 4, 1), "key": (32, 32, 4, 1)},
-    "float32": {"merge": (64, 32, 4, 1), "query": (32, 32, 8, 1), "key": (32, 32, 8, 1)},
-}
 _WORD_BITS = 64  # the kernels spell it out
 _PARTS = 12  # of the queries, to have as many programs as a GPU wants where coarse keys are few
 
 
-def _options(kernel: str, query: Tensor, coarse: CoarseKeys) -> dict[str, object]:
+def _options(kernel: Literal["merge", "query", "key"], query: Tensor, coarse: CoarseKeys) -> dict[str, object]:
     dim, value_dim = query.shape[-1], coarse.value.shape[-1]
-    wide = max(dim, value_dim) > 128
-    kind = "float32" if query.dtype == torch.float32 else "wide" if wide else "16 bit"
-    m, n, warps, stages = _SHAPES[kind][kernel]
+    where, widths = architecture.architecture_of(query.device), (dot_width(dim), dot_width(value_dim))
+    tile: Tile = getattr(coarse_launch(where, max(widths), query.dtype), kernel)
     return {
-        "D": dim, "BLOCK_D": dot_width(dim), "DV": value_dim, "BLOCK_DV": dot_width(value_dim),
-        "BLOCK_M": m, "BLOCK_N": n, "PRECISION": "tf32x3" if kind == "float32" else "ieee",
-        "num_warps": warps, "num_stages": stages,
+        "D": dim, "BLOCK_D": widths[0], "DV": value_dim, "BLOCK_DV": widths[1],
+        "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "PRECISION": dot_precision(where, query.dtype),
+        "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
 
 

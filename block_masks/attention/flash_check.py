@@ -18,6 +18,7 @@ from torch import Tensor
 
 from block_masks.attention.row_attention import Room, attend_rows
 from block_masks.attention.slot_attention import attend_slots
+from block_masks.launching.architecture import is_hopper
 from block_masks.plans.moves import from_slots, to_slots
 from block_masks.plans.slots import Slots, plan_slots
 
@@ -37,7 +38,8 @@ def refusal(
 ) -> str | None:
     """Why FlashAttention-4 cannot run here, or None if it can.
 
-    The first call for each combination of arguments runs small problems and reads their results back to the host.
+    The first call for each combination of arguments runs small problems and reads their results back to the host. Each
+    reason is logged once, as a warning if the right version is installed.
 
     Args:
         device: index of a CUDA device.
@@ -47,18 +49,34 @@ def refusal(
         of_slots: whether it is asked for by ``attend_slots``, and not by ``attend_packed``.
         backward: whether gradients are wanted: most of FlashAttention-4's kernels are for them, and long to compile.
     """
+    reason = _reason(device, dtype, head_dim, value_dim, of_slots, backward)
+    if reason:
+        _log(logging.WARNING if _version() == VERSION else logging.INFO, reason)
+    return reason
+
+
+@functools.cache
+def _log(level: int, reason: str) -> None:
+    _LOG.log(level, "attention does not run on FlashAttention-4: %s", reason)
+
+
+def _reason(
+    device: int, dtype: torch.dtype, head_dim: int, value_dim: int, of_slots: bool, backward: bool
+) -> str | None:
     version = _version()
     if version is None:
         return "flash-attn-4 is not installed"
     if version != VERSION:
         return f"flash-attn-4 must be {VERSION}, found {version}"
-    if torch.cuda.get_device_capability(device)[0] != 9:
+    if not is_hopper(device):
         return f"the device must be a Hopper GPU, got {torch.cuda.get_device_name(device)}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the dtype must be float16 or bfloat16, got {dtype}"
     if backward and torch.are_deterministic_algorithms_enabled():
         return "its backward is not deterministic"
     error = _worst_error(device, dtype, head_dim, value_dim, of_slots, backward)
+    if isinstance(error, str):
+        return f"it failed on small problems ({error})"
     return None if error <= 2 else f"its error is {error:.1f} times that of other kernels on small problems"
 
 
@@ -74,15 +92,15 @@ def _version() -> str | None:
 @functools.cache
 def _worst_error(
     device: int, dtype: torch.dtype, head_dim: int, value_dim: int, of_slots: bool, backward: bool
-) -> float:
-    """The largest ratio of its error to that of other kernels, over output and gradients; inf if it fails."""
+) -> float | str:
+    """The largest ratio of its error to that of other kernels, over output and gradients; or what it raises."""
     generator = torch.Generator("cpu").manual_seed(0)
     problems = _PROBLEMS if dtype == torch.bfloat16 or not of_slots else _PROBLEMS[:1]
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    def ratios() -> list[float]:
+    def ratios() -> list[float] | str:
         torch.cuda.set_device(device)  # of this thread
         found = []
         for sizes, there in problems:
@@ -104,14 +122,15 @@ def _worst_error(
                     if name != "flash":
                         raise
                     # Whatever stops it, on this device it cannot be used.
-                    _LOG.warning("FlashAttention-4 fails on small problems: %s: %s", type(error).__name__, error)
-                    return [float("inf")]
+                    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 results.append([x.detach().float() for x in (output, *gradients)])
             for exact, other, flash in zip(*results, strict=True):
                 found.append(((flash - exact).norm() / (other - exact).norm()).item())
         return found
 
     found = undisturbed(ratios)
+    if isinstance(found, str):
+        return found
     return max(found) if all(ratio == ratio for ratio in found) else float("inf")
 
 

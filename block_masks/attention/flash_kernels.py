@@ -12,6 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
+from block_masks.attention.flash_warning import ignore_its_warning
 from block_masks.attention.row_kernels import delta
 from block_masks.attention.row_steps import Merged
 from block_masks.plans import move_kernels
@@ -28,6 +29,7 @@ def forward(query: Tensor, keys: Tensor, values: Tensor, section: Section, scale
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_fwd
 
+    ignore_its_warning()
     tile = section.plan.tile_size
     rows = move_kernels.take_rows(query.flatten(0, 1), section.row_query, section.row_pool)
     keys, values = (_of_section(x, len(query), section) for x in (keys, values))
@@ -46,6 +48,7 @@ def backward(
     """Gradients through a section's rows; see ``row_steps.backward``."""
     from flash_attn.cute.interface import _flash_attn_bwd
 
+    ignore_its_warning()
     # Its tiles reach past the end of a sequence, where zero times what they read must be zero: clear the next tile.
     take = functools.partial(
         move_kernels.take_rows, row_query=section.row_query, row_pool=section.row_pool, clear_next=True
@@ -71,6 +74,7 @@ def attend_tiles(
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_fwd
 
+    ignore_its_warning()
     output = query.new_empty(*query.shape[:3], value.shape[-1])
     _, lse, *_ = _flash_attn_fwd(
         *(_aligned(x).transpose(1, 2) for x in (query, key, value)), softmax_scale=scale, return_lse=True,
@@ -88,6 +92,7 @@ def attend_tiles_backward(
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_bwd
 
+    ignore_its_warning()
     grad_query, grad_key, grad_value, *_ = _flash_attn_bwd(
         *(_aligned(x).transpose(1, 2) for x in (query, key, value, output, grad)), lse, softmax_scale=scale,
         block_sparse_tensors=BlockSparseTensorsTorch(*transposed, block_size=(tile_size, tile_size)),

@@ -7,7 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from block_masks.attention.attend_kernels import dot_width
+from block_masks.attention.launches import dot_precision
 from block_masks.attention.row_kernels import share_left
+from block_masks.launching import architecture
 from block_masks.launching.launch import QuickLaunch
 from block_masks.plans.move_kernels import take_slots
 
@@ -61,7 +63,7 @@ def padding_lse(
         scale, heads, rows, selected.shape[-1], heads // last_keys.shape[1], together,
         batch * heads // len(padding), *selected.stride(),
         D=dim, BLOCK_D=dot_width(dim), ROWS=128, GROUPS=16,
-        PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee", num_warps=8,
+        PRECISION=dot_precision(architecture.architecture_of(query.device), query.dtype), num_warps=8,
     )  # fmt: skip
     return result
 

@@ -4,7 +4,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+
+# Triton for AMD compiles other loads where no offset in a buffer passes 32 bits.
+_SEES_BUFFERS = torch.version.hip is not None
 
 
 class QuickLaunch:
@@ -43,7 +47,8 @@ class QuickLaunch:
 def _kind(x: Any) -> object:
     """What Triton looks at: types, and of pointers and integers, whether 16 divides them, and whether they are 1."""
     if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
+        small = not _SEES_BUFFERS or x.untyped_storage().nbytes() < 2**31
+        return x.dtype, x.data_ptr() % 16 == 0, small
     if type(x) is int:
         return x == 1, x % 16 == 0, -(2**31) <= x < 2**31, x < 2**63
     return type(x)

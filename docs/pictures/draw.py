@@ -23,7 +23,7 @@ PICTURES = {
     "packed": draw_packed,
 }
 DEMO = Path(__file__).parent.parent / "demo.png"
-CHOICE = (398, 770, 1094, 1512)  # left, top, right, bottom of what one query chooses, in pixels of DEMO
+CHOICE = (398, 898, 1094, 1640)  # left, top, right, bottom of what one query chooses, in pixels of DEMO
 
 
 def main(folder: Path) -> None:

@@ -5,6 +5,7 @@
     model.py       a video diffusion transformer; bench/quality trained the one that checkpoint.py reads
     denoise.py     frames -> noisy video -> frames again, under any attention
     run.py         the model's own query, key, value -> one `LayerResult` per layer
+    tailed.py      which layers have a tail, and what it keeps
     story.py       what the picture tells
     picture.py     story -> one PNG, drawn with canvas.py
 

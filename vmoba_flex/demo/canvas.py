@@ -85,6 +85,12 @@ def dimmed(frame: Tensor, keep: Tensor) -> np.ndarray:
     return np.where(_per_pixel(keep.numpy(), frame)[..., None], frame.permute(1, 2, 0).numpy(), 0.3 * _grey(frame))
 
 
+def coarse(frame: Tensor, keep: Tensor, colours: Tensor) -> np.ndarray:
+    """The frame where keep (h, w) is true, the darkened colours (h, w, 3) of its tokens elsewhere."""
+    kept = _per_pixel(keep.numpy(), frame)[..., None]
+    return np.where(kept, frame.permute(1, 2, 0).numpy(), 0.7 * _per_pixel(colours.numpy(), frame))
+
+
 def _grey(frame: Tensor) -> np.ndarray:
     return frame.mean(0).numpy()[..., None]
 

@@ -12,6 +12,7 @@ from vmoba_flex.demo import canvas
 from vmoba_flex.demo.denoise import LEVEL
 from vmoba_flex.demo.run import TILE, LayerResult
 from vmoba_flex.demo.story import Story
+from vmoba_flex.demo.tailed import TAILED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,15 +36,15 @@ def draw(story: Story, path: str | Path) -> None:
 
     strip_step, kind_step = SMALL * RATIO + 0.42, 2 * LARGE * RATIO + GAP + 0.72
     strips, top = _strips(story), 1.72
-    tall = top + len(strips) * strip_step + 3 * kind_step + 0.75
+    tall = top + len(strips) * strip_step + 3 * kind_step + 1.1
     figure = Figure(figsize=(WIDTH, tall), dpi=110, facecolor="white")
 
     title = "VMoBA: every query chooses the blocks of the video that it attends"
     canvas.text(figure, MARGIN, 0.5, title, size=20, weight="bold")
     caption = (
         "VMoBA cuts the video into blocks; a query attends its own block and the blocks whose mean key matches it best "
-        f"({story.rule}), and skips the rest.\nLayers take turns at cutting in time (1D), in space (2D) and in both "
-        "(3D), so that what is out of a query's reach in one layer is within it in the next."
+        f"({story.rule}).\nIt skips the rest, or attends it by the means of cells (a tail). Layers take turns at "
+        "cutting in time (1D), in space (2D) and in both (3D): what one layer misses is in reach of the next."
     )
     canvas.text(figure, MARGIN, 0.7, caption, size=11.5, va="top", linespacing=1.5)
     for title, images in strips.items():
@@ -65,7 +66,8 @@ def _strips(story: Story) -> dict[str, list[np.ndarray]]:
     frames, height, width = story.grid
     tokens = f"{frames} x {height} x {width} = {frames * height * width:,}"
     clip = "Frames that the model was not trained on" if story.held_out else "The clip"
-    full, sparse, noisy = (f"{story.psnr(x, 'clip'):.1f} dB to the clip" for x in ("full", "sparse", "noisy"))
+    names = ("full", "sparse", "tail", "noisy")
+    full, sparse, tail, noisy = (f"{story.psnr(name, 'clip'):.1f} dB to the clip" for name in names)
     plain = {
         f"{clip}, as {tokens} tokens. The square marks one of them: the query that we follow.": "clip",
         f"With noise of level {LEVEL:g}: {noisy} (dB of peak signal-to-noise ratio: more is nearer)": "noisy",
@@ -73,6 +75,8 @@ def _strips(story: Story) -> dict[str, list[np.ndarray]]:
         f"Denoised by the model under VMoBA: {sparse}, {story.psnr('sparse', 'full'):.1f} dB to full attention's": (
             "sparse"
         ),
+        f"The same with a tail in {' and '.join(TAILED)} layers, at the same density: {tail}, "
+        f"{story.psnr('tail', 'full'):.1f} dB to full attention's": "tail",
     }
     strips = {title: [canvas.plain(frame) for frame in story.videos[name]] for title, name in plain.items()}
     heat = torch.stack([each / each.max() for each in story.attention]).mean(0).view(story.grid)
@@ -93,9 +97,12 @@ def _draw_kind(figure: "Figure", story: Story, index: int, top: float) -> None:
     canvas.text(figure, COLUMNS[0], top - 0.12, f"{result.kind} layer", size=14, weight="bold")
     canvas.text(figure, COLUMNS[0] + 0.98, top - 0.12, _cut_in_words(result))
     choice = f"{int(selected.sum())} of {partition.num_blocks} blocks, which hold {kept:.0%} of its full attention"
-    canvas.text(figure, COLUMNS[1], top - 0.12, f"The query's choice: {choice}")
-    measures = f"density {result.density:.2f}, tiles run {result.tile_density:.2f}, recall {result.recall:.2f}"
-    canvas.text(figure, COLUMNS[2] - 0.3, top - 0.18, measures)
+    coarse = None if result.tail is None else story.as_cells(result)
+    rest = "the rest is skipped" if coarse is None else "the rest by cells"
+    canvas.text(figure, COLUMNS[1], top - 0.12, f"The query attends {choice}; {rest}")
+    shares = f"recall {result.recall:.2f}" + (f", overlap {result.overlap:.2f}" if result.tail is not None else "")
+    measures = f"density {result.density:.2f}, tiles run {result.tile_density:.2f}\n{shares}"
+    canvas.text(figure, COLUMNS[2] - 0.3, top - 0.17, measures, size=10, linespacing=1.2)
     for index, t in enumerate(story.latent_frames(4)):
         left, down = COLUMNS[0] + index % 2 * (LARGE + GAP), top + index // 2 * step_down
         axes = _frame_axes(figure, story, t, left, down, LARGE, mark=False)
@@ -108,7 +115,9 @@ def _draw_kind(figure: "Figure", story: Story, index: int, top: float) -> None:
     for index, t in enumerate(story.latent_frames(8)):
         left, down = COLUMNS[1] + index % 4 * (LARGE + GAP), top + index // 4 * step_down
         axes = _frame_axes(figure, story, t, left, down, LARGE)
-        canvas.show(axes, canvas.dimmed(story.frames[t], selected[ids[t]]), story.grid)
+        frame, keep = story.frames[t], selected[ids[t]]
+        seen = canvas.dimmed(frame, keep) if coarse is None else canvas.coarse(frame, keep, coarse[t])
+        canvas.show(axes, seen, story.grid)
         for block, corner, size in _cells(ids[t], partition):
             if selected[block]:
                 own = block == ids[story.token]
@@ -165,14 +174,17 @@ def _draw_legend(figure: "Figure", story: Story, top: float) -> None:
         Patch(fc="#555555", ec=colour, lw=2, label=name, path_effects=canvas.stroke(4))
         for colour, name in ((OWN, "the query's own block"), (CHOSEN, "a block that it chose"))
     ]
+    handles.append(Patch(fc="#6d7f57", ec="#555555", label="skipped, by the means of cells"))
     handles += [Patch(fc=colour, ec="#555555", label=name) for colour, name in zip(TILE_COLOURS, names, strict=True)]
     axes = canvas.axes(figure, MARGIN, top, WIDTH - 2 * MARGIN, 0.25)
     axes.set_axis_off()
-    axes.legend(handles=handles, loc="center left", ncols=5, frameon=False, fontsize=10.5, borderaxespad=0, borderpad=0)
+    axes.legend(handles=handles, loc="center left", ncols=6, frameon=False, fontsize=10.5, borderaxespad=0, borderpad=0)
     layers = ", ".join(str(result.layer) for result in story.results)
     notes = (
         "Density: share of (query, block) pairs attended. Tiles run: share of the 128 x 128 tiles that FlexAttention "
-        "computes; a tile runs as soon as one of its 128 queries wants it. Recall: share of full attention kept.\n"
+        "computes; a tile runs as soon as one of its 128 queries wants it.\n"
+        "Recall: share of full attention on attended keys. Overlap: share of attention on the same keys as full "
+        "attention's, with the tail.\n"
         f"They are means over {len(story.results[0].tiles)} heads; the rest is from head {story.head}. Query and "
         f"key are the trained model's in its layers {layers}, on the noisy video. {story.credit}"
     )

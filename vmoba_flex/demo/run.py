@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from vmoba_flex import BlockPartition, Threshold, TopK, VMoBAConfig, reference, vmoba_mask, vmoba_selection
+from vmoba_flex import BlockPartition, Tail, Threshold, TopK, VMoBAConfig, reference, vmoba_mask, vmoba_selection
 from vmoba_flex.demo.model import Grid, VideoTransformer
+from vmoba_flex.demo.tailed import overlap, tail_of
 from vmoba_flex.dispatch.compiled import compiled_flex_attention
 from vmoba_flex.user_error import UserError
 
@@ -48,6 +49,9 @@ class LayerResult:
         density: share of the (query, block) pairs that are attended.
         tile_density: share of the 128 x 128 tiles that run.
         recall: share of full attention that falls on attended keys.
+        tail: how skipped blocks take part in the run that has a tail; None if they do not.
+        overlap: share of attention that this run and full attention give to the same keys, over 512 queries; see
+            `vmoba_flex.insight.HeadReport`.
         error: largest difference from dense masked attention in float64, over 512 queries.
         seconds: median time of a call, which includes choosing the blocks.
         selection: bool (heads, tokens, blocks), raster order.
@@ -61,6 +65,8 @@ class LayerResult:
     density: float
     tile_density: float
     recall: float
+    tail: Tail | None
+    overlap: float
     error: float
     seconds: float
     selection: Tensor = field(repr=False)
@@ -143,6 +149,7 @@ def run_layers(inputs: list[Inputs], config: VMoBAConfig, grid: Grid, step: Call
         step(f"{name}: check")
         selection = vmoba_selection(query, key, partition, rule)
         tiles = tile_map(mask)
+        tail, kept = tail_of(kind), recall(query, key, selection, partition)
         results.append(
             LayerResult(
                 layer=index,
@@ -151,7 +158,9 @@ def run_layers(inputs: list[Inputs], config: VMoBAConfig, grid: Grid, step: Call
                 rule=rule,
                 density=selection.float().mean().item(),
                 tile_density=(tiles > 0).float().mean().item(),
-                recall=recall(query, key, selection, partition),
+                recall=kept,
+                tail=tail,
+                overlap=kept if tail is None else overlap(query, key, selection, partition, tail),
                 error=_error(output, query, key, value, selection, partition.block_ids()),
                 seconds=seconds,
                 selection=selection[0],

@@ -13,6 +13,7 @@ from vmoba_flex.demo.denoise import LEVEL, STEPS, add_noise, denoise, frames_of,
 from vmoba_flex.demo.model import Grid, VideoTransformer
 from vmoba_flex.demo.picture import draw
 from vmoba_flex.demo.run import (
+    NAMES,
     LayerResult,
     PlainAttention,
     attention_of,
@@ -22,6 +23,7 @@ from vmoba_flex.demo.run import (
     sdpa_seconds,
 )
 from vmoba_flex.demo.story import Story
+from vmoba_flex.demo.tailed import TAILED, attention_with_tail
 from vmoba_flex.user_error import UserError, check_extra, new_file
 
 HEAD = 1
@@ -92,6 +94,8 @@ def show(
             table(results),
             f"full: the same compiled FlexAttention, every tile run; scaled_dot_product_attention takes {sdpa:.3f} s.",
             "recall: the share of full attention that falls on the chosen blocks, on the model's own query and key.",
+            "overlap: the share of attention on the same keys as full attention's, with a tail in "
+            f"{' and '.join(TAILED)} layers; the others have none.",
             "Times are of this CPU, the choice of blocks included; they say little about speed on a GPU.",
             f"Picture: {output}",
         )
@@ -104,7 +108,7 @@ def _run(
     from tqdm import tqdm
 
     # One step each to read, to take the layers' inputs, to time torch's attention and to draw; three per result.
-    total = 4 + 2 * STEPS + 3 * (1 + model.shape.depth)
+    total = 4 + 3 * STEPS + 3 * (1 + model.shape.depth)
     with tqdm(total=total, bar_format="{desc:<32}|{bar}| {n_fmt}/{total_fmt}, {elapsed}", leave=False) as bar:
         # A step is counted when the next begins: the words name what runs now.
         def step(words: str) -> None:
@@ -120,6 +124,10 @@ def _run(
         for index, block in enumerate(model.blocks):
             block.attention = PlainAttention(config, index, model.shape.depth)
         sparse = denoise(model, noisy, lambda words: step(f"VMoBA: {words}"))
+        for index, block in enumerate(model.blocks):
+            kind = NAMES[config.layer(index, model.shape.depth).kind]
+            block.attention = attention_with_tail(config, index, model.shape.depth, kind)
+        tailed = denoise(model, noisy, lambda words: step(f"with a tail: {words}"))
         step("take query, key and value")
         inputs = layer_inputs(model, noisy, torch.tensor([LEVEL]))
         results = run_layers(inputs, config, grid, step)
@@ -130,7 +138,7 @@ def _run(
         _, height, width = grid
         place = (token[0] * height + token[1]) * width + token[2]
         middle = slice(model.shape.patch[0] // 2, None, model.shape.patch[0])
-        videos = {"clip": frames, "noisy": frames_of(noisy), "full": full, "sparse": sparse}
+        videos = {"clip": frames, "noisy": frames_of(noisy), "full": full, "sparse": sparse, "tail": tailed}
         story = Story(
             videos={name: each[middle] for name, each in videos.items()},
             nearness={(a, b): psnr(videos[a], videos[b]) for a in videos for b in videos if a < b},
@@ -153,6 +161,8 @@ def _nearness(story: Story) -> list[str]:
         f"full attention: {story.psnr('full', 'clip'):5.2f} dB to the clip",
         f"VMoBA:          {story.psnr('sparse', 'clip'):5.2f} dB to the clip, "
         f"{story.psnr('sparse', 'full'):.2f} dB to full attention's",
+        f"with a tail:    {story.psnr('tail', 'clip'):5.2f} dB to the clip, "
+        f"{story.psnr('tail', 'full'):.2f} dB to full attention's, at the same density",
         f"noisy:          {story.psnr('noisy', 'clip'):5.2f} dB to the clip",
     ]
 
@@ -165,8 +175,8 @@ def _in_words(rule: Threshold | TopK) -> str:
 
 def table(results: list[LayerResult]) -> str:
     """The results as text, a line per layer."""
-    lines = ["layer  kind  blocks  density  tile density  recall  largest error      time"]
+    lines = ["layer  kind  blocks  density  tile density  recall  overlap  largest error      time"]
     for r in results:
-        shares = f"{r.density:>9.3f}{r.tile_density:>14.3f}{r.recall:>8.3f}"
+        shares = f"{r.density:>9.3f}{r.tile_density:>14.3f}{r.recall:>8.3f}{r.overlap:>9.3f}"
         lines.append(f"{r.layer:>5}  {r.kind:<4}{r.partition.num_blocks:>8}{shares}{r.error:>15.1e}{r.seconds:>8.3f} s")
     return "\n".join(lines)

@@ -3,9 +3,12 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch.nn.functional as F
 from torch import Tensor
 
+from vmoba_flex.cells import cell_ids, cell_means
 from vmoba_flex.demo.run import LayerResult
+from vmoba_flex.tail import Cells
 
 
 @dataclass(frozen=True)
@@ -13,8 +16,8 @@ class Story:
     """What the picture tells.
 
     Attributes:
-        videos: float (T, 3, H, W) in [0, 1] by name, one frame for each latent frame: "clip", "noisy", "full" and
-            "sparse". The last two are denoised under full and sparse attention.
+        videos: float (T, 3, H, W) in [0, 1] by name, one frame for each latent frame: "clip", "noisy", "full", "sparse"
+            and "tail". The last three are denoised under full attention, sparse attention, and the same with a tail.
         nearness: PSNR in dB of two videos, by their names in alphabetical order.
         held_out: whether the model was not trained on the clip.
         token: the query that the picture follows, (t, y, x) in the grid.
@@ -49,6 +52,14 @@ class Story:
     def grid(self) -> tuple[int, int, int]:
         """Latent size (frames, height, width)."""
         return self.results[0].partition.grid
+
+    def as_cells(self, result: LayerResult) -> Tensor:
+        """The clip with each token in the mean colour of its cell in a layer that has a tail: float (T, h, w, 3)."""
+        partition, tail = result.partition, result.tail
+        assert tail is not None
+        tokens = F.adaptive_avg_pool2d(self.frames, self.grid[1:]).permute(0, 2, 3, 1).flatten(0, 2)
+        cells = Cells(partition, tail.cell_of(partition))
+        return cell_means(tokens[None, None], cells)[0, 0, cell_ids(cells, tokens.device)].view(*self.grid, 3)
 
     @property
     def row(self) -> int:

@@ -1,14 +1,18 @@
 """Shapes, dtypes and devices -> the dispatch and the backend of a call, without reading the device."""
 
+import functools
+import logging
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from block_masks.launching import architecture
 from block_masks.launching.constant import constant_when_compiled
 from block_masks.plans.rows import TILE
 from vmoba_flex.call import Backend, ChosenBackend, Dispatch
 from vmoba_flex.dispatch.compiled import has_flex_kernel
+from vmoba_flex.dispatch.machine import HOPPER, Machine, machine_of
 from vmoba_flex.groups import group_sizes
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold
@@ -16,13 +20,7 @@ from vmoba_flex.selection.bounds import largest_density
 from vmoba_flex.selection.kept import Selection
 from vmoba_flex.tail import Cells, Tail
 
-# What "auto" decides by, measured on an H200 or H100 (bench/NOTES.md). Pairs: forward, and forward + backward.
-_DENSE_RATE = 6.5e14  # operations per second of the fastest dense peer
-_BACKWARD = 3.5  # its forward + backward takes so many times its forward
-_SHARE = (0.12, 1.3)  # "packed" takes this constant plus this factor times the density, as a share of the dense time
-_TAIL_SHARE = (2.75, 2.97)  # a tail adds this factor times its cells per token: both grow with heads, tokens and dim
-_LAUNCHES = (3.5e-3, 8e-3)  # but at least these seconds, in which the host launches it
-_FLASH_FROM = (10e-3, 18e-3)  # dense seconds from which FlashAttention-4 gains more than its launches cost
+_LOG = logging.getLogger(__name__)
 
 
 def choose_dispatch(
@@ -33,6 +31,7 @@ def choose_dispatch(
     rule: Rule | Selection,
     tail: Tail | None = None,
     ranks: int = 1,
+    machine: Machine | None = None,
 ) -> Literal["tiles", "packed", "shared", "dense"]:
     """What ``dispatch="auto"`` runs; see ``vmoba_attention``.
 
@@ -44,6 +43,7 @@ def choose_dispatch(
         rule: ``TopK`` or ``Threshold``, or what was chosen before.
         tail: how skipped blocks take part; None if they do not.
         ranks: how many share the call. All make the same choice.
+        machine: whose times count; None for those of query's device.
 
     Returns:
         ``"tiles"``, ``"packed"`` or ``"dense"``; ``"shared"`` for what query tiles chose.
@@ -60,38 +60,70 @@ def choose_dispatch(
         return "tiles" if compiled and (unbounded or has_flex_kernel(query, key, value)) else "packed"
     if query.dtype == torch.float64 or max(query.shape[-1], value.shape[-1]) > 256:
         return "tiles"
-    dense, backward = _dense_seconds(query, key, value, partition)
-    if not packed_wins(dense / ranks, backward, rule, partition, tail):
+    if _no_kernels(query.device.index or 0):
+        return "dense"
+    machine = machine or machine_of(query.device, ranks)
+    dense, backward = _dense_seconds(query, key, value, partition, machine)
+    if not packed_wins(dense / ranks, backward, rule, partition, tail, machine):
         return "dense"
     return "tiles" if unbounded and compiled else "packed"
 
 
-def _dense_seconds(query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition) -> tuple[float, bool]:
+@functools.cache
+def _log_dense(reason: str) -> None:
+    _LOG.warning("dispatch='auto' is full attention: %s", reason)
+
+
+@constant_when_compiled
+def _no_kernels(index: int) -> bool:
+    """Whether a GPU is too old for the kernels, so that ``"auto"`` is full attention whatever the rule; logged once."""
+    if reason := architecture.refusal(index):
+        _log_dense(reason)
+    return reason is not None
+
+
+def _dense_seconds(
+    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, machine: Machine
+) -> tuple[float, bool]:
     """Seconds of the fastest dense peer for all tokens and these heads, and whether they include backward."""
     backward = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    return dense_seconds(query.shape[0] * query.shape[1], partition.num_tokens, query.shape[-1], backward), backward
+    heads = query.shape[0] * query.shape[1]
+    return dense_seconds(heads, partition.num_tokens, query.shape[-1], backward, machine), backward
 
 
-def dense_seconds(heads: int, tokens: int, head_dim: int, backward: bool) -> float:
+def dense_seconds(heads: int, tokens: int, head_dim: int, backward: bool, machine: Machine = HOPPER) -> float:
     """Estimated seconds of the fastest dense peer on a GPU; ``heads`` are those of all samples."""
-    return 4 * heads * tokens**2 * head_dim / _DENSE_RATE * (_BACKWARD if backward else 1)
+    return 4 * heads * tokens**2 * head_dim / machine.dense_rate * (machine.backward if backward else 1)
 
 
-def packed_share(rule: Rule | Selection, partition: BlockPartition, tail: Tail | None, backward: bool = False) -> float:
+def packed_share(
+    rule: Rule | Selection,
+    partition: BlockPartition,
+    tail: Tail | None,
+    backward: bool = False,
+    machine: Machine = HOPPER,
+) -> float:
     """Estimated time of ``"packed"`` as a share of the dense peer's, at the largest density that the rule allows."""
-    constant, factor = _SHARE
+    constant, factor = machine.packed_share
     density = rule.bounds.density if isinstance(rule, Selection) else largest_density(rule, partition.num_blocks)
     share = constant + factor * density
     if tail is None:
         return share
-    return share + _TAIL_SHARE[int(backward)] * Cells(partition, tail.cell_of(partition)).total / partition.num_tokens
+    cells = Cells(partition, tail.cell_of(partition)).total
+    return share + machine.tail_share[int(backward)] * cells / partition.num_tokens
 
 
 def packed_wins(
-    dense: float, backward: bool, rule: Rule | Selection, partition: BlockPartition, tail: Tail | None
+    dense: float,
+    backward: bool,
+    rule: Rule | Selection,
+    partition: BlockPartition,
+    tail: Tail | None,
+    machine: Machine = HOPPER,
 ) -> bool:
     """Whether ``"auto"`` expects ``"packed"`` to beat a dense peer that takes ``dense`` seconds."""
-    return max(_LAUNCHES[int(backward)], packed_share(rule, partition, tail, backward) * dense) < dense
+    share = packed_share(rule, partition, tail, backward, machine)
+    return max(machine.launches[int(backward)], share * dense) < dense
 
 
 def choose_backend(
@@ -102,8 +134,19 @@ def choose_backend(
     value: Tensor,
     partition: BlockPartition,
     padded: bool = False,
+    ranks: int = 1,
 ) -> ChosenBackend:
-    """The backend that a dispatch runs on; ``padded``: whether the call has text lengths.
+    """The backend that a dispatch runs on.
+
+    Args:
+        backend: as in ``vmoba_attention``.
+        dispatch: as in ``vmoba_attention``, but for ``"auto"``.
+        query: as in ``choose_dispatch``.
+        key: as in ``choose_dispatch``.
+        value: as in ``choose_dispatch``.
+        partition: the blocks.
+        padded: whether the call has text lengths.
+        ranks: how many share the call.
 
     Raises:
         ValueError: if ``backend`` cannot run here.
@@ -116,8 +159,13 @@ def choose_backend(
         if backend != "auto":
             raise ValueError(f"backend must be 'auto' for dispatch='packed' and dtype torch.float64, got {backend!r}")
         return "eager"
-    dense, backward = _dense_seconds(query, key, value, partition)
-    if backend == "triton" or (backend == "auto" and dense < _FLASH_FROM[int(backward)]):
+    if dispatch != "dense" and (reason := architecture.refusal(query.device.index or 0)):
+        raise ValueError(reason)
+    if backend == "triton" or (backend == "auto" and dispatch not in ("packed", "shared")):
+        return "triton"
+    machine = machine_of(query.device, ranks)
+    dense, backward = _dense_seconds(query, key, value, partition, machine)
+    if backend == "auto" and dense < machine.flash_from[int(backward)]:
         return "triton"
     refusal = _flash_refusal(dispatch, query, key, value, partition, padded, backward)
     if backend == "flash" and refusal:

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from block_masks import Slots, attend_slots, from_slots, merge_coarse_keys, realize, slot_mask, to_slots, valid_slots
 from block_masks.plans.rows import TILE
-from vmoba_flex.call import Call, ChosenBackend, scale_of
+from vmoba_flex.call import Call, ChosenBackend
 from vmoba_flex.cells import coarse_keys
 from vmoba_flex.dispatch.chunked import chunked_attention
 from vmoba_flex.dispatch.compiled import compiled_flex_attention, has_flex_kernel
 from vmoba_flex.groups import block_slots, group_of_key, valid_group_lengths, valid_keys
+from vmoba_flex.inputs import scale_of
 from vmoba_flex.part import Part
 from vmoba_flex.selection.kept import Selection
 from vmoba_flex.selection.plan import log_planned_again

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from block_masks import group_mask, merge_coarse_keys
-from vmoba_flex.call import Call, scale_of
+from vmoba_flex.call import Call
 from vmoba_flex.cells import coarse_keys
 from vmoba_flex.dispatch.chunked import chunked_attention
 from vmoba_flex.dispatch.compiled import compiled_flex_attention, has_flex_kernel
 from vmoba_flex.groups import key_groups, valid_keys
+from vmoba_flex.inputs import scale_of
 from vmoba_flex.part import Queries
 
 

@@ -49,7 +49,8 @@ def attend_across(
     if dispatch == "auto":
         dispatch = choose_dispatch(query, key, value, partition, call.rule, call.tail, ranks.size)
     # Chosen by the whole call, so that all ranks take the same backend, the one that a single GPU would take.
-    chosen = choose_backend(backend, dispatch, query, key, value, partition, call.text_lengths is not None)
+    padded = call.text_lengths is not None
+    chosen = choose_backend(backend, dispatch, query, key, value, partition, padded, ranks.size)
     of_keys = None
     if query.shape[1] >= ranks.size:
         repeats = query.shape[1] // key.shape[1]

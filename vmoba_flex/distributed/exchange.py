@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vmoba_flex.collectives import Ranks, all_to_all
 from vmoba_flex.distributed.shards import Span, TokenShards, in_order, lengths, split_evenly
-from vmoba_flex.partition import BlockPartition, reorder
+from vmoba_flex.partition import BlockPartition
+from vmoba_flex.reorder import reorder
 
 
 class Layout(NamedTuple):

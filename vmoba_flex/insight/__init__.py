@@ -2,9 +2,11 @@
 
     capture.py     an applied model -> records, as it runs
     records.py     query and key of one layer at one step; files of them
-    measure.py     records, rule or config -> density, recall, entropy of each head
-    calibrate.py   records, a wanted recall or density -> config
+    masses.py      records -> full attention of some queries, and what a choice with or without a tail keeps of it
+    measure.py     records, rule or config -> density, recall, overlap, entropy of each head
+    calibrate.py   records, a wanted recall, overlap or density -> config
     crossover.py   times of sparse and full attention -> the tokens from which sparse wins
+    profile.py     times of all dispatches -> the machine that "auto" decides by
     plot.py        all of these -> PNG; needs matplotlib
     commands.py    the same on the command line
 

@@ -1,8 +1,9 @@
-"""Finds the rules that reach a wanted recall, or a wanted density, on recorded query and key."""
+"""Finds the rules that reach a wanted recall, overlap or density, on recorded query and key."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from statistics import mean
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -12,10 +13,12 @@ from vmoba_flex.checks import check_choice, check_positive
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.config_fields import LayerRule, rule_of_layer
 from vmoba_flex.dispatch.choose import dense_seconds, packed_share, packed_wins
-from vmoba_flex.insight.measure import choose, layer_of, num_layers_of, recall_of, sample_rows, true_mass
+from vmoba_flex.dispatch.machine import HOPPER, machine_of
+from vmoba_flex.insight.masses import overlap_of, recall_of, true_mass
+from vmoba_flex.insight.measure import choose, layer_of, num_layers_of, sample_rows
 from vmoba_flex.insight.records import Record
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule, Threshold
+from vmoba_flex.rules import GATES, Gate, Rule, Threshold
 from vmoba_flex.tail import Tail
 
 MARGIN = 1.25
@@ -23,7 +26,7 @@ MARGIN = 1.25
 
 _TOLERANCE = 0.002
 _HALVINGS = 14
-_Measure = Callable[[Rule], dict[str, float]]
+_Measure = Callable[[Rule, bool], dict[str, float]]  # with overlap, which takes another pass over the keys, or without
 
 By = Literal["kind", "layer"]
 _BY: tuple[By, ...] = get_args(By)
@@ -36,6 +39,7 @@ class Calibrated(NamedTuple):
         kind: of the blocks.
         rule: the rule.
         recall: mean over records, heads and sampled queries.
+        overlap: the same mean; see ``HeadReport``. Without a tail it is the recall.
         density: mean over records, heads and queries.
         records: the number of records.
         auto: what ``dispatch="auto"`` takes on a GPU at the records' sizes, forward: ``"packed"`` or ``"dense"``.
@@ -44,17 +48,20 @@ class Calibrated(NamedTuple):
             launching ``packed``.
         layer: the layer, where each has a rule of its own; None for all of the kind.
         start: from which step or share of the steps on the rule holds; None for all steps.
+        kept: whether the config has this rule: one of those with other gates may be better.
     """
 
     kind: str
     rule: Rule
     recall: float
+    overlap: float
     density: float
     records: int
     auto: str
     share: float
     layer: int | None = None
     start: int | float | None = None
+    kept: bool = True
 
 
 def calibrate(
@@ -62,12 +69,14 @@ def calibrate(
     config: VMoBAConfig,
     *,
     recall: float | None = None,
+    overlap: float | None = None,
     density: float | None = None,
     by: By = "kind",
+    gates: Sequence[Gate] = (),
     rows: int = 256,
     seed: int = 0,
 ) -> tuple[VMoBAConfig, list[Calibrated]]:
-    """A config whose rules reach a mean recall, or a mean density, over the layers of each kind, or in each layer.
+    """A config whose rules reach a mean recall, overlap or density over the layers of each kind, or in each layer.
 
     For each kind of the config's cycle, or each layer, bisection finds the smallest ``tau`` of its ``Threshold``, or
     the smallest ``density`` of its ``TopK``, that reaches what is wanted. Of a rule that changes by steps, it finds
@@ -79,36 +88,44 @@ def calibrate(
     takes full attention: 1.25 times the measured density, or 1.25 times that until recall is within reach. It also
     holds on the recordings: a pool that would keep more is cut.
 
-    Layers that the config has dense are left out. Recall is measured as ``inspect`` does: record several prompts and
+    Layers that the config has dense are left out. Recall, and overlap under the config's tail, are measured as
+    ``inspect`` does: record several prompts and
     steps, because what holds for one video may not for the next.
 
     Args:
         records: of dense or sparse forwards, at least one of each kind.
         config: brings blocks, cycle, dense layers and steps, and each kind's rule with its pool, ``normalize`` and
             ``max_density``, all of which are kept.
-        recall: wanted share of attention, in (0, 1].
+        recall: wanted share of attention on chosen blocks and text, in (0, 1].
+        overlap: wanted overlap with full attention, in (0, 1], in place of ``recall``: with a tail, what counts.
         density: wanted share of the pairs, in place of ``recall``.
         by: ``"kind"`` for one rule for each kind, ``"layer"`` for one for each layer, which needs records of all layers
             that are not dense.
+        gates: to compare, in place of each rule's own. Of these each rule gets the one with the fewest pairs, or, where
+            a density is wanted, the largest overlap.
         rows: sampled queries of each record.
         seed: of the sample.
 
     Returns:
-        The config, and what was found for each kind or layer, entry by entry.
+        The config, and what was found for each kind or layer, entry by entry, gate by gate.
 
     Raises:
-        ValueError: if both or neither of ``recall`` and ``density`` are given, one is not in (0, 1], ``by`` is unknown,
-            a kind, layer or entry has no records, or what is wanted cannot be reached.
+        ValueError: unless one of ``recall``, ``overlap`` and ``density`` is given, or if it is not in (0, 1], ``by`` is
+            unknown, a kind, layer or entry has no records, or what is wanted cannot be reached.
     """
-    if (recall is None) == (density is None):
-        raise ValueError(f"exactly one of recall and density must be given, got {recall!r} and {density!r}")
-    name, wanted = ("recall", recall) if recall is not None else ("density", density)
-    assert wanted is not None
+    given = {"recall": recall, "overlap": overlap, "density": density}
+    asked = [(name, value) for name, value in given.items() if value is not None]
+    if len(asked) != 1:
+        words = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise ValueError(f"exactly one of recall, overlap and density must be given, got {words}")
+    ((name, wanted),) = asked
     if not 0 < wanted <= 1:
         raise ValueError(f"{name} must lie in (0, 1], got {wanted!r}")
     check_positive("rows", rows)
     check_choice("by", by, _BY)
     sparse = [record for record in records if layer_of(record, config)[2] is not None]
+    for gate in gates:
+        check_choice("gates", gate, GATES)
     found: list[Calibrated] = []
     by_kind: dict[str, LayerRule] = {}
     by_layer = _rules_of_layers(records, config) if by == "layer" else []
@@ -116,10 +133,13 @@ def calibrate(
         setting = rule_of_layer(config.rule, kind, here[0].layer, num_layers_of(here[0], config))
         pairs = []
         for start, rule, there in _by_entry(setting, here, kind if layer is None else f"layer {layer}"):
-            one = _find(kind, rule, there, config, name, wanted, _measure_of(there, config, rows, seed))
-            found.append(one._replace(layer=layer, start=start))
-            pairs.append((start, one.rule))
-        rule = BySteps(pairs) if isinstance(setting, BySteps) else found[-1].rule
+            measure = _measure_of(there, config, rows, seed)
+            with_gates = [dataclasses.replace(rule, gate=gate) for gate in gates or (rule.gate,)]
+            tried = [_find(kind, each, there, config, name, wanted, measure) for each in with_gates]
+            best = min(tried, key=lambda one: -one.overlap if name == "density" else one.density)
+            found += [one._replace(layer=layer, start=start, kept=one is best) for one in tried]
+            pairs.append((start, best.rule))
+        rule = BySteps(pairs) if isinstance(setting, BySteps) else pairs[0][1]
         if layer is None:
             by_kind[kind] = rule
         else:
@@ -147,7 +167,7 @@ def _by_kind(records: list[Record], config: VMoBAConfig) -> Iterator[tuple[str, 
 
 def _by_layer(records: list[Record], config: VMoBAConfig, count: int) -> Iterator[tuple[str, int, list[Record]]]:
     for layer in range(count):
-        if dataclasses.replace(config, dense_steps=0).layer(layer, count, 0, 1).dense:
+        if dataclasses.replace(config, dense_steps=0, remember=None).layer(layer, count, 0, 1).dense:
             continue
         here = [record for record in records if record.layer == layer]
         if not here:
@@ -174,29 +194,33 @@ def _find(
 ) -> Calibrated:
     found = _smallest(start, name, wanted, measure)
     if found is None:
-        most = measure(_rule_at(start, 1.0))[name]
+        most = measure(_rule_at(start, 1.0), name == "overlap")[name]
         raise ValueError(f"{name} {wanted} must be within reach of {start!r}, got at most {most:.3f} for {kind}")
     if isinstance(start, Threshold) and start.max_density is None:
         found = _smallest_capped(start, name, wanted, measure, found[1]["density"])
     rule, values = found
-    share = max(packed_share(rule, layer_of(record, config)[1], config.tail) for record in records)
-    wins = all(_auto_is_packed(record, layer_of(record, config)[1], rule, config.tail) for record in records)
-    return Calibrated(
-        kind, rule, values["recall"], values["density"], len(records), "packed" if wins else "dense", share
+    values |= measure(rule, True)
+    layers = [layer_of(record, config) for record in records]
+    share = max(packed_share(rule, partition, tail) for _, partition, _, tail in layers)
+    wins = all(
+        _auto_is_packed(record, partition, rule, tail)
+        for record, (_, partition, _, tail) in zip(records, layers, strict=True)
     )
+    auto = "packed" if wins else "dense"
+    return Calibrated(kind, rule, values["recall"], values["overlap"], values["density"], len(records), auto, share)
 
 
 def _smallest(start: Rule, name: str, wanted: float, measure: _Measure) -> tuple[Rule, dict[str, float]] | None:
     """The smallest ``tau`` or ``density`` that reaches what is wanted, and its values; None if none does."""
-    low, high = 0.0, 1.0
-    best = measure(_rule_at(start, high))
+    low, high, overlap = 0.0, 1.0, name == "overlap"
+    best = measure(_rule_at(start, high), overlap)
     if best[name] < wanted - 1e-6:
         return None
     for _ in range(_HALVINGS):
         if best[name] - wanted <= _TOLERANCE:
             break
         middle = (low + high) / 2
-        values = measure(_rule_at(start, middle))
+        values = measure(_rule_at(start, middle), overlap)
         if values[name] >= wanted:
             high, best = middle, values
         else:
@@ -224,22 +248,32 @@ def _rule_at(start: Rule, share: float) -> Rule:
 def _auto_is_packed(record: Record, partition: BlockPartition, rule: Rule, tail: Tail | None) -> bool:
     """Whether ``dispatch="auto"`` takes ``packed`` on a GPU, forward, for one sample and the layer's heads."""
     heads = max(record.heads) + 1  # capture records the last head, if it records more than one
-    dense = dense_seconds(heads, partition.num_tokens, record.query.shape[-1], backward=False)
-    return packed_wins(dense, False, rule, partition, tail)
+    machine = machine_of(record.query.device) if record.query.is_cuda else HOPPER
+    dense = dense_seconds(heads, partition.num_tokens, record.query.shape[-1], False, machine)
+    return packed_wins(dense, False, rule, partition, tail, machine)
 
 
 def _measure_of(records: list[Record], config: VMoBAConfig, rows: int, seed: int) -> _Measure:
-    """Mean recall and density under a rule; the true attention is computed once."""
-    partitions = [layer_of(record, config)[1] for record in records]
-    samples = [sample_rows(partition, rows, seed).to(records[0].query.device) for partition in partitions]
-    masses = [true_mass(*one)[0] for one in zip(records, partitions, samples, strict=True)]
+    """Mean recall, density and, if asked for, overlap under a rule; the true masses are computed once."""
+    layers = [layer_of(record, config) for record in records]
+    samples = [sample_rows(partition, rows, seed).to(records[0].query.device) for _, partition, _, _ in layers]
+    masses = [
+        true_mass(record, partition, sample)
+        for record, (_, partition, _, _), sample in zip(records, layers, samples, strict=True)
+    ]
 
-    def measure(rule: Rule) -> dict[str, float]:
-        recalls, densities = [], []
-        for record, partition, sample, mass in zip(records, partitions, samples, masses, strict=True):
+    def measure(rule: Rule, overlap: bool) -> dict[str, float]:
+        found: dict[str, list[float]] = {"recall": [], "density": []} | ({"overlap": []} if overlap else {})
+        for record, (_, partition, _, tail), sample, mass in zip(records, layers, samples, masses, strict=True):
             chosen = choose(record, partition, rule)
-            recalls.append(recall_of(mass, chosen[:, sample]).mean().item())
-            densities.append(chosen.mean(dtype=torch.float32).item())
-        return {"recall": sum(recalls) / len(recalls), "density": sum(densities) / len(densities)}
+            recall = recall_of(mass, chosen[:, sample])
+            found["recall"].append(recall.mean().item())
+            found["density"].append(chosen.mean(dtype=torch.float32).item())
+            if overlap:
+                shares = recall
+                if tail is not None:
+                    shares = overlap_of(record, partition, sample, chosen[:, sample], tail)
+                found["overlap"].append(shares.mean().item())
+        return {name: mean(values) for name, values in found.items()}
 
     return measure

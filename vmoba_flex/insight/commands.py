@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 import torch
 
 from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.dispatch.machine import path_of
 from vmoba_flex.insight.calibrate import Calibrated, calibrate
 from vmoba_flex.insight.crossover import Timing, break_even, crossover, grid_of
 from vmoba_flex.insight.measure import inspect
+from vmoba_flex.insight.profile import write_profile
 from vmoba_flex.insight.records import Record, load
 from vmoba_flex.rules import Rule, Threshold, TopK
+from vmoba_flex.tail import Tail
 from vmoba_flex.user_error import UserError, check_extra, new_file, one_line
 
 
@@ -27,15 +30,19 @@ def run_inspect(arguments: argparse.Namespace) -> str:
     with contextlib.ExitStack() as files, _mendable():
         json_draft = _draft(files, arguments.json, ".json")
         png_draft = _draft(files, arguments.plot, ".png")
-        reports = inspect(_records(arguments), rule, rows=arguments.rows, seed=arguments.seed)
+        tail = _tail(arguments)
+        reports = inspect(_records(arguments), rule, tail=tail, rows=arguments.rows, seed=arguments.seed)
         if json_draft:
-            facts = {"rows": arguments.rows, "seed": arguments.seed, "rule": _rule_in_words(rule)}
+            facts = {"rows": arguments.rows, "seed": arguments.seed, "rule": _rule_in_words(rule), "tail": repr(tail)}
             json_draft.write_text(json.dumps(facts | {"heads": [dataclasses.asdict(one) for one in reports]}, indent=1))
         if png_draft:
             from vmoba_flex.insight.plot import plot_inspection
 
             plot_inspection(reports, png_draft)
-        return _table(reports) + f"\nRecall and entropy: of {arguments.rows} sampled queries, seed {arguments.seed}."
+        return _table(reports) + (
+            f"\nRecall, overlap and entropy: of {arguments.rows} sampled queries, seed {arguments.seed}. Overlap: the "
+            "attention weight that this and full attention give to the same keys; what a tail adds over recall."
+        )
 
 
 def run_calibrate(arguments: argparse.Namespace) -> str:
@@ -45,12 +52,12 @@ def run_calibrate(arguments: argparse.Namespace) -> str:
         records = _records(arguments)
         if config is None:
             paper = VMoBAConfig.paper("inference", records[0].partition.grid)
-            config = dataclasses.replace(paper, rule=Threshold(0.5, normalize="softmax"))
-        wanted = {"recall": arguments.recall, "density": arguments.wanted_density}
-        options = {"by": arguments.by, "rows": arguments.rows, "seed": arguments.seed}
+            config = dataclasses.replace(paper, rule=Threshold(0.5, normalize="softmax"), tail=_tail(arguments))
+        wanted = {"recall": arguments.recall, "overlap": arguments.overlap, "density": arguments.wanted_density}
+        options = {"by": arguments.by, "gates": arguments.gates or (), "rows": arguments.rows, "seed": arguments.seed}
         config, found = calibrate(records, config, **wanted, **options)
         draft.write_text(config.to_json() + "\n")
-    lines = [_table(found), *_about_auto(config, found)]
+    lines = [_table(found), *_about_auto(config, [one for one in found if one.kept])]
     if config.dense_steps:
         lines.append(f"dense_steps: {config.dense_steps}, as in {arguments.config or 'the paper'}.")
     return "\n".join([*lines, f"Config: {arguments.output}, for VMoBAConfig.load"])
@@ -84,19 +91,20 @@ def run_plot(arguments: argparse.Namespace) -> str:
 
         records = _records(arguments)
         if arguments.what == "density":
-            plot.plot_density(inspect(records, rule, rows=arguments.rows, seed=arguments.seed), draft)
+            tail = _tail(arguments)
+            plot.plot_density(inspect(records, rule, tail=tail, rows=arguments.rows, seed=arguments.seed), draft)
         elif arguments.what == "mass":
             plot.plot_mass(_one(records, arguments), draft, rows=arguments.rows, seed=arguments.seed)
         else:
             record = _one(records, arguments)
             frames, height, width = record.partition.grid
             token = arguments.query or (frames // 2, height // 2, width // 2)
-            plot.plot_choice(record, rule, draft, token=token, head=arguments.head)
+            plot.plot_choice(record, rule, draft, token=token, head=arguments.head, tail=_tail(arguments))
     return f"Picture: {arguments.output}"
 
 
 def run_bench(arguments: argparse.Namespace) -> str:
-    """Times sparse against full attention over token counts."""
+    """Times sparse against full attention over token counts; on a GPU, writes what ``"auto"`` then decides by."""
     rule = _plain_rule(arguments)
     with contextlib.ExitStack() as files, _mendable():
         json_draft = _draft(files, arguments.json, ".json")
@@ -109,6 +117,7 @@ def run_bench(arguments: argparse.Namespace) -> str:
             "heads": arguments.heads,
             "head_dim": arguments.head_dim,
             "dispatch": arguments.dispatch,
+            "tail": _tail(arguments),
         }
         tokens = arguments.tokens or [1024 << i for i in (range(2, 7) if on_gpu else range(2))]
         sizes["progress"] = lambda timing: sys.stderr.write(_in_words(timing) + "\n")
@@ -121,11 +130,15 @@ def run_bench(arguments: argparse.Namespace) -> str:
             lines.append(f"{what}: {result}")
         if json_draft:
             facts = {"device": name, "rule": repr(rule), "dispatch": arguments.dispatch, "unit": "seconds"}
+            facts["tail"] = repr(sizes["tail"])
             json_draft.write_text(json.dumps(facts | {"timings": [dataclasses.asdict(t) for t in timings]}, indent=1))
         if png_draft:
             from vmoba_flex.insight.plot import plot_crossover
 
             plot_crossover(timings, png_draft, name)
+        if on_gpu and not arguments.no_profile:
+            index = torch.cuda.current_device()
+            lines += write_profile(arguments.profile or path_of(index), arguments.heads, arguments.head_dim)
         return "\n".join(lines)
 
 
@@ -169,9 +182,14 @@ def _rule(arguments: argparse.Namespace) -> Rule | VMoBAConfig:
 def _plain_rule(arguments: argparse.Namespace) -> Rule:
     with _mendable():
         if arguments.density is not None:
-            return TopK(density=arguments.density, pool=arguments.pool)
-        options = {"max_density": arguments.max_density, "normalize": arguments.normalize}
+            return TopK(density=arguments.density, pool=arguments.pool, gate=arguments.gate)
+        options = {"max_density": arguments.max_density, "normalize": arguments.normalize, "gate": arguments.gate}
         return Threshold(arguments.tau, pool=arguments.pool, **options)
+
+
+def _tail(arguments: argparse.Namespace) -> Tail | None:
+    with _mendable():
+        return None if arguments.tail is None else Tail(arguments.tail)
 
 
 def _in_words(timing: Timing) -> str:

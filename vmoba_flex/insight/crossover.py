@@ -17,6 +17,7 @@ from vmoba_flex.call import Dispatch
 from vmoba_flex.checks import check_positive
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.rules import Rule
+from vmoba_flex.tail import Tail
 
 _FRAMES = 8
 _REPEATS = 5
@@ -49,6 +50,7 @@ def crossover(
     heads: int = 12,
     head_dim: int = 128,
     dispatch: Dispatch = "packed",
+    tail: Tail | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Callable[[Timing], None] = lambda _: None,
@@ -64,6 +66,7 @@ def crossover(
         heads: of one sample.
         head_dim: of query, key and value.
         dispatch: of sparse attention.
+        tail: of sparse attention.
         device: to run on.
         dtype: of query, key and value.
         progress: called with each timing as it is known.
@@ -86,9 +89,8 @@ def crossover(
         leaves = [x.requires_grad_(backward) for x in (q, k, v)]
         attend = functools.partial(vmoba_attention, q, k, v, partition, rule)
         _, stats = attend(dispatch=dispatch, return_stats=True)
-        dense, sparse = (
-            _seconds(functools.partial(attend, dispatch=each), leaves, backward) for each in ("dense", dispatch)
-        )
+        calls = functools.partial(attend, dispatch="dense"), functools.partial(attend, dispatch=dispatch, tail=tail)
+        dense, sparse = (_seconds(call, leaves, backward) for call in calls)
         timings.append(Timing(partition.num_tokens, backward, dense, sparse, stats.density.mean().item()))
         progress(timings[-1])
     return timings

@@ -1,4 +1,4 @@
-"""What a rule keeps of a model's attention: density, recall and entropy of each head."""
+"""What a rule keeps of a model's attention: density, recall, overlap and entropy of each head."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,14 +8,13 @@ from torch import Tensor
 
 from vmoba_flex.checks import check_positive
 from vmoba_flex.config import VMoBAConfig
-from vmoba_flex.groups import group_of_key
+from vmoba_flex.insight.masses import best_choice, entropy_of, overlap_of, recall_of, true_mass
 from vmoba_flex.insight.records import Record
 from vmoba_flex.mask import selection_tiles
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
-from vmoba_flex.selection.select import POOL_DIMS, choose_blocks
-
-_LOGITS = 2**24  # in memory at a time
+from vmoba_flex.selection.select import choose_blocks
+from vmoba_flex.tail import Tail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +33,10 @@ class HeadReport:
             the sampled queries.
         best_recall: recall of the best choice with as many pairs in each pool of the sampled queries: own blocks, and
             the pairs with the largest true mass.
+        overlap: what recall and a tail keep together: the attention weight that the call and full attention give to the
+            same keys, where a cell's weight counts as spread evenly over its tokens; mean over the sampled queries.
+            Without a tail it is the recall. An output is off full attention's by at most ``2 * (1 - overlap)`` times
+            the largest value.
         entropy: of a query's full attention, in nats, mean over the sampled queries; the logarithm of the number of
             tokens if attention is uniform.
     """
@@ -47,10 +50,18 @@ class HeadReport:
     tile_density: float
     recall: float
     best_recall: float
+    overlap: float
     entropy: float
 
 
-def inspect(records: Sequence[Record], rule: Rule | VMoBAConfig, *, rows: int = 256, seed: int = 0) -> list[HeadReport]:
+def inspect(
+    records: Sequence[Record],
+    rule: Rule | VMoBAConfig,
+    *,
+    tail: Tail | None = None,
+    rows: int = 256,
+    seed: int = 0,
+) -> list[HeadReport]:
     """What each head of each record keeps under a rule or a config.
 
     Blocks are chosen for all queries, as at run time; pools over heads see only the recorded heads. Full attention is
@@ -58,32 +69,41 @@ def inspect(records: Sequence[Record], rule: Rule | VMoBAConfig, *, rows: int = 
 
     Args:
         records: of any layers and steps.
-        rule: a rule, on the blocks of the records; or a config, which brings its own blocks, and a rule by layer.
+        rule: a rule, on the blocks of the records; or a config, which brings its own blocks and tail, and a rule by
+            layer.
+        tail: how skipped blocks take part next to a rule; None if they do not.
         rows: sampled queries of each record.
         seed: of the sample.
 
     Raises:
-        ValueError: if ``rows`` is below 1, a config's block exceeds the grid, or its dense layers cannot be known from
-            a record.
+        ValueError: if ``rows`` is below 1, there is a tail next to a config, a block exceeds the grid or a cell its
+            block, or a config's dense layers cannot be known from a record.
     """
     check_positive("rows", rows)
-    return [report for record in records for report in _inspect(record, rule, rows, seed)]
+    if isinstance(rule, VMoBAConfig) and tail is not None:
+        raise ValueError(f"tail must be None next to a config, which has its own, got {tail}")
+    return [report for record in records for report in _inspect(record, rule, tail, rows, seed)]
 
 
-def _inspect(record: Record, rule: Rule | VMoBAConfig, rows: int, seed: int) -> list[HeadReport]:
-    kind, partition, plain = layer_of(record, rule)
+def _inspect(record: Record, rule: Rule | VMoBAConfig, tail: Tail | None, rows: int, seed: int) -> list[HeadReport]:
+    kind, partition, plain, of_config = layer_of(record, rule)
+    tail = of_config or tail
     sample = sample_rows(partition, rows, seed).to(record.query.device)
-    mass, entropy = true_mass(record, partition, sample)
+    mass = true_mass(record, partition, sample)
     chosen = choose(record, partition, plain)
     own = own_blocks(partition, record.query.device)
     best = best_choice(mass, own[sample], chosen[:, sample], "query" if plain is None else plain.pool)
     tiles = selection_tiles(chosen[None], partition, "block", key_valid=_batched(record.key_valid())).some[0]
+    recall = overlap = recall_of(mass, chosen[:, sample])
+    if tail is not None:
+        overlap = overlap_of(record, partition, sample, chosen[:, sample], tail)
     values = (
         chosen.float().mean((1, 2)),
         tiles.float().mean((1, 2)),
-        recall_of(mass, chosen[:, sample]).mean(1),
+        recall.mean(1),
         recall_of(mass, best).mean(1),
-        entropy.mean(1),
+        overlap.mean(1),
+        entropy_of(record, partition, sample).mean(1),
     )
     return [
         HeadReport(record.model, record.layer, record.step, kind, head, *(float(value[i]) for value in values))
@@ -91,20 +111,20 @@ def _inspect(record: Record, rule: Rule | VMoBAConfig, rows: int, seed: int) -> 
     ]
 
 
-def layer_of(record: Record, rule: Rule | VMoBAConfig) -> tuple[str, BlockPartition, Rule | None]:
-    """A record's kind, blocks and rule; the rule of a dense layer is None.
+def layer_of(record: Record, rule: Rule | VMoBAConfig) -> tuple[str, BlockPartition, Rule | None, Tail | None]:
+    """A record's kind, blocks, rule and the config's tail; the rule of a dense layer is None.
 
     Raises:
         ValueError: if a config's dense layers or its rule cannot be known from the record, or its block exceeds the
             grid.
     """
     if not isinstance(rule, VMoBAConfig):
-        return record.kind, record.partition, rule
-    of_sparse_steps = dataclasses.replace(rule, dense_steps=0)
+        return record.kind, record.partition, rule, None
+    of_sparse_steps = dataclasses.replace(rule, dense_steps=0, remember=None)
     layer = of_sparse_steps.layer(record.layer, num_layers_of(record, rule), record.step, record.num_steps)
     where = record.partition
     partition = rule.partition(layer.kind, where.grid, where.prefix, where.suffix)
-    return layer.kind, partition, None if layer.dense else layer.rule
+    return layer.kind, partition, None if layer.dense else layer.rule, layer.tail
 
 
 def num_layers_of(record: Record, config: VMoBAConfig) -> int:
@@ -141,58 +161,6 @@ def choose(record: Record, partition: BlockPartition, rule: Rule | None) -> Tens
         shape = len(record.query), partition.num_video_tokens, partition.num_blocks
         return torch.ones(shape, dtype=torch.bool, device=record.query.device)
     return choose_blocks(record.query[None], record.key[None], partition, rule)[0]
-
-
-@torch.no_grad()
-def true_mass(record: Record, partition: BlockPartition, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Full attention of some video queries, in float32.
-
-    Args:
-        record: query and key.
-        partition: the blocks.
-        rows: int64, among the video tokens.
-
-    Returns:
-        Mass on each block ``(heads, rows, N)``, where the rest up to 1 is on text; entropy in nats ``(heads, rows)``.
-    """
-    groups = group_of_key(partition, record.key.device).long()
-    valid, scale = record.key_valid(), record.query.shape[-1] ** -0.5
-    mass = torch.zeros(len(record.query), len(rows), partition.num_blocks + 1, device=record.key.device)
-    entropy = torch.zeros(mass.shape[:2], device=record.key.device)
-    for head, (query, key) in enumerate(zip(record.query, record.key, strict=True)):
-        key = key.float()
-        for part in torch.arange(len(rows), device=rows.device).split(max(1, _LOGITS // len(key))):
-            logits = query[partition.prefix + rows[part]].float() @ key.T * scale
-            if valid is not None:
-                logits = logits.masked_fill(~valid, -torch.inf)
-            shares = logits.log_softmax(-1)
-            entropy[head, part] = torch.special.entr(shares.exp()).sum(-1)
-            mass[head, part] = mass[head, part].index_add(1, groups, shares.exp())
-    return mass[..., :-1], entropy
-
-
-def recall_of(mass: Tensor, chosen: Tensor) -> Tensor:
-    """Share of each query's attention on chosen blocks and on text, which is always attended, ``(heads, rows)``."""
-    return 1 - (mass * ~chosen).sum(-1)
-
-
-def best_choice(mass: Tensor, own: Tensor, chosen: Tensor, pool: str) -> Tensor:
-    """Own blocks and the pairs of largest mass, as many in each pool as ``chosen`` has.
-
-    Args:
-        mass: ``(heads, rows, N)``.
-        own: bool ``(rows, N)``.
-        chosen: bool ``(heads, rows, N)``, own blocks included.
-        pool: what competes.
-    """
-    apart, competing = POOL_DIMS[pool]
-    order = [*apart, *competing]
-    by_pool = [(mass + 2.0 * own)[None], chosen[None]]
-    values, taken = (x.permute(order).flatten(0, len(apart) - 1).flatten(1) for x in by_pool)
-    place = values.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    best = place < taken.sum(-1, keepdim=True)
-    back = [order.index(dim) for dim in range(4)]
-    return best.view([chosen[None].shape[dim] for dim in order]).permute(back)[0]
 
 
 def _batched(valid: Tensor | None) -> Tensor | None:

@@ -10,9 +10,11 @@ import torch
 
 from vmoba_flex.config import KINDS, VMoBAConfig
 from vmoba_flex.insight.crossover import Timing, break_even
-from vmoba_flex.insight.measure import HeadReport, choose, layer_of, sample_rows, true_mass
+from vmoba_flex.insight.masses import overlap_of, true_mass
+from vmoba_flex.insight.measure import HeadReport, choose, layer_of, sample_rows
 from vmoba_flex.insight.records import Record
 from vmoba_flex.rules import Rule
+from vmoba_flex.tail import Tail
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +28,7 @@ _CHOSEN, _OWN = "#d95f02", "#0b3c66"
 def plot_inspection(reports: Sequence[HeadReport], path: Path) -> None:
     """Recall against density, a mark for each head, and their means by layer."""
     figure = _figure(12, 5)
-    heads, layers = figure.subplots(1, 2)
+    (heads, layers), tailed = figure.subplots(1, 2), _has_tail(reports)
     for kind in KINDS:
         here = [report for report in reports if report.kind == kind]
         if not here:
@@ -36,10 +38,13 @@ def plot_inspection(reports: Sequence[HeadReport], path: Path) -> None:
         heads.plot(x, [report.recall for report in here], label=f"{kind}: chosen", **style)
         best = [report.best_recall for report in here]
         heads.plot(x, best, label=f"{kind}: best at that density", markerfacecolor="none", **style)
+        if tailed:
+            overlap = [report.overlap for report in here]
+            heads.plot(x, overlap, label=f"{kind}: with its tail (overlap)", alpha=0.4, **style)
     heads.set(title="What each head keeps", xlabel="density (share of pairs)", ylabel="recall (share of attention)")
-    names = ("density", "tile_density", "recall", "best_recall")
+    names = ("density", "tile_density", "recall", "best_recall", *["overlap"] * tailed)
     numbers = sorted({(report.model, report.layer) for report in reports})
-    for name, line, marker in zip(names, ("-", "--", "-", ":"), "osD^", strict=True):
+    for name, line, marker in zip(names, ("-", "--", "-", ":", "-."), "osD^v", strict=False):
         values = [mean(getattr(r, name) for r in reports if (r.model, r.layer) == number) for number in numbers]
         layers.plot(range(len(numbers)), values, line, marker=marker, label=name.replace("_", " "))
     layers.set_xticks(range(len(numbers)), _layer_names(numbers))
@@ -56,7 +61,7 @@ def plot_mass(record: Record, path: Path, *, rows: int = 1024, seed: int = 0) ->
     """Mean attention mass of the queries of each block on each block, over ``rows`` sampled queries, head by head."""
     partition = record.partition
     sample = sample_rows(partition, rows, seed).to(record.query.device)
-    mass, _ = true_mass(record, partition, sample)
+    mass = true_mass(record, partition, sample)
     block = partition.block_ids(mass.device)[sample]
     blocks = partition.num_blocks
     sums = torch.zeros(len(mass), blocks, blocks, device=mass.device).index_add(1, block, mass)
@@ -75,14 +80,22 @@ def plot_mass(record: Record, path: Path, *, rows: int = 1024, seed: int = 0) ->
 
 
 def plot_choice(
-    record: Record, rule: Rule | VMoBAConfig, path: Path, *, token: tuple[int, int, int], head: int | None = None
+    record: Record,
+    rule: Rule | VMoBAConfig,
+    path: Path,
+    *,
+    token: tuple[int, int, int],
+    head: int | None = None,
+    tail: Tail | None = None,
 ) -> None:
     """What one query chose over the frames, on top of where it would look under full attention.
+
+    A config brings its own tail; with one, the title says what it adds.
 
     Raises:
         ValueError: if ``token`` lies outside the grid, or the record has no such head.
     """
-    kind, partition, plain = layer_of(record, rule)
+    kind, partition, plain, of_config = layer_of(record, rule)
     frames, height, width = partition.grid
     if any(not 0 <= place < size for place, size in zip(token, partition.grid, strict=True)):
         raise ValueError(f"query must lie in the grid {frames}x{height}x{width}, got {token}")
@@ -95,7 +108,13 @@ def plot_choice(
     valid = record.key_valid()
     attention = (logits if valid is None else logits.masked_fill(~valid, -torch.inf)).softmax(0)
     attention = attention[partition.prefix : partition.prefix + partition.num_video_tokens].cpu()
-    chosen = choose(record, partition, plain)[i, place].cpu()
+    selection = choose(record, partition, plain)
+    tail, caught = of_config or tail, ""
+    if tail is not None:
+        row = torch.tensor([place], device=selection.device)
+        overlap = overlap_of(record, partition, row, selection[:, row], tail)[i, 0]
+        caught = f"; with its tail, {overlap:.0%} of its weight as in full attention"
+    chosen = selection[i, place].cpu()
     ids = partition.block_ids()
     kept = attention[chosen[ids]].sum() / attention.sum()
     shown = np.linspace(0, frames - 1, min(frames, 8)).round().astype(int)
@@ -123,18 +142,19 @@ def plot_choice(
     figure.suptitle(
         f"Query {token} (star): {_where(record)}, head {head}\n{int(chosen.sum())} of "
         f"{_blocks_in_words(kind, partition)} chosen (solid), its own among them (dashed): {kept:.0%} of its attention "
-        "on the video",
+        f"on the video{caught}",
         fontsize=10,
     )
     figure.savefig(path, format="png")
 
 
 def plot_density(reports: Sequence[HeadReport], path: Path) -> None:
-    """Density and recall over layers and steps, means over heads."""
+    """Density, recall and, where a tail adds to it, overlap over layers and steps, means over heads."""
     layers = sorted({(report.model, report.layer) for report in reports})
     steps = sorted({report.step for report in reports})
-    figure = _figure(2 * max(4.5, 0.75 * len(steps) + 2.5), max(3.2, 0.32 * len(layers) + 1.8))
-    for axes, name in zip(figure.subplots(1, 2), ("density", "recall"), strict=True):
+    names = ("density", "recall", "overlap") if _has_tail(reports) else ("density", "recall")
+    figure = _figure(len(names) * max(4.5, 0.75 * len(steps) + 2.5), max(3.2, 0.32 * len(layers) + 1.8))
+    for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
         values = np.full((len(layers), len(steps)), np.nan)
         for y, layer in enumerate(layers):
             for x, step in enumerate(steps):
@@ -146,9 +166,9 @@ def plot_density(reports: Sequence[HeadReport], path: Path) -> None:
         image = axes.imshow(values, cmap=_SHADES, vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(len(steps)), steps)
         axes.set_yticks(range(len(layers)), _layer_names(layers))
-        what = "share of pairs" if name == "density" else "share of attention"
+        what = {"density": "pairs", "recall": "attention", "overlap": "weight as in full attention"}[name]
         axes.set(title=f"{name.capitalize()}, mean over heads", xlabel="denoising step", ylabel="layer")
-        figure.colorbar(image, ax=axes, label=f"{name} ({what})")
+        figure.colorbar(image, ax=axes, label=f"{name} (share of {what})")
     figure.savefig(path, format="png")
 
 
@@ -186,6 +206,11 @@ def _outline(axes: Any, inside: np.ndarray, colour: str, width: float, style: st
     axes.hlines(y - 0.5, x - 0.5, x + 0.5, color=colour, linewidth=width, linestyle=style)
     y, x = np.nonzero(padded[1:-1, 1:] != padded[1:-1, :-1])
     axes.vlines(x - 0.5, y - 0.5, y + 0.5, color=colour, linewidth=width, linestyle=style)
+
+
+def _has_tail(reports: Sequence[HeadReport]) -> bool:
+    """Whether a tail changes what any head keeps: without one, overlap is recall."""
+    return any(report.overlap != report.recall for report in reports)
 
 
 def _where(record: Record) -> str:

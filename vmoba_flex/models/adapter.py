@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from vmoba_flex.config_fields import LayerRule
 from vmoba_flex.models.hook import HookedProcessor, Padding, check_hands_over, hooked
 from vmoba_flex.models.processor import VMoBAProcessor
 from vmoba_flex.models.state import Grid, ModelState, Rest
-from vmoba_flex.rules import Rule
 
 _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_model", "model")
 
@@ -75,7 +75,9 @@ class Adapter:
             return self.processor.joint
         return self.rest != "none" and getattr(model, "_cp_plan", None) is None
 
-    def processor_for(self, model: nn.Module, stock: Any, state: ModelState, kind: str, rule: Rule) -> VMoBAProcessor:
+    def processor_for(
+        self, model: nn.Module, stock: Any, state: ModelState, kind: str, rule: LayerRule
+    ) -> VMoBAProcessor:
         """The processor that replaces a layer's stock one."""
         if self.processor is not None:
             return self.processor(stock, state, kind, rule)
@@ -83,12 +85,12 @@ class Adapter:
         return made(stock, state, kind, rule, padding=self.padding, joint=self.joint(model))
 
 
-def _at(path: list[str], module: nn.Module, name: str = "") -> Iterable[tuple[str, nn.Module]]:
+def _at(path: list[str], module: Any, name: str = "") -> Iterable[tuple[str, Any]]:
     """What lies at a path, each with its name."""
     if not path:
         yield name.removesuffix("."), module
     elif path[0] == "*":
-        for i, entry in module.named_children():
+        for i, entry in enumerate(module):
             yield from _at(path[1:], entry, f"{name}{i}.")
     else:
         yield from _at(path[1:], getattr(module, path[0]), f"{name}{path[0]}.")

@@ -11,6 +11,7 @@ from torch._dynamo import config as dynamo_config
 from vmoba_flex.config_fields import rule_of_layer
 from vmoba_flex.models.adapter import Adapter
 from vmoba_flex.models.adapters import device_of, find_adapter, forward_arguments
+from vmoba_flex.models.passes import NamedPasses
 from vmoba_flex.models.plan import Forward
 from vmoba_flex.models.processor import VMoBAProcessor
 from vmoba_flex.models.state import Checkpointing, ModelState
@@ -35,7 +36,10 @@ class Applied:
             rule = rule_of_layer(state.config.rule, kind, i, len(layers))
             layer.processor = adapter.processor_for(model, layer.processor, state, kind, rule)
             self.processors.append(layer.processor)
-            _register_for_layer_skipping(type(layer.processor))
+        for made in {type(processor) for processor in self.processors}:
+            _register_for_layer_skipping(made)
+        if hasattr(type(model), "cache_context"):
+            vars(model)["cache_context"] = NamedPasses(model, state)
         # Methods of an instance and no closures: they can be pickled, and a copy of the model has copies of them.
         self.hooks = [
             model.register_forward_pre_hook(self.begin, with_kwargs=True),
@@ -82,6 +86,9 @@ class Applied:
             return
         self.state.now.settings = None
         settings.__exit__(None, None, None)
+        if forward.kept_in is not None:
+            run, one = forward.kept_in
+            run.end_pass(one)
         outputs = output.values() if isinstance(output, dict) else output
         for x in outputs if isinstance(outputs, Iterable) and not isinstance(outputs, Tensor) else [outputs]:
             if isinstance(x, Tensor) and x.grad_fn is not None:
@@ -100,6 +107,8 @@ class Applied:
                 kept[name] = processor.stock
         for hook in self.hooks:
             hook.remove()
+        vars(model).pop("cache_context", None)
+        self.state.now.memory = None
         for module in model.modules():
             for name in _CHECKPOINT_FUNCTIONS:
                 if isinstance(function := vars(module).get(name), Checkpointing):

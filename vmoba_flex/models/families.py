@@ -73,6 +73,8 @@ class CosmosProcessor(VMoBAProcessor):
 
     def sparse(self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any) -> Tensor:
         """See ``VMoBAProcessor.sparse``."""
+        if mask is not None:
+            raise ValueError("attention_mask must be None with VMoBA applied to Cosmos, got a mask")
         query, key, value = _normalized_heads(attn, _project(attn, video), attn.norm_q, attn.norm_k)
         return _project_out(attn, self.attend(rotate_halves(query, *rotary), rotate_halves(key, *rotary), value))
 
@@ -129,9 +131,8 @@ class EasyAnimateProcessor(VMoBAProcessor):
         video = torch.cat([text, video], 1) if one_stream else video
         parts = _normalized_heads(attn, _project(attn, video), attn.norm_q, attn.norm_k)
         if not one_stream:
-            query, key, value = (torch.cat(pair, 2) for pair in zip(_text_heads(attn, text), parts, strict=True))
-        else:
-            query, key, value = parts
+            parts = tuple(torch.cat(pair, 2) for pair in zip(_text_heads(attn, text), parts, strict=True))
+        query, key, value = parts
         query, key = _rotate_after(length, query, rotary), _rotate_after(length, key, rotary)
         output = self.attend(query, key, value, prefix=length)
         text = output[:, :length]

@@ -65,7 +65,8 @@ def kandinsky6_grid(model: Any, arguments: Arguments) -> Grid:
     """Kandinsky 6's grid without reference frames, which come last and have the time of another frame."""
     frames, height, width = channels_last_grid(model, arguments)
     positions = arguments.get("visual_rope_pos")
-    return frames if positions is None else len(set(positions[0].tolist())), height, width
+    frames = frames if positions is None else len(set(positions[0].tolist()))
+    return frames, height, width
 
 
 def framepack_history(model: Any, arguments: Arguments) -> int:

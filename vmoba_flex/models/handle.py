@@ -185,10 +185,15 @@ def _table(name: str, model: nn.Module, applied: "Applied") -> list[str]:
         density = processor.density.item()
         rule = repr(processor.rule if plan is None else plan.rule)
         attention = "dense" if processor.dense else "sparse"
+        if plan is not None and plan.recalled:
+            attention = "remembered"
         rows.append((layer, processor.kind, blocks, rule, attention, f"{density:.3f}" if density else "-"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     title = f"{name}: no forward yet" if plan is None else f"{name}: grid {_by(plan.grid)}"
+    memory, remember = applied.state.now.memory, applied.state.config.remember
+    if memory is not None and remember is not None:
+        title += f"; remembered: {memory.nbytes():,} bytes on the {remember.on}, at most {memory.peak:,} in this run"
     source = applied.state.source
     now = None if source is None else getattr(source.pipe, name, None)
     if now is not None and unwrap(now) is not model:

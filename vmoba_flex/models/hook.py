@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vmoba_flex.config_fields import LayerRule
 from vmoba_flex.models.processor import VMoBAProcessor
 from vmoba_flex.models.state import ModelState
-from vmoba_flex.rules import Rule
 
 # Where padding lies among tokens that are not the grid's.
 Padding = Literal["none", "last", "anywhere"]
@@ -34,7 +34,9 @@ class HookedProcessor(VMoBAProcessor):
         handing_over: the copy of the stock processor that calls ``attend_call``.
     """
 
-    def __init__(self, stock: Any, state: ModelState, kind: str, rule: Rule, *, padding: Padding, joint: bool) -> None:
+    def __init__(
+        self, stock: Any, state: ModelState, kind: str, rule: LayerRule, *, padding: Padding, joint: bool
+    ) -> None:
         self.padding: Padding = padding
         self.joint = joint
         super().__init__(stock, state, kind, rule)
@@ -68,23 +70,24 @@ class HookedProcessor(VMoBAProcessor):
             key: ``(B, S, H, D)``.
             value: ``(B, S, H, D)``.
             mask: of the call.
-            is_causal: whether the call is one of text among itself, which stays dense.
+            is_causal: whether the call is causal, as one of only the text before the video may be, which stays dense.
             **options: of the call, for a dense one.
 
         Returns:
             ``(B, S, H, D)``.
 
         Raises:
-            ValueError: if the call has dropout, a scale or a mask of other than padding, or the grid does not match the
-                tokens.
+            ValueError: if the call has dropout, a scale, an order or a mask of other than padding, or the grid does not
+                match the tokens.
         """
-        if is_causal:
+        if is_causal and key.shape[1] == self.plan().prefix:
             from diffusers.models.attention_dispatch import dispatch_attention_fn
 
             options |= {"backend": self._attention_backend, "parallel_config": self._parallel_config}
             return dispatch_attention_fn(query, key, value, attn_mask=mask, is_causal=True, **options)
-        if options["dropout_p"] or options["scale"] is not None:
-            raise ValueError(f"dropout_p must be 0 and scale None with VMoBA applied, got {options}")
+        if is_causal or options["dropout_p"] or options["scale"] is not None:
+            options["is_causal"] = is_causal
+            raise ValueError(f"attention must be without dropout, scale and order with VMoBA applied, got {options}")
         tokens, order = key.shape[1], None
         prefix, suffix = self._others(tokens)
         valid = None if mask is None else self._valid(mask)
@@ -107,10 +110,13 @@ class HookedProcessor(VMoBAProcessor):
         if plan.rest == "none":
             return plan.prefix, 0
         rest = tokens * ranks - math.prod(plan.grid) - plan.prefix
-        if rest < 0 or (rest and ranks > 1):
-            which = "no more than the" if ranks == 1 else "all"
+        if rest < 0:
+            arrive = tokens * ranks - plan.prefix
+            raise ValueError(f"grid must have no more than the {arrive} tokens that arrive, got {plan.grid}")
+        if rest and ranks > 1:
             raise ValueError(
-                f"grid must have {which} {tokens * ranks - plan.prefix} tokens that arrive, got {plan.grid}"
+                "context parallelism must be off with VMoBA applied where other tokens attend with the video, got "
+                f"{rest} of them"
             )
         return (plan.prefix + rest, 0) if plan.rest == "prefix" else (plan.prefix, rest)
 
@@ -118,7 +124,7 @@ class HookedProcessor(VMoBAProcessor):
         """Which tokens are valid, bool ``(B, S)``."""
         if self.padding == "none" or mask.dtype != torch.bool or mask.shape[1:3] != (1, 1):
             masks = "None" if self.padding == "none" else "None or bool (B, 1, 1, S)"
-            raise ValueError(f"attention_mask must be {masks} with VMoBA applied and enabled, got a mask")
+            raise ValueError(f"attention_mask must be {masks} with VMoBA applied, got a mask")
         return mask[:, 0, 0]
 
 
@@ -185,9 +191,10 @@ def our_backend() -> Any:
         RuntimeError: if the dispatcher of the installed diffusers does not do what the hook needs.
     """
     import diffusers
-    from diffusers.models import attention_dispatch
 
     try:
+        from diffusers.models import attention_dispatch
+
         backend = str.__new__(attention_dispatch.AttentionBackendName, "vmoba")
         backend._name_, backend._value_ = "VMOBA", "vmoba"
         attention_dispatch._AttentionBackendRegistry.register(backend)(_attend)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vmoba_flex.models.memory import LayerMemory, Pass, RunMemory
 from vmoba_flex.models.steps import Step
 from vmoba_flex.rules import Rule
 from vmoba_flex.tail import Tail
@@ -36,6 +37,9 @@ class LayerPlan:
         skips_scores: whether the layer's output is its value, as diffusers' layer skipping can ask for.
         prefix: tokens before the grid's that the adapter counts.
         rest: where tokens lie that are neither.
+        memory: what the layer keeps in this pass of the run; None if nothing is remembered.
+        records: rules by which it chooses from exact masses, to keep the choice.
+        recalled: whether it attended what was kept, once it has run.
         handle: the plan's number, int64 ``(1,)`` on the CPU.
     """
 
@@ -47,6 +51,9 @@ class LayerPlan:
     skips_scores: bool
     prefix: int = 0
     rest: Rest = "none"
+    memory: LayerMemory | None = None
+    records: tuple[Rule, ...] = ()
+    recalled: bool = False
     handle: Tensor = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -69,10 +76,11 @@ class LayerPlan:
 
 @dataclasses.dataclass(eq=False)
 class Forward:
-    """One forward of a model: a plan for each layer, and the step where it is known."""
+    """One forward of a model: a plan for each layer, the step if known, and the pass whose choices are kept, if any."""
 
     plans: tuple[LayerPlan, ...]
     step: Step | None
+    kept_in: tuple[RunMemory, Pass] | None = None
 
 
 class ThreadLocal(threading.local):

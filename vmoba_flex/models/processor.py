@@ -8,13 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vmoba_flex.attention import attend
-from vmoba_flex.call import Call
 from vmoba_flex.config_fields import LayerRule
 from vmoba_flex.models.parallel import ranks_of
 from vmoba_flex.models.plan import LayerNow, LayerPlan
 from vmoba_flex.models.state import ModelState
-from vmoba_flex.models.step_op import attend_at_step, attend_everything, layout_of, record_density
+from vmoba_flex.models.step_op import attend_at_step, attend_planned, layout_of, record_density
 from vmoba_flex.partition import BlockPartition
 
 
@@ -97,7 +95,7 @@ class VMoBAProcessor:
             return False
         with torch.no_grad():
             self.density.fill_(1)
-        return not self.has_dense and self.state.recorder is None
+        return not self.has_dense and self.state.recorder is None and not self.plan().records
 
     def sparse(
         self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any
@@ -154,14 +152,13 @@ class VMoBAProcessor:
                 query, key, value, text_lengths, plan.handle, self.density, partition, dispatch, backend,
                 dense_backend, self.ranks,
             )  # fmt: skip
-        elif plan.dense:
-            output = attend_everything(query, key, value, text_lengths, partition, dense_backend)
         else:
-            gqa = key.shape[1] != query.shape[1]
-            call = Call(partition, plan.rule, enable_gqa=gqa, text_lengths=text_lengths, tail=plan.tail)
-            attended = attend(query, key, value, call, dispatch, backend, layout_of(self.ranks, partition))
-            output = attended.output
-            record_density(self.density, attended.density())
+            layout = layout_of(self.ranks, partition)
+            output, density = attend_planned(
+                query, key, value, text_lengths, plan, plan.memory, partition, dispatch, backend, dense_backend, layout
+            )
+            if density is not None:
+                record_density(self.density, density)
         return output.transpose(1, 2).flatten(2).to(query.dtype)
 
     def plan(self) -> LayerPlan:

@@ -23,8 +23,11 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.layer import Layer
+from vmoba_flex.models.memory import LayerMemory, Pass, RunMemory, Told
 from vmoba_flex.models.plan import Forward, Grid, LayerPlan, Rest, ThreadLocal
 from vmoba_flex.models.steps import Step, StepSource, counted_step, first_call, running_pipeline, schedule_of, step_at
+from vmoba_flex.rules import Rule
 from vmoba_flex.warmup import warmed
 
 
@@ -37,6 +40,8 @@ class ModelNow(ThreadLocal):
             where its scheduler does not count.
         schedule: the timesteps of the run whose callback set the step: each run of a scheduler makes its own.
         settings: of the compiler, which hold until the forward's end.
+        context: the name that the pipeline gives the pass, by ``cache_context``.
+        memory: what layers keep in the run.
     """
 
     def __init__(self) -> None:
@@ -44,6 +49,8 @@ class ModelNow(ThreadLocal):
         self.step: Step | Literal["first"] | None = None
         self.schedule: Tensor | None = None
         self.settings: AbstractContextManager[Any] | None = None
+        self.context: str | None = None
+        self.memory: RunMemory | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -61,6 +68,7 @@ class ModelState:
         recorder: called with each layer's query and key, while these are captured.
         now: the forward under way.
         alive: forwards whose graphs may still need a recomputation.
+        told: what has been logged.
         shapes: each grid with each block shape and numbers of text tokens so far, as many as each layer has graphs.
     """
 
@@ -74,6 +82,7 @@ class ModelState:
     recorder: Callable[..., None] | None = None
     now: ModelNow = dataclasses.field(default_factory=ModelNow)
     alive: "weakref.WeakSet[Forward]" = dataclasses.field(default_factory=weakref.WeakSet)
+    told: Told = dataclasses.field(default_factory=Told)
     shapes: set[tuple[Grid, Grid, tuple[int, ...]]] = dataclasses.field(default_factory=set)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,12 +114,15 @@ class ModelState:
         all_dense = not self.enabled or self.warmup == 0
         blocks = {kind: self._block(kind, grid) for kind in dict.fromkeys(self.config.cycle)}
         plans, count = [], len(self.processors)
+        kept_in = None if all_dense or step is None else self._pass(*step)
         for i, skips in enumerate(skips_scores):
             layer = self.config.layer(i, count, *(step or (0, 1)))  # layers are all dense where the step is not known
             rule = layer.rule if self.warmup is None else warmed(layer.rule, self.warmup)
             dense = all_dense or layer.dense
-            plans.append(LayerPlan(grid, blocks[layer.kind], rule, layer.tail, dense, skips, prefix, rest))
-        return Forward(tuple(plans), step)
+            memory, records = self._memory(kept_in, i, layer)
+            block = blocks[layer.kind]
+            plans.append(LayerPlan(grid, block, rule, layer.tail, dense, skips, prefix, rest, memory, records))
+        return Forward(tuple(plans), step, kept_in)
 
     def enter(self, forward: Forward | None) -> Forward | None:
         """Puts a forward under way on this thread, or none; returns the one before."""
@@ -141,13 +153,41 @@ class ModelState:
         """The step that comes next and the number of steps; None where nobody says."""
         if isinstance(self.now.step, tuple) and self.now.schedule is None:
             return self.now.step
-        pipe = running_pipeline()
-        if pipe is None and self.source is not None:
-            pipe = self.source.pipe
+        pipe = self._pipe()
         if isinstance(self.now.step, tuple) and self.now.schedule is schedule_of(pipe):
             return self.now.step
         step = counted_step(pipe)
         return step_at(pipe, first_call(pipe)) if step is None and self.now.step == "first" else step
+
+    def _pipe(self) -> Any:
+        """The pipeline that runs, or the one that VMoBA was applied to."""
+        pipe = running_pipeline()
+        return self.source.pipe if pipe is None and self.source is not None else pipe
+
+    def _pass(self, step: int, num_steps: int) -> tuple[RunMemory, Pass] | None:
+        """The pass that begins, and what its run keeps; None if nothing is remembered."""
+        remember, now = self.config.remember, self.now
+        if remember is None:
+            return None
+        if torch.is_grad_enabled() or self.warmup is not None:
+            self.told.tell("remember has no effect with gradients or a warm-up: layers choose by their rule's own gate")
+            return None
+        schedule = None if isinstance(now.step, tuple) and now.schedule is None else schedule_of(self._pipe())
+        if now.memory is None or not now.memory.is_of(schedule, step, num_steps):
+            now.memory = RunMemory(remember, schedule, num_steps, self.told)
+        return now.memory, now.memory.begin_pass(step, now.context)
+
+    def _memory(
+        self, kept_in: tuple[RunMemory, Pass] | None, i: int, layer: Layer
+    ) -> tuple[LayerMemory | None, tuple[Rule, ...]]:
+        """What layer i keeps in a pass, and the rules whose choice it is to keep now."""
+        if kept_in is None or not (layer.records or layer.recalls):
+            return None, ()
+        run, one = kept_in
+        memory = run.layer(one, i)
+        if layer.recalls and not layer.records and run.remember.refresh is not None and layer.rule not in memory.kept:
+            return memory, (layer.rule,)
+        return memory, layer.records
 
     def _block(self, kind: str, grid: Grid) -> Grid:
         try:

@@ -1,6 +1,5 @@
 """Attention as one op that reads when it runs what the step asks of a layer, so that one graph serves all steps."""
 
-import functools
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -10,8 +9,11 @@ from vmoba_flex.attention import attend
 from vmoba_flex.call import Backend, Call, Dispatch
 from vmoba_flex.dispatch.dense import dense_attention
 from vmoba_flex.groups import valid_keys
+from vmoba_flex.models.memory import LayerMemory
 from vmoba_flex.models.plan import LayerPlan
 from vmoba_flex.partition import BlockPartition
+from vmoba_flex.rules import Rule
+from vmoba_flex.selection.kept import Selection
 
 if TYPE_CHECKING:  # loaded where a model is context-parallel
     from vmoba_flex.collectives import Ranks
@@ -64,24 +66,79 @@ def _attend_at_step(
         from vmoba_flex.collectives import Ranks
 
         layout = layout_of(Ranks(group, rank, size), partition)
-    if plan.dense:
+    output, attended = attend_planned(
+        query, key, value, text_lengths, plan, plan.memory, partition, cast(Dispatch, dispatch), cast(Backend, backend),
+        dense_backend, layout,
+    )  # fmt: skip
+    if attended is None:
         density.fill_(1)
-        everything = functools.partial(attend_everything, partition=partition, backend=dense_backend)
-        if layout is not None:
-            from vmoba_flex.distributed.attend import by_heads
-
-            return by_heads(everything, query, key, value, text_lengths, layout).contiguous()
-        return everything(query, key, value, text_lengths).contiguous()
-    gqa = key.shape[1] != query.shape[1]
-    call = Call(partition, plan.rule, enable_gqa=gqa, text_lengths=text_lengths, tail=plan.tail)
-    attended = attend(query, key, value, call, cast(Dispatch, dispatch), cast(Backend, backend), layout)
-    density.copy_(attended.density())
-    return attended.output.contiguous()
+    else:
+        density.copy_(attended)
+    return output.contiguous()
 
 
 @_attend_at_step.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
     return query.new_empty(*query.shape[:3], value.shape[-1])
+
+
+def attend_planned(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text_lengths: Tensor | None,
+    plan: LayerPlan,
+    memory: LayerMemory | None,
+    partition: BlockPartition,
+    dispatch: Dispatch,
+    backend: Backend,
+    dense_backend: str,
+    layout: "Layout | None",
+) -> tuple[Tensor, Tensor | None]:
+    """What a plan asks of a layer, which keeps choices in ``memory``; see ``attend_at_step``.
+
+    Returns:
+        The output, and the density of what it attended, a float32 scalar; None for everything.
+    """
+    if layout is not None and memory is not None and not _heads_choose_alone(plan, memory, query, layout):
+        memory = None
+    if layout is not None and (plan.dense or memory is not None):
+        from vmoba_flex.distributed.attend import by_heads
+
+        densities: list[Tensor | None] = []
+
+        def here(query: Tensor, key: Tensor, value: Tensor, text_lengths: Tensor | None) -> Tensor:
+            options = (text_lengths, plan, memory, partition, dispatch, backend, dense_backend, None)
+            output, density = attend_planned(query, key, value, *options)
+            densities.append(density)
+            return output
+
+        return by_heads(here, query, key, value, text_lengths, layout), densities[0]
+    chosen = {}
+    if memory is not None and plan.records:
+        chosen = memory.record(plan.records, query, key, partition, text_lengths, dispatch)
+    if plan.dense:
+        return attend_everything(query, key, value, text_lengths, partition, dense_backend), None
+    rule: Rule | Selection = plan.rule
+    if memory is not None:
+        rule = chosen.get(plan.rule) or memory.recall(plan.rule, query, partition) or plan.rule
+        plan.recalled = rule is not plan.rule
+    gqa = key.shape[1] != query.shape[1]
+    call = Call(partition, rule, enable_gqa=gqa, text_lengths=text_lengths, tail=plan.tail)
+    attended = attend(query, key, value, call, dispatch, backend, layout)
+    return attended.output, attended.density()
+
+
+def _heads_choose_alone(plan: LayerPlan, memory: LayerMemory, query: Tensor, layout: "Layout") -> bool:
+    """Whether each rank can choose for its own heads, and keep the choice."""
+    rules = (plan.rule, *plan.records)
+    if all(rule.pool in ("query", "head") for rule in rules) and query.shape[1] >= layout.ranks.size:
+        return True
+    memory.run.told.tell(
+        "remember has no effect over ranks where heads compete (pool 'block' or 'global') or are fewer than ranks: "
+        "layers choose by their rule's own gate"
+    )
+    return False
 
 
 @torch.library.custom_op("vmoba_flex::record_density", mutates_args=("density",))

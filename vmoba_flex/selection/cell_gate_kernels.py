@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from block_masks.launching import architecture
 from block_masks.launching.launch import QuickLaunch
 from vmoba_flex.selection.cell_places import LEAST_VARIANCE, CellStats, places_of_block
 from vmoba_flex.tail import Cells
@@ -189,7 +190,7 @@ def launch_of(query: Tensor) -> Launch:
     """How the kernel of scores is launched for such queries."""
     if query.shape[-1] > 128:
         return WIDE
-    return HOPPER if query.is_cuda and torch.cuda.get_device_capability(query.device)[0] == 9 else SMALL
+    return HOPPER if architecture.architecture_of(query.device) == "sm90" else SMALL
 
 
 def cell_scores(

@@ -51,7 +51,7 @@ def vmoba_selection(
         rule: ``TopK`` or ``Threshold``.
         choice: ``"token"``: each query chooses. ``"tile"``: the queries of each query tile choose together, as in
             ``dispatch="shared"``.
-        text_lengths: as in ``vmoba_attention``.
+        text_lengths: as in ``vmoba_attention``. Text competes for nothing, so that the choice is the same for any.
         as_bits: whether to return a ``Selection``, which later calls take in place of a rule.
 
     Returns:

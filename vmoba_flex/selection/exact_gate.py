@@ -13,7 +13,7 @@ from torch import Tensor
 from block_masks.launching.device import on_device
 from block_masks.precision import accumulator, without_autocast
 from vmoba_flex.groups import group_sizes
-from vmoba_flex.inputs import check_query_key, check_scale, check_text_lengths, under_autocast
+from vmoba_flex.inputs import check_query_key, check_scale, check_text_lengths, scale_of, under_autocast
 from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.selection.gate import num_blocks

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from block_masks import Slots, to_slots
+from block_masks.attention.launches import dot_precision
+from block_masks.launching import architecture
 from vmoba_flex.groups import block_slots
 from vmoba_flex.partition import BlockPartition
 
@@ -94,7 +96,7 @@ def launch_of(query: Tensor) -> Launch:
         return FLOAT32
     if query.shape[-1] > 128:
         return WIDE
-    hopper = query.is_cuda and torch.cuda.get_device_capability(query.device)[0] == 9
+    hopper = architecture.architecture_of(query.device) == "sm90"
     # Descriptors need rows of whole 16 bytes.
     return HOPPER if hopper and query.shape[-1] % 8 == 0 else SMALL
 
@@ -127,7 +129,8 @@ def group_lse(
         heads, heads // key.shape[1], before, count, groups, token_tiles, tiles, in_slots.shape[2],
         tile_keys.stride(0) if len(tile_keys) > 1 else 0, max(scale, _LEAST_SCALE),
         MASK=masked, D=dim, BLOCK_D=padded, BLOCK_M=m, BLOCK_N=n, TMA=tma,
-        PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee", num_warps=warps, num_stages=stages,
+        PRECISION=dot_precision(architecture.architecture_of(query.device), query.dtype),
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return lse
 
