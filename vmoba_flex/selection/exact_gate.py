@@ -63,8 +63,7 @@ def block_masses(
     query, key = under_autocast(query, key)
     partition = check_query_key(query, key, partition, None)
     check_text_lengths(text_lengths, query, partition)
-    scale = check_scale(scale)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scale = scale_of(check_scale(scale), query)
     return _block_masses(query.detach(), key.detach(), partition.flat, scale, text_lengths)
 
 
