@@ -51,6 +51,7 @@ _PARTS: dict[str, Callable[[Row], str | list[str]]] = {
     "dense": attention.dense,
     "ours": attention.ours,
     "by_density": attention.by_density,
+    "low_densities": attention.low,
     "by_tokens": attention.by_tokens,
     "paper": attention.paper,
     "smooth": attention.smooth,

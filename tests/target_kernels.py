@@ -10,6 +10,7 @@ It needs Triton and no GPU. ``test_targets.py`` holds the kernels to it.
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import io
 import itertools
 import re
@@ -31,6 +32,7 @@ from block_masks import plan_slots
 from block_masks.attention import coarse_kernels, coarse_steps, padding_kernels
 from block_masks.attention.row_attention import Room, attend_rows
 from block_masks.launching import architecture
+from block_masks.launching.launch import QuickLaunch
 from block_masks.masks import list_kernels
 from block_masks.plans import plan_kernels
 from block_masks.plans.rows import _plan_on_gpu
@@ -156,6 +158,18 @@ def name_of(kernel: Any) -> str:
     return f"{kernel.__module__.rpartition('.')[2].removesuffix('_kernels')}.{kernel.__name__.strip('_')}"
 
 
+def all_kernels() -> set[str]:
+    """The names of all kernels of both packages."""
+    root = Path(__file__).parent.parent
+    names = set()
+    for path in (path for package in ("block_masks", "vmoba_flex") for path in (root / package).rglob("*_kernels.py")):
+        module = importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts))
+        functions = [x.kernel if isinstance(x, QuickLaunch) else x for x in vars(module).values()]
+        kernels = (x for x in functions if isinstance(x, JITFunction) and x.__name__.endswith("kernel"))
+        names |= {name_of(kernel) for kernel in kernels}
+    return names
+
+
 def _registers(asm: dict[str, Any]) -> tuple[int, int]:
     """Registers of a thread, and bytes of its stack, where spilled values go."""
     if "amdgcn" in asm:
@@ -185,9 +199,10 @@ def launch_attention(dtype: torch.dtype, dim: int) -> None:
     coarse_kernels.merge_coarse(query, coarse, selected, query, lse, (query, lse), 1.0)
     coarse_kernels.coarse_backward(query, coarse, selected, query, lse, lse, query, 1.0)
     coarse_kernels.split_grad(query, query, lse, lse, lse)
-    padding = torch.zeros(1, 2, dtype=torch.int32)
-    padding_kernels.padding_lse(query[None], key[None, :, :2], padding, selected[None], 1.0, 1)
-    padding_kernels.remove_padding(query, lse, lse)
+    if dtype != torch.float32:  # padding is of FlashAttention-4's
+        padding = torch.zeros(1, 2, dtype=torch.int32)
+        padding_kernels.padding_lse(query[None], key[None, :, :2], padding, selected[None], 1.0, 1)
+        padding_kernels.remove_padding(query, lse, lse)
     tokens = torch.zeros(1, 2, PARTITION.num_tokens, dim, dtype=dtype)
     cells = Cells(PARTITION, (1, 2, 3))
     cell_kernels.cell_means(tokens, cells)

@@ -4,15 +4,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench.attention import peers, run, worker
+from bench.attention import peers, rows, run, worker
 from bench.attention.report import AttentionReport
 from bench.attention.rows import Contenders, specs
 from bench.attention.shapes import FULL
 from bench.common.supervisor import supervise
+from vmoba_flex import BlockPartition, TopK, vmoba_attention
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,7 +29,7 @@ def test_small_run_measures_every_section_and_draws_it(tmp_path: Path):
     assert report["runs"][0]["versions"]["torch"] == torch.__version__
     assert report["runs"][0]["command"].startswith("python -m bench.attention.run --output bench/results/small.json")
     assert str(tmp_path) not in output.read_text()
-    for section in ("main", "density", "tokens", "paper", "stages", "auto"):
+    for section in ("main", "density", "low", "tokens", "paper", "stages", "auto"):
         rows = [row for row in report["rows"] if section in row["sections"]]
         ours = [row for row in rows if row["attention"] in ("tiles", "packed", "shared", "auto")]
         assert ours, section
@@ -44,7 +46,15 @@ def test_small_run_measures_every_section_and_draws_it(tmp_path: Path):
         assert stages[mode]["kernels"]
     densities = {row["density"] for row in report["rows"] if "density" in row["sections"] and "density" in row}
     assert len(densities) >= 3
-    assert {row["attention"] for row in report["rows"] if row["blocks"]} == {"tiles", "packed", "shared", "auto"}
+    ours = {"tiles", "packed", "shared", "auto"}
+    assert {row["attention"] for row in report["rows"] if row["blocks"]} == ours | set(run.TILE_PEERS)
+    low = [row for row in report["rows"] if "low" in row["sections"] and row["blocks"]]
+    assert {(row["attention"], bool(row["tail"])) for row in low if row["attention"] in ours} == {
+        (dispatch, tail) for dispatch in ("packed", "shared") for tail in (False, True)
+    }
+    peers_of = {row["attention"]: row["status"] for row in low if row["attention"] not in ours}
+    # FlexAttention has no backward on a CPU.
+    assert peers_of == {"FlexAttention, full tiles": "forward only", "FastVideo": "not installed"}
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "## density" in output.with_suffix(".md").read_text()
 
@@ -105,8 +115,46 @@ def test_rows_that_fail_or_lie_are_recorded_and_the_others_go_on(monkeypatch: py
 
 def test_the_command_line_knows_all_peers_and_sections():
     assert set(run.PEERS) == peers.PEERS.keys()
-    contenders = Contenders(("cuDNN",), ("cuDNN",), (), ("auto", "packed"), ("triton",), False)
+    assert set(run.TILE_PEERS) == peers.TILE_PEERS.keys()
+    contenders = Contenders(("cuDNN",), ("cuDNN",), (), {}, ("auto", "packed"), ("triton",), False)
     assert {spec.section for spec in specs(FULL, list(run.SECTIONS), contenders)} == set(run.SECTIONS)
+
+
+def test_a_wrong_tail_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(rows, "LOW_DENSITIES", (0.25,))
+    sound = worker.vmoba_attention
+
+    def without_tail(*inputs, tail=None, **options):
+        return sound(*inputs, **options)
+
+    monkeypatch.setattr(worker, "vmoba_attention", without_tail)
+    output = tmp_path / "x.json"
+    arguments = ["--device", "cpu", "--small", "--sections", "low", "--output", str(output)]
+    assert worker.work(run.parse(arguments)) == 0
+    found = {(row["attention"], bool(row["tail"])): row["status"] for row in json.loads(output.read_text())["rows"]}
+    assert all(found[dispatch, True] == "wrong" for dispatch in ("packed", "shared"))
+    assert all(found[dispatch, False] == "ok" for dispatch in ("packed", "shared"))
+
+
+def test_tiles_by_others_are_called_as_they_want(monkeypatch: pytest.MonkeyPatch):
+    calls = []
+
+    def block_sparse_attn(query, key, value, block_map, sizes):
+        calls.append((block_map, sizes))
+        mask = block_map.repeat_interleave(64, 2).repeat_interleave(64, 3)
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask), None
+
+    monkeypatch.setitem(sys.modules, "fastvideo_kernel", SimpleNamespace(block_sparse_attn=block_sparse_attn))
+    query, key, value = torch.randn(3, 1, 2, 512, 8, generator=torch.Generator().manual_seed(0))
+    partition, rule = BlockPartition((1, 1, 512), (1, 1, 64)), TopK(density=0.25)
+    attend = peers.TILE_PEERS["FastVideo"].load()(partition, rule)
+    expected = vmoba_attention(query, key, value, partition, rule, dispatch="shared")
+    for _ in range(2):
+        torch.testing.assert_close(attend(query, key, value), expected)
+    (chosen, sizes), again = calls[0], calls[1]
+    assert chosen is again[0]  # chosen once
+    assert chosen.dtype == torch.bool and sizes.tolist() == [64] * 8 and sizes.dtype == torch.int32
+    assert (chosen.sum(-1) == 2).all()
 
 
 def test_no_row_starts_without_budget(tmp_path: Path):

@@ -22,17 +22,18 @@ def test_a_small_run_checks_measures_and_predicts(tmp_path: Path):
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     report = json.loads(output.read_text())
     assert str(tmp_path) not in output.read_text()
-    rows = {(row["model"], row["attention"], row["tokens"], row["gpus"]): row for row in report["rows"]}
+    rows = {(row["model"], row["attention"], row["tail"], row["tokens"], row["gpus"]): row for row in report["rows"]}
     assert {row["status"] for row in rows.values()} == {"ok"}, result.stderr
-    assert len(rows) == 2 * 6
-    for (model, attention, _, gpus), row in rows.items():
+    assert len(rows) == 2 * 7
+    assert sum(tail for _, _, tail, _, _ in rows) == 2
+    for (model, attention, tail, _, gpus), row in rows.items():
         assert row["difference"] == 0
         assert row["forward_backward_ms"] > 0 and row["forward_backward_speed_up"] > 0
         assert (row["density"] == 1) == (attention == "dense")
         if gpus > 1 and not model:
             for mode in ("forward", "forward_backward"):
                 assert row[f"{mode}_compute_ms"] > 0 and row[f"{mode}_exchange_ms"] > 0
-                assert row[f"{mode}_predicted_ms"] > 0
+                assert tail or row[f"{mode}_predicted_ms"] > 0
     table = output.with_suffix(".md").read_text()
     assert "## Measured" in table and "## Predicted" in table and "1048576" in table
 

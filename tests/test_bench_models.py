@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from bench.models import rows as model_rows
-from bench.models import setup, shapes, worker
+from bench.models import setup, shapes, tables, worker
 from bench.models.report import ModelReport
 from bench.models.run import parse
 from tests.test_bench import ROOT
-from vmoba_flex import Threshold, TopK
+from vmoba_flex import Tail, Threshold, TopK
 from vmoba_flex.models import apply_vmoba
 
 pytest.importorskip("diffusers")
@@ -42,8 +42,10 @@ def test_small_run_measures_every_mode_and_attention(tmp_path: Path):
     assert "say nothing about the quality" in report["formulas"]["weights"]
     assert str(tmp_path) not in output.read_text()
     rows = rows_of(output)
-    attentions = ("SDPA", "exact", "exact, packed", "shared", "none")
-    assert rows.keys() == {f"{mode}, {attention}" for mode in MODES for attention in attentions}
+    tailed = [f"{name}, density 0.125 + tail" for name in ("exact", "shared")]
+    lowest = [f"{MODES[2]}, {name}, density 0.0625 + tail" for name in ("exact", "shared")]
+    attentions = ("SDPA", "exact", "exact, packed", "shared", "none", *tailed)
+    assert rows.keys() == {*lowest, *(f"{mode}, {attention}" for mode in MODES for attention in attentions)}
     for row in rows.values():
         assert row["status"] == "ok", printed
         assert row["ms"] == row["parts"][0]["ms"] > 0
@@ -57,7 +59,10 @@ def test_small_run_measures_every_mode_and_attention(tmp_path: Path):
         if row["attention"] != "SDPA":
             assert 0 < row["density"] < 1 and row["difference"] > 10 * row["dense_budget"]
             assert row["blocks"]["temporal"]["count"] == 2
-            assert ("TopK" in row["rule"]) == (row["mode"] == "inference forward")
+            tail = "tail" in row["attention"]
+            assert ("TopK" in row["rule"]) == (row["mode"] == "inference forward" or tail)
+            assert row["tail"] == "Tail(cell=64)" * tail
+            assert f"density={row['attention'].split()[2]}," in row["rule"] or not tail
     table = output.with_suffix(".md").read_text()
     assert all(f"## {mode}" in table for mode in MODES)
     assert table.count("| Wan 1.3B, 3 layers | 72 |") == len(rows)
@@ -189,12 +194,24 @@ def test_all_rows_are_there_and_the_goals_come_first():
     for model in shapes.FULL.models:
         for tokens in (13_440, 32_760, 55_296, 75_600, 110_592):
             for mode in MODES:
-                for attention in ("cuDNN", "FlashAttention-4", "exact", "shared", "none"):
+                tailed = [spec.name for spec in model_rows.TAILED]
+                for attention in ("cuDNN", "FlashAttention-4", "exact", "shared", "none", *tailed):
                     assert f"{model.name} | {tokens} tokens | {mode} | {attention}" in ids
     assert [(spec.tokens, spec.mode, spec.attention.name) for spec in specs[:3]] == [
         (55_296, MODES[0], name) for name in ("cuDNN", "exact", "shared")
     ]
     assert {spec.model.name for spec in specs[:18]} == {"Wan 1.3B"}
+
+
+def test_tables_of_pages_have_a_column_for_a_tail_where_one_was_measured():
+    rows = [
+        {"model": "Wan 1.3B", "mode": MODES[2], "tokens": 75_600, "status": "ok", "attention": name, "ms": ms}
+        for name, ms in (("cuDNN", 2000.0), ("exact", 1000.0), ("shared, density 0.125 + tail", 500.0))
+    ]
+    assert tables.wan({"rows": rows[:2]})[0].endswith("| exact s | shared s | peak GB |")
+    head, _, line = tables.wan({"rows": rows})
+    assert head.endswith("| exact s | shared s | shared, density 0.125 + tail s | peak GB |")
+    assert "| 1.00 (2.00x) |  | 0.50 (4.00x) |" in line
 
 
 def test_the_models_have_their_real_sizes():
@@ -221,6 +238,8 @@ def test_the_paper_s_blocks_are_taken_where_it_has_them():
     config = full.config((24, 36, 64), True, "shared")
     assert (config.temporal, config.spatial, config.spatiotemporal) == (3, (6, 8), (8, 12, 8))
     assert config.dispatch == "shared" and config.rule == shapes.TRAINING_RULE
+    low = full.config((21, 45, 80), True, "shared", 0.125, True)
+    assert (low.rule, low.tail, low.spatiotemporal) == (TopK(density=0.125), Tail(), (7, 15, 20))
     other = full.config((32, 48, 72), False, "auto")
     assert [other.partition(kind, (32, 48, 72)).num_blocks for kind in other.cycle] == [8, 48, 72]
     assert other.rule == shapes.INFERENCE_RULE and other.dense_steps == 0

@@ -68,9 +68,10 @@ def test_json_of_steps_is_readable():
     ours = config(rule=falling, tail=BySteps({0: None, 3: Tail((1, 2, 3))}))
     lines = ours.to_json().splitlines()
     assert lines[5] == (
-        '  "rule": {"by_steps": [[0, {"density": 0.25, "pool": "query"}], [0.5, {"k": 1, "pool": "query"}]]},'
+        '  "rule": {"by_steps": [[0, {"density": 0.25, "pool": "query", "gate": "mean"}], '
+        '[0.5, {"k": 1, "pool": "query", "gate": "mean"}]]},'
     )
-    assert '  "tail": {"by_steps": [[0, null], [3, [1, 2, 3]]]}' in lines
+    assert '  "tail": {"by_steps": [[0, null], [3, [1, 2, 3]]]},' in lines
 
 
 def test_json_has_every_field():

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.ranks import RankPool
 from tests.video_models import BLOCKS, FAMILIES, SPARSE, assert_close, assert_gradients_close, gradients, run
-from vmoba_flex import Threshold
+from vmoba_flex import Remember, Threshold
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.models import apply_vmoba
 
@@ -143,6 +143,28 @@ def test_rules_and_dense_layers(rank_pool: RankPool, case: str):
 @pytest.mark.parametrize("name", ["wan2.1", "ltx"])
 def test_compiled(rank_pool: RankPool, name: str):
     assert_equals_one_rank(rank_pool.run(sharing, name, SPARSE, True, True), name, SPARSE)
+
+
+def remembering(pool: Any, ranks: bool) -> tuple[Tensor, bool]:
+    """Outputs of steps that remember, by ranks or one process, and whether the last attended what was remembered."""
+    rule = Threshold(0.3, pool=pool, max_density=0.6)
+    config = VMoBAConfig(*BLOCKS, rule, dense_steps=1, remember=Remember())
+    model, handle = applied("wan2.1", config, apply_first=True) if ranks else (build("wan2.1"), None)
+    handle = handle or apply_vmoba(model, config)
+    outputs = []
+    for step in range(3):
+        handle.set_step(step, 4)
+        with torch.no_grad():
+            outputs.append(run(model, FAMILIES["wan2.1"].inputs(seed=step)))
+    return torch.stack(outputs), "  remembered  " in handle.summary()
+
+
+@pytest.mark.parametrize(("pool", "is_remembered"), [("head", True), ("global", False)])
+def test_ranks_remember_what_their_heads_chose(rank_pool: RankPool, pool: str, is_remembered: bool):
+    for output, found in rank_pool.run(remembering, pool, True):
+        assert found == is_remembered
+        if found:
+            assert_close(output, remembering(pool, False)[0])
 
 
 def with_text() -> tuple[Tensor, str]:

@@ -98,6 +98,7 @@ def test_it_is_refused_where_it_is_off_and_the_log_says_why_once(
     if words is None:
         assert said[0] is None
     else:
+        assert said[0] is not None
         assert words in said[0]
         assert said[0] in caplog.text
         assert caplog.records[0].levelno == logging.WARNING

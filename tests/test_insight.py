@@ -30,9 +30,10 @@ from vmoba_flex import (
 )
 from vmoba_flex.dispatch.choose import choose_dispatch
 from vmoba_flex.insight import Record, Timing, break_even, calibrate, crossover, inspect, load, save
-from vmoba_flex.insight.calibrate import MARGIN, _auto_is_packed
+from vmoba_flex.insight.calibrate import _auto_is_packed
 from vmoba_flex.insight.masses import best_choice, entropy_of, overlap_of, recall_of, true_mass
 from vmoba_flex.insight.measure import layer_of, own_blocks, sample_rows
+from vmoba_flex.insight.search import MARGIN
 from vmoba_flex.user_error import UserError
 
 GRID = (4, 6, 8)
@@ -337,7 +338,10 @@ def test_calibrate_finds_a_rule_for_each_layer_and_each_of_its_steps():
     for changes, message in (
         ({"records": records[3:]}, "records must have layer 0, which is not dense in the config, got none"),
         ({"records": records[1:]}, "records must have a step at which layer 0 has the rule from 0 on, got none"),
-        ({"records": [*records, record(num_layers=6)]}, r"one number of layers for by='layer', got \[5, 6\]"),
+        (
+            {"records": [*records, record(num_layers=6, num_steps=8)]},
+            r"one number of layers for by='layer', got \[5, 6\]",
+        ),
         ({"by": "head"}, "by must be one of .*, got 'head'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -59,7 +59,9 @@ def test_what_a_tail_adds_is_told(here: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out.count("gate='exact'") == 3
     found = VMoBAConfig.from_json((here / "c.json").read_text())
     assert found.tail == Tail(4)
-    assert isinstance(found.rule, Mapping) and all(rule.gate == "exact" for rule in found.rule.values())
+    assert isinstance(found.rule, Mapping) and all(
+        getattr(rule, "gate", None) == "exact" for rule in found.rule.values()
+    )
     for what, wide in (("choice", 1), ("density", 1400)):  # a panel more
         rule = ["--density", "0.2", "--pool", "query", "--tail", "4"]
         assert main(["plot", "ok.safetensors", "--output", f"{what}.png", "--what", what, *rule]) == 0

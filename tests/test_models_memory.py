@@ -224,10 +224,11 @@ def test_pipelines_name_their_passes_and_end_their_runs():
     handle = apply_vmoba(pipe, config)
     first = sample(pipe)
     for state in handle.states().values():
-        memory = state.now.memory
-        assert memory is not None and memory.nbytes() == 0 < memory.peak
-        assert {name for (name, _), _ in memory.layers} == {"cond", "uncond"}
         assert state.told.reasons == set()
+        assert state.now.memory is None or state.now.memory.nbytes() == 0
+    memory = handle.states()["transformer_2"].now.memory
+    assert memory is not None and memory.peak > 0
+    assert {name for (name, _), _ in memory.layers} == {"cond", "uncond"}
     assert torch.equal(sample(pipe), first)
     handle.remove()
     with apply_vmoba(pipe, dataclasses.replace(config, remember=None)):

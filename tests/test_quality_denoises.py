@@ -307,10 +307,10 @@ def command(tmp_path: Path, frames: dict[str, Tensor], monkeypatch: pytest.Monke
     }
     monkeypatch.setattr(clips, "load", lambda path, device: frames)
     monkeypatch.setattr(study, "cases", lambda part: few.get(part, []))
-    monkeypatch.setattr(study, "CYCLES", {"cubes": CYCLES["cubes"]})
     monkeypatch.setattr(study, "FEW", (0.125,))
     monkeypatch.setattr(study, "TUNED_VARIANTS", (PLAIN,))
     fixed = ["--output", str(tmp_path / "out.json"), "--work", str(tmp_path / "work"), "--device", "cpu", "--small"]
+    fixed += ["--blocks", "cubes"]
 
     def call(*options: str) -> int:
         monkeypatch.setattr(sys, "argv", ["denoises", *fixed, "--tune-steps", "3", *options])

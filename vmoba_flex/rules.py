@@ -173,9 +173,11 @@ class Threshold:
     def of_flat(cls, words: str, counts: list[int], shares: list[float]) -> Self:
         """The rule with this ``flat`` form."""
         _, pool, normalize, gate = words.split()
-        rule = cls(shares[0], pool=cast(Pool, pool), normalize=cast(Normalize, normalize), gate=cast(Gate, gate))
         cap = shares[1] if shares[1:] else None
-        return dataclasses.replace(rule, max_density=cap, always=tuple(counts))
+        return cls(
+            shares[0], pool=cast(Pool, pool), max_density=cap, normalize=cast(Normalize, normalize),
+            gate=cast(Gate, gate), always=tuple(counts),
+        )  # fmt: skip
 
     @property
     def flat(self) -> FlatRule:

@@ -16,9 +16,11 @@ from bench.attention.peers import flex
 from bench.attention.shapes import Case, Sizes
 from block_masks import to_slots
 from vmoba_flex import BlockPartition, reference, vmoba_selection
+from vmoba_flex.cells import cell_groups, cell_ids
 from vmoba_flex.groups import block_slots
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection.tiles import choose_tiles
+from vmoba_flex.tail import Cells
 
 # Dense FlexAttention rounds its weights and its output to 16 bits; packed rows round their outputs once more before
 # the merge: sqrt(3 / 2) = 1.22. In float32 the order of the sums decides, and errors vary.
@@ -60,12 +62,17 @@ class Inputs:
         """Norms of the errors of the sampled rows, and of the rows themselves, each ``(heads, rows)``."""
         heads, rows = self.sample
         query, key, value = (x.detach()[0] for x in self.leaves)
-        mask = None
+        head, mask, bias = heads[:, 0], None, None
+        key, value = key[head], value[head]
         if selection is not None:
             assert case.partition is not None  # there is a selection
-            mask = selection[0, heads, rows][:, :, case.partition.block_ids(query.device)][None]
-        head = heads[:, 0]
-        truth, _ = reference.attention(query[heads, rows][None], key[head][None], value[head][None], mask)
+            chosen = selection[0, heads, rows]
+            mask = chosen[:, :, case.partition.block_ids(query.device)][None]
+            if case.tail is not None:
+                cells = Cells(case.partition, case.tail.cell_of(case.partition))
+                key, value, bias, block = _with_cells(key, value, cells)
+                mask = torch.cat([mask, ~chosen[None, :, :, block]], -1)
+        truth, _ = reference.attention(query[heads, rows][None], key[None], value[None], mask, bias=bias)
         return (output.detach()[0, heads, rows].double() - truth[0]).norm(dim=-1), truth[0].norm(dim=-1)
 
     def error(self, output: Tensor, selection: Tensor | None, case: Case, flips: bool = False) -> float:
@@ -129,6 +136,18 @@ def chosen_blocks(query: Tensor, key: Tensor, partition: BlockPartition, rule: R
     slots = block_slots(partition, query.device)
     chosen = choose_tiles(to_slots(query, slots), key, partition, rule, slots)
     return chosen.index_select(2, slots.key_slot // slots.tile_size)
+
+
+def _with_cells(key: Tensor, value: Tensor, cells: Cells) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Key and value ``(heads, S + C, D)`` with cells in float64, their bias, and the block of each cell."""
+    _, block = cell_groups(cells, key)
+    ids = cell_ids(cells, key.device)
+    tokens = ids.bincount(minlength=cells.total).double()
+    both = []
+    for x in (key.double(), value.double()):
+        sums = x.new_zeros(len(x), cells.total, x.shape[2]).index_add_(1, ids, x)
+        both.append(torch.cat([x, sums / tokens[:, None]], 1))
+    return *both, torch.cat([tokens.new_zeros(len(ids)), tokens.log()]), block
 
 
 def attended_pairs(selection: Tensor, case: Case) -> tuple[float, float]:

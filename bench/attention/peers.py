@@ -1,4 +1,4 @@
-"""Dense attention by others, for comparison with ours."""
+"""Dense attention, and attention of tiles that share a choice, by others, for comparison with ours."""
 
 import dataclasses
 import functools
@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from bench.common.machine import error_text
+from vmoba_flex import BlockPartition, vmoba_mask
+from vmoba_flex.rules import Rule
+from vmoba_flex.selection.tiles import choose_by_tiles
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -85,7 +88,74 @@ CPU_PEERS = {
 }
 
 
-def why_missing(peer: Peer) -> str | None:
+@dataclasses.dataclass(frozen=True)
+class TilePeer:
+    """Attention in which each tile of queries attends some tiles of keys, as they lie in memory.
+
+    Ours needs tokens sorted and padded for that, and chooses; here both are done before, and not timed.
+
+    Attributes:
+        load: imports it and returns a maker of calls; raises ``ImportError`` where it is not installed.
+        tile: queries, and keys, of a tile.
+    """
+
+    load: Callable[[], Callable[[BlockPartition, Rule], Attend]]
+    tile: int
+
+
+def _full_tiles() -> Callable[[BlockPartition, Rule], Attend]:
+    """FlexAttention with a mask of full tiles; compiled on a GPU."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+        output = flex_attention(query, key, value, block_mask=mask)
+        assert isinstance(output, Tensor)
+        return output
+
+    call = torch.compile(attend, fullgraph=True, dynamic=False) if torch.cuda.is_available() else attend
+    return lambda partition, rule: _chosen_first(
+        call, lambda query, key: vmoba_mask(query, key, partition, rule, choice="tile")
+    )
+
+
+def _fastvideo() -> Callable[[BlockPartition, Rule], Attend]:
+    """FastVideo's kernel of block-sparse attention, its own list of blocks included."""
+    from fastvideo_kernel import block_sparse_attn  # pyright: ignore[reportMissingImports]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, chosen: tuple[Tensor, Tensor]) -> Tensor:
+        return block_sparse_attn(query, key, value, *chosen)[0]
+
+    def make(partition: BlockPartition, rule: Rule) -> Attend:
+        tile = partition.block[2]
+
+        def choose(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+            chosen = choose_by_tiles(query, key, partition, rule)[:, :, ::tile]
+            return chosen.contiguous(), partition.block_sizes(query.device).int()
+
+        return _chosen_first(attend, choose)
+
+    return make
+
+
+def _chosen_first(attend: Callable[..., Tensor], choose: Callable[[Tensor, Tensor], Any]) -> Attend:
+    """A call that chooses on its first inputs only."""
+    made: list[Any] = []
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not made:
+            with torch.no_grad():
+                made.append(choose(query.detach(), key.detach()))
+        return attend(query, key, value, made[0])
+
+    return call
+
+
+TILE_PEERS = {
+    "FlexAttention, full tiles": TilePeer(_full_tiles, 128),
+    "FastVideo": TilePeer(_fastvideo, 64),
+}
+
+
+def why_missing(peer: Peer | TilePeer) -> str | None:
     """The error of loading a peer; None if it loads."""
     # Importing others' packages fails in many ways, such as by another package's version.
     try:

@@ -112,7 +112,7 @@ def cells(row: Row) -> list[str]:
     for noise in ("k=None, ", ", density=None", ", pool='query'"):
         rule = rule.replace(noise, "")
     result = [
-        name + ", smooth" * (row["inputs"] == "smooth"),
+        name + ", smooth" * (row["inputs"] == "smooth") + ", tail" * bool(row.get("tail")),
         f"{row['tokens']} x {row['heads']}",
         f"{row['kind']} {row['blocks']}" if row["blocks"] else "",
         rule,

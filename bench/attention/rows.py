@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from bench.attention.shapes import Case, Sizes
 from bench.common.report import Row
 from bench.common.sizes import Sizes3
-from vmoba_flex import Threshold, TopK
+from vmoba_flex import Tail, Threshold, TopK
 
 DENSITIES = (0.2, 0.1, 0.3, 0.05, 0.5)
+LOW_DENSITIES = (0.125, 0.0625, 0.25)
 PAPER_RULE = Threshold(0.25, max_density=0.25)
 FIXED_DENSITY = TopK(density=0.1875)  # 9 of 48 blocks
 
@@ -43,7 +44,7 @@ class Spec:
         what = "stages of " * self.stages + self.attention + f"/{self.backend}" * bool(self.backend)
         parts = [what + ", compiled" * self.compiled, f"{_by(case.grid)} tokens x {case.heads} heads"]
         if case.block:
-            parts += [f"blocks {_by(case.block)}", repr(case.rule)]
+            parts += [f"blocks {_by(case.block)}", repr(case.rule), *[repr(case.tail)] * (case.tail is not None)]
         return " | ".join(parts + [f"{case.inputs} inputs"] * (case.inputs != "random"))
 
 
@@ -55,6 +56,7 @@ class Contenders:
         asked: names of the peers to show, installed or not.
         fast: the installed peers that may be the fastest dense attention.
         other: the other installed peers.
+        tiles: the tile of each peer that attends tiles, installed or not.
         dispatches: ours, but for ``"dense"``.
         backends: of ours, but for ``"auto"``.
         compile: whether to measure ``torch.compile`` too.
@@ -63,6 +65,7 @@ class Contenders:
     asked: tuple[str, ...]
     fast: tuple[str, ...]
     other: tuple[str, ...]
+    tiles: dict[str, int]
     dispatches: tuple[str, ...]
     backends: tuple[str, ...]
     compile: bool
@@ -77,6 +80,7 @@ def specs(sizes: Sizes, sections: list[str], contenders: Contenders) -> list[Spe
     makers = {
         "main": _main,
         "density": _density,
+        "low": _low,
         "tokens": _tokens,
         "paper": _paper,
         "stages": _stages,
@@ -106,6 +110,7 @@ def described(spec: Spec, sizes: Sizes, run: int) -> Row:
         "block": case.block,
         "blocks": case.partition.num_blocks if case.partition else 0,
         "rule": repr(case.rule) if case.rule else "",
+        "tail": repr(case.tail) if case.tail else "",
         "inputs": case.inputs,
         "run": run,
     }
@@ -140,6 +145,20 @@ def _density(sizes: Sizes, contenders: Contenders) -> Iterator[Spec]:
     yield from _dense("density", 0, case, contenders.fast)
     for density in DENSITIES:
         yield Spec("density", 3, dataclasses.replace(case, rule=TopK(density=density)), "packed", "best")
+
+
+def _low(sizes: Sizes, contenders: Contenders) -> Iterator[Spec]:
+    """What a tail costs, and tiles by others at the same density."""
+    cubes = Case(sizes.grid, sizes.heads[0], sizes.blocks[2])
+    yield from _dense("low", 0, cubes, contenders.fast)
+    for density in LOW_DENSITIES:
+        rule = TopK(density=density)
+        for dispatch in ("packed", "shared"):
+            for tail in (None, Tail()):
+                for backend in contenders.backends:
+                    yield Spec("low", 3, dataclasses.replace(cubes, rule=rule, tail=tail), dispatch, backend)
+        for peer, tile in contenders.tiles.items():
+            yield Spec("low", 3, Case((1, 1, cubes.tokens), cubes.heads, (1, 1, tile), rule), peer)
 
 
 def _tokens(sizes: Sizes, contenders: Contenders) -> Iterator[Spec]:

@@ -8,6 +8,7 @@ first:
 
     main     55,296 tokens, 12 heads: all peers, all dispatches and backends, 8 slabs, 48 windows and 72 cubes
     density  packed at densities 0.05 to 0.5
+    low      packed and shared at densities 0.0625 to 0.25, with and without a tail; tiles by others (peers.py)
     tokens   2K to 110K tokens at one density
     paper    the paper's four shapes, 12 and 40 heads, 1D, 2D and 3D
     stages   what each stage of packed takes (stages.py)
@@ -30,8 +31,9 @@ from pathlib import Path
 from bench.attention.report import AttentionReport
 from bench.common.supervisor import script_parser, shown, stated_command, supervise
 
-SECTIONS = ("main", "density", "tokens", "paper", "stages", "auto")
+SECTIONS = ("main", "density", "low", "tokens", "paper", "stages", "auto")
 PEERS = ("FlashAttention-4", "cuDNN", "FlexAttention", "FlashAttention-2", "memory-efficient", "xformers")
+TILE_PEERS = ("FlexAttention, full tiles", "FastVideo")
 
 
 def main() -> int:

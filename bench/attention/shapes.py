@@ -6,7 +6,7 @@ import math
 import torch
 
 from bench.common.sizes import Sizes3
-from vmoba_flex import BlockPartition
+from vmoba_flex import BlockPartition, Tail
 from vmoba_flex.rules import Rule
 
 
@@ -20,6 +20,7 @@ class Case:
         block: block shape; None for dense attention.
         rule: None for dense attention.
         inputs: ``"random"``: neighbouring queries choose independently; ``"smooth"``: they mostly agree.
+        tail: how skipped blocks take part; None if they do not.
     """
 
     grid: Sizes3
@@ -27,6 +28,7 @@ class Case:
     block: Sizes3 | None = None
     rule: Rule | None = None
     inputs: str = "random"
+    tail: Tail | None = None
 
     @property
     def tokens(self) -> int:

@@ -71,6 +71,23 @@ def by_density(data: Row) -> list[str]:
     return table(["density", "forward ms", "forward + backward ms", "GB"], lines)
 
 
+def low(data: Row) -> list[str]:
+    """``packed`` and ``shared`` at low densities, without and with a tail, and tiles by others."""
+    cases: dict[tuple[str, str, float], dict[bool, Row]] = {}
+    for row in _rows(data, "low"):
+        if row["blocks"]:
+            asked = float(row["rule"].partition("density=")[2].partition(",")[0])
+            cases.setdefault((row["attention"], row["backend"], asked), {})[bool(row["tail"])] = row
+    order = [*_DISPATCHES, *sorted({name for name, _, _ in cases} - {*_DISPATCHES})]
+    lines = []
+    for name, backend, asked in sorted(cases, key=lambda case: (case[2], order.index(case[0]), case[1])):
+        rows = cases[name, backend, asked]
+        what = f"`{name}`, {_BACKENDS.get(backend, backend)}" if backend else f"{name}, choice not timed"
+        both = [_plain_times(rows[tail]) if tail in rows else "" for tail in (False, True)]
+        lines.append([number(asked, 4), what, number(next(iter(rows.values()))["density"], 3), *both])
+    return table(["density asked", "attention", "density", "forward / with backward ms", "with a tail ms"], lines)
+
+
 def by_tokens(data: Row) -> list[str]:
     """Dense attention, ``packed`` and ``auto`` at each number of tokens."""
     rows = _rows(data, "tokens")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.attention.checks import ERROR_FACTOR, Inputs, attended_pairs, expected_selection
-from bench.attention.peers import CPU_PEERS, PEERS, Peer, why_missing
+from bench.attention.peers import CPU_PEERS, PEERS, TILE_PEERS, Peer, why_missing
 from bench.attention.report import HEADER, AttentionReport, line
 from bench.attention.rows import Contenders, Spec, described, specs
 from bench.attention.shapes import FULL, SMALL, Case, Sizes
@@ -64,13 +64,15 @@ class Bench:
         self.sizes, self.device, self.report = sizes, args.device, report
         self.error_factor = args.error_factor or ERROR_FACTOR[sizes.dtype]
         self.peers = {name: peer for name, peer in _peers(self.device).items() if name in args.peers}
-        self.missing = {name: why for name, peer in self.peers.items() if (why := why_missing(peer))}
+        checked = self.peers | TILE_PEERS
+        self.missing = {name: why for name, peer in checked.items() if (why := why_missing(peer))}
         installed = [name for name in self.peers if name not in self.missing]
         fast = tuple(name for name in installed if self.peers[name].fast) or tuple(installed)
         self.contenders = Contenders(
             asked=tuple(self.peers),
             fast=fast,
             other=tuple(name for name in installed if name not in fast),
+            tiles={name: peer.tile for name, peer in TILE_PEERS.items()},
             dispatches=tuple(name for name in DISPATCHES if name != "dense"),
             backends=tuple(name for name in BACKENDS if name != "auto") if self.device == "cuda" else ("auto",),
             compile=self.device == "cuda",
@@ -95,7 +97,8 @@ class Bench:
         except torch.OutOfMemoryError as error:
             row["status"], row["error"] = "out of memory", error_text(error)
         except Exception as error:
-            refused = isinstance(error, (ValueError, NotImplementedError)) and spec.attention not in self.peers
+            ours = spec.attention not in self.peers and spec.attention not in TILE_PEERS
+            refused = isinstance(error, (ValueError, NotImplementedError)) and ours
             row["status"], row["error"] = "unsupported" if refused else "failed", error_text(error)
             if not refused:
                 print_trace()
@@ -153,11 +156,15 @@ class Bench:
         partition, rule = spec.case.partition, spec.case.rule
         assert partition is not None  # a sparse case has both
         assert rule is not None
+        if spec.attention in TILE_PEERS:
+            return TILE_PEERS[spec.attention].load()(partition, rule), contextlib.nullcontext
 
         dispatch, backend = cast(Dispatch, spec.attention), cast(Backend, spec.backend)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return vmoba_attention(query, key, value, partition, rule, dispatch=dispatch, backend=backend)
+            return vmoba_attention(
+                query, key, value, partition, rule, dispatch=dispatch, backend=backend, tail=spec.case.tail
+            )
 
         if spec.compiled:
             return torch.compile(attend, fullgraph=True, dynamic=False), contextlib.nullcontext
@@ -171,7 +178,7 @@ class Bench:
         row["key_pairs"] = float(case.heads * case.tokens**2)
         if case.partition is None:
             return self._judge(spec, row, inputs, output, None)
-        selection = expected_selection(spec.attention, inputs, case)
+        selection = expected_selection("shared" if spec.attention in TILE_PEERS else spec.attention, inputs, case)
         row["density"], pairs = attended_pairs(selection, case)
         # "auto" may attend all keys where that is faster.
         if spec.attention == "auto" and inputs.error(output, None, case) < inputs.error(output, selection, case):

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from bench.common.report import Row
 from bench.common.timing import batches
-from bench.distributed.rows import RULE, DistributedSizes, Spec
-from vmoba_flex import vmoba_attention
+from bench.distributed.rows import DistributedSizes, Spec
+from vmoba_flex import Tail, vmoba_attention
 from vmoba_flex.call import Dispatch
 from vmoba_flex.collectives import Ranks
 from vmoba_flex.distributed import TokenShards
@@ -45,6 +45,7 @@ class Attention:
         self.group, self.device, self.sizes = group, device, sizes
         self.partition = sizes.partition(spec.grid)
         self.dispatch: Dispatch = spec.attention
+        self.rule, self.tail = spec.rule, Tail() if spec.tail else None
         self.size, self.rank = spec.gpus, group.get_local_rank()
         generator = torch.Generator(device).manual_seed(0)  # the same on all ranks
         shape = (1, sizes.heads, spec.tokens, sizes.head_dim)
@@ -69,7 +70,9 @@ class Attention:
         return facts
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, group: Any = None) -> Tensor:
-        return vmoba_attention(query, key, value, self.partition, RULE, dispatch=self.dispatch, group=group)
+        return vmoba_attention(
+            query, key, value, self.partition, self.rule, dispatch=self.dispatch, tail=self.tail, group=group
+        )
 
     def _exchange(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         heads = Heads.evenly(self.sizes.heads, self.size)
@@ -80,7 +83,7 @@ class Attention:
         with torch.no_grad():
             query, key, value, _ = self.whole
             _, stats = vmoba_attention(
-                query, key, value, self.partition, RULE, dispatch=self.dispatch, return_stats=True
+                query, key, value, self.partition, self.rule, dispatch=self.dispatch, return_stats=True
             )
         return float(stats.density.mean())
 

@@ -37,8 +37,8 @@ class DistributedReport(Report):
         times = {_key(row): row for row in done}
         for row in done:
             for mode in _modes(row):
-                single = times.get((row["attention"], row["model"], row["tokens"], 1))
-                dense = times.get(("dense", row["model"], row["tokens"], row["gpus"]))
+                single = times.get((row["attention"], row.get("tail", False), row["model"], row["tokens"], 1))
+                dense = times.get(("dense", False, row["model"], row["tokens"], row["gpus"]))
                 for name, other in (("speed_up", single), ("over_dense", dense)):
                     if other is not None:
                         row[f"{mode}_{name}"] = other[f"{mode}_ms"] / row[f"{mode}_ms"]
@@ -46,7 +46,8 @@ class DistributedReport(Report):
                     continue
                 pairs = row["density"] * row["tokens"] ** 2 * row["heads"] * (3.5 if mode == "forward_backward" else 1)
                 row[f"{mode}_tflops_each"] = 4 * row["head_dim"] * pairs / row[f"{mode}_ms"] / 1e9 / row["gpus"]
-        calls = [row for row in done if row["model"] != STEP]
+        # The model of the cost knows no tail.
+        calls = [row for row in done if row["model"] != STEP and not row.get("tail")]
         if not any(row["gpus"] == 1 for row in calls):
             return
         machine = fit(calls)
@@ -60,14 +61,14 @@ class DistributedReport(Report):
         lines = self.head()
         rows = self.data["rows"]
         lines += ["", "## Measured", "", *table([name for name, _ in _COLUMNS], map(cells, rows))]
-        calls = [row for row in rows if row["status"] == "ok" and row["model"] != STEP]
+        calls = [row for row in rows if row["status"] == "ok" and row["model"] != STEP and not row.get("tail")]
         if any(row["gpus"] == 1 for row in calls):
             lines += ["", "## Predicted", "", *_predictions(calls)]
         return "\n".join(lines) + "\n"
 
 
 def _key(row: Row) -> tuple[Any, ...]:
-    return row["attention"], row["model"], row["tokens"], row["gpus"]
+    return row["attention"], row.get("tail", False), row["model"], row["tokens"], row["gpus"]
 
 
 def _modes(row: Row) -> tuple[str, ...]:
@@ -126,7 +127,7 @@ HEADER = " ".join(f"{_SHORT.get(name, name)[: width or None]:<{width}}" for name
 
 def cells(row: Row) -> list[str]:
     """One row of the table."""
-    what = f"step, {row['attention']}" if row["model"] == STEP else row["attention"]
+    what = f"step, {row['attention']}" if row["model"] == STEP else row["attention"] + ", tail" * row.get("tail", False)
     result = [what, str(row["tokens"]), str(row["gpus"]), number(row.get("density"), 3)]
     for mode in MODES:
         result += [

@@ -8,7 +8,7 @@ import torch
 
 from bench.common.sizes import Sizes3
 from bench.distributed.report import STEP
-from vmoba_flex import BlockPartition, Threshold
+from vmoba_flex import BlockPartition, Threshold, TopK
 from vmoba_flex.call import Dispatch
 
 RULE = Threshold(0.25, pool="head", max_density=0.25)
@@ -43,12 +43,21 @@ SMALL = DistributedSizes(torch.float32, 4, 16, ((3, 12, 16), (4, 12, 16)), (3, 4
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """One row to measure; ``model`` is ``STEP`` for a training step, and empty for attention."""
+    """One row to measure; ``model`` is ``STEP`` for a training step, and empty for attention.
+
+    With ``tail``, skipped blocks take part by cells.
+    """
 
     attention: Dispatch
     grid: Sizes3
     gpus: int
     model: str = ""
+    tail: bool = False
+
+    @property
+    def rule(self) -> Threshold | TopK:
+        """The paper's, or half of its density next to a tail."""
+        return TopK(density=0.125) if self.tail else RULE
 
     @property
     def tokens(self) -> int:
@@ -59,7 +68,7 @@ class Spec:
     def id(self) -> str:
         """The same for the same measurement."""
         what = f"{self.model}, {self.attention}" if self.model else self.attention
-        return f"{what} | {self.tokens} tokens | {self.gpus} GPUs"
+        return f"{what}{', tail' * self.tail} | {self.tokens} tokens | {self.gpus} GPUs"
 
 
 def specs(sizes: DistributedSizes, gpus: list[int]) -> Iterator[Spec]:
@@ -80,6 +89,8 @@ def specs(sizes: DistributedSizes, gpus: list[int]) -> Iterator[Spec]:
             yield from rows(attention, grid)
     for grid in (few, more[0]):
         yield from rows("shared", grid)
+    for attention in ("packed", "shared"):
+        yield from (Spec(attention, few, n, tail=True) for n in gpus)
     # On few GPUs a step of the largest grid takes minutes.
     for attention in ("packed", "dense"):
         for grid in more[1:]:

@@ -12,7 +12,8 @@ def calls(data: Row) -> list[str]:
     for row in _over_gpus(data, steps=False):
         cells = [f"{row[f'{mode}_ms']:.1f} ({row[f'{mode}_speed_up']:.2f}x)" for mode in MODES]
         parts = [number(row.get(f"forward_backward_{name}_ms"), 1) for name in ("compute", "exchange", "predicted")]
-        lines.append([f"`{row['attention']}`", f"{row['tokens']:,}", str(row["gpus"]), *cells, *parts])
+        what = f"`{row['attention']}`" + ", density 0.125 + tail" * row.get("tail", False)
+        lines.append([what, f"{row['tokens']:,}", str(row["gpus"]), *cells, *parts])
     names = ["dispatch", "tokens", "GPUs", "forward ms", "forward + backward ms", "compute", "exchange", "predicted"]
     return table(names, lines)
 
@@ -30,4 +31,6 @@ def steps(data: Row) -> list[str]:
 def _over_gpus(data: Row, steps: bool) -> list[Row]:
     """The good rows: training steps, or attention."""
     rows = [row for row in data["rows"] if row["status"] == "ok" and bool(row["model"]) == steps]
-    return sorted(rows, key=lambda row: (_ATTENTIONS.index(row["attention"]), row["tokens"], row["gpus"]))
+    return sorted(
+        rows, key=lambda row: (_ATTENTIONS.index(row["attention"]), row.get("tail", False), row["tokens"], row["gpus"])
+    )

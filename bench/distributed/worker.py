@@ -18,7 +18,7 @@ from bench.common.machine import error_text, print_trace, run_facts
 from bench.common.report import DEVICE_LOST, Row, is_wanted
 from bench.distributed.calls import Attention, agreed, milliseconds
 from bench.distributed.report import HEADER, STEP, DistributedReport, line
-from bench.distributed.rows import FULL, RULE, SMALL, DistributedSizes, Spec, specs
+from bench.distributed.rows import FULL, SMALL, DistributedSizes, Spec, specs
 from bench.distributed.step import Step
 
 # What one GPU and several may differ by: kernels that add up a gradient in any order round it differently.
@@ -96,7 +96,8 @@ class Bench:
         return {
             "id": spec.id, "run": run, "status": "running", "attention": spec.attention, "model": spec.model,
             "tokens": spec.tokens, "grid": list(spec.grid), "gpus": spec.gpus, "heads": self.sizes.heads,
-            "head_dim": self.sizes.head_dim, "bytes_each": self.sizes.dtype.itemsize, "rule": repr(RULE),
+            "head_dim": self.sizes.head_dim, "bytes_each": self.sizes.dtype.itemsize, "rule": repr(spec.rule),
+            "tail": spec.tail,
             "blocks": self.sizes.partition(spec.grid).num_blocks, "wall_s": 0.0,
         }  # fmt: skip
 

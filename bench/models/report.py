@@ -75,7 +75,7 @@ def _case(row: Row) -> tuple[Any, ...]:
 _COLUMNS = (
     ("model", 34),
     ("tokens", 6),
-    ("attention", 16),
+    ("attention", 28),
     ("ms", 8),
     ("speed-up", 8),
     ("over", 16),

@@ -18,11 +18,15 @@ class Attention:
         name: in the table.
         backend: diffusers' name of a dense attention.
         dispatch: of an attention of ours.
+        density: of an attention of ours, if not that of the paper's rules.
+        tail: whether skipped blocks take part by cells.
     """
 
     name: str
     backend: str = ""
     dispatch: str = ""
+    density: float | None = None
+    tail: bool = False
 
     @property
     def is_dense(self) -> bool:
@@ -34,6 +38,13 @@ EXACT, PACKED, SHARED = (
     Attention("exact", dispatch="auto"),
     Attention("exact, packed", dispatch="packed"),
     Attention("shared", dispatch="shared"),
+)
+TAILED, LOWEST = (
+    tuple(
+        Attention(f"{name}, density {density:g} + tail", dispatch=dispatch, density=density, tail=True)
+        for name, dispatch in (("exact", "auto"), ("shared", "shared"))
+    )
+    for density in (0.125, 0.0625)
 )
 NONE = Attention(NO_ATTENTION)
 FLASH_4 = Attention("FlashAttention-4")
@@ -89,10 +100,11 @@ def specs(sizes: ModelSizes, device: str) -> Iterator[Spec]:
 
     # Without checkpointing, grids above `known` do not fit in memory with 30 layers; such rows come last.
     goals = ((more, (CHECKPOINTED,)), (known, training), (few, training), (large, (FORWARD,)))
-    for attentions in (compared, others_too):
+    for attentions in (compared, TAILED, others_too):
         for grid, modes in goals:
             yield from rows(wan, grid, modes, attentions)
-    everything = (*compared, *others_too)
+    yield from rows(wan, large, (FORWARD,), LOWEST)
+    everything = (*compared, *others_too, *TAILED)
     for grid in (more, known):
         yield from rows(wan, grid, (FORWARD,), everything)
     for grid in (large, most):

@@ -8,7 +8,8 @@ layers. A row is one model, number of tokens, mode and attention. The modes are 
 optimizer) with and without gradient checkpointing, and an inference forward. The attentions are
 
     cuDNN, FlashAttention-4    dense
-    exact, shared              ours, dispatch "auto" (which may stay dense) and "shared"
+    exact, shared              ours, dispatch "auto" (which may stay dense) and "shared", with the paper's rules
+    ..., density 0.125 + tail  ours at that density, where skipped blocks take part by cells
     exact, packed              ours where "auto" stays dense
     none                       the values as they are: the time of everything but attention
 

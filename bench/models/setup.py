@@ -65,7 +65,8 @@ class Setup(contextlib.ExitStack):
             raise
 
     def _apply(self, spec: Spec, sizes: ModelSizes, stock: "StockOutput | None") -> None:
-        config = sizes.config(spec.grid, self.training, spec.attention.dispatch)
+        asked = spec.attention
+        config = sizes.config(spec.grid, self.training, asked.dispatch, asked.density, asked.tail)
         handle = apply_vmoba(self.model, config)
         self.callback(handle.remove)
         self.handle = handle

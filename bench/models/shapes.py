@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.common.sizes import Sizes3
-from vmoba_flex import Threshold, TopK
+from vmoba_flex import Tail, Threshold, TopK
 from vmoba_flex.call import Dispatch
 from vmoba_flex.config import ApproxBlocks, VMoBAConfig
 
@@ -204,14 +204,18 @@ class ModelSizes:
     grids: tuple[Sizes3, ...]
     about: tuple[int, int, int] | None = None
 
-    def config(self, grid: Sizes3, training: bool, name: str) -> VMoBAConfig:
-        """The configuration of a row of ours; ``name``: its dispatch."""
-        dispatch = cast(Dispatch, name)
+    def config(
+        self, grid: Sizes3, training: bool, name: str, density: float | None = None, tail: bool = False
+    ) -> VMoBAConfig:
+        """The configuration of a row of ours; ``name``: its dispatch; ``density``: None for the paper's rule."""
         rule = TRAINING_RULE if training else INFERENCE_RULE
+        if density is not None:
+            rule = TopK(density=density)
+        options: Any = {"dispatch": cast(Dispatch, name), "tail": Tail() if tail else None}
         if self.about is None:
-            return dataclasses.replace(VMoBAConfig.paper("training", grid), rule=rule, dispatch=dispatch)
+            return dataclasses.replace(VMoBAConfig.paper("training", grid), rule=rule, **options)
         temporal, spatial, cubes = map(ApproxBlocks, self.about)
-        return VMoBAConfig(temporal, spatial, cubes, rule, dispatch=dispatch)
+        return VMoBAConfig(temporal, spatial, cubes, rule, **options)
 
 
 _SMALL_AUDIO = {"audio_num_attention_heads": 2, "audio_attention_head_dim": 4, "audio_cross_attention_dim": 8}

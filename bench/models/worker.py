@@ -181,11 +181,13 @@ def _describe(spec: Spec, sizes: ModelSizes, device: str, run: int) -> Row:
         "run": run,
     }
     if spec.attention.dispatch:
-        config = sizes.config(spec.grid, training, spec.attention.dispatch)
+        asked = spec.attention
+        config = sizes.config(spec.grid, training, asked.dispatch, asked.density, asked.tail)
         blocks = {kind: config.partition(kind, spec.grid) for kind in config.cycle}
         row |= {
             "dispatch": config.dispatch,
             "rule": repr(config.rule),
+            "tail": repr(config.tail) if config.tail else "",
             "blocks": {kind: {"shape": blocks[kind].block, "count": blocks[kind].num_blocks} for kind in config.cycle},
         }
     return row

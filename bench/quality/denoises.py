@@ -31,7 +31,7 @@ from bench.common.machine import run_facts
 from bench.quality import clips
 from bench.quality.denoise_report import DenoiseReport, line
 from bench.quality.study import ModelError, Study
-from bench.quality.variants import PARTS
+from bench.quality.variants import CYCLES, PARTS
 
 
 def work(args: argparse.Namespace) -> int:
@@ -71,6 +71,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--small", action="store_true", help="a tiny model, to try the command out")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"some of {' '.join(PARTS)}")
+    add("--blocks", nargs="+", choices=CYCLES, default=list(CYCLES), help="cubes in all layers, or kinds in a cycle")
     add("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of the models (default: 0)")
     add("--steps", type=int, default=1500, help="of training (default: %(default)s)")
     add("--tune-steps", type=int, default=300, help="of each tuning (default: %(default)s)")
@@ -85,6 +86,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     seeds = " ".join(map(str, args.seeds))
     options = f"--steps {args.steps} --tune-steps {args.tune_steps} --seeds {seeds}"
     options += f" --parts {' '.join(args.parts)}" * (args.parts != list(PARTS))
+    options += f" --blocks {' '.join(args.blocks)}" * (args.blocks != list(CYCLES))
     options += " --device cpu" * (args.device == "cpu") + " --small" * args.small
     args.command = f"python -m bench.quality.denoises --output bench/results/{args.output.name} {options}"
     return args

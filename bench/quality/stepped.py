@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bench.common.sizes import Sizes3
 from bench.quality.variants import Variant
-from vmoba_flex import Selection, TopK, VMoBAConfig, vmoba_attention, vmoba_selection
+from vmoba_flex import Selection, Tail, TopK, VMoBAConfig, vmoba_attention, vmoba_selection
 from vmoba_flex.demo.model import VideoTransformer
 
 
@@ -71,10 +71,11 @@ class _Layer(nn.Module):
                     for rule in stepped.later_rules()
                 }
             return vmoba_attention(query, key, value, partition, stepped.rule(stepped.step), dispatch="dense")
-        rule, kept = stepped.rule(stepped.step), None
+        rule, kept, tail = stepped.rule(stepped.step), None, attention.tail
+        assert tail is None or isinstance(tail, Tail)  # as variants.config makes it
         if variant.remembers:
             kept = self.kept[dataclasses.replace(rule, gate="exact")]
         return vmoba_attention(
             query, key, value, partition, None if kept is not None else rule, selection=kept,
-            dispatch=variant.dispatch, backend=attention.backend, tail=attention.tail,
+            dispatch=variant.dispatch, backend=attention.backend, tail=tail,
         )  # fmt: skip

@@ -18,7 +18,6 @@ from bench.quality.runs import MAIN, Run
 from bench.quality.stepped import Stepped
 from bench.quality.train import STRIDE, Trainer
 from bench.quality.variants import (
-    CYCLES,
     DENSE_STEPS,
     FEW,
     MAIN_SETTING,
@@ -81,7 +80,7 @@ class Study:
         """
         if report.rows.get(self._id(FULL), {}).get("weights", self.facts["weights"]) != self.facts["weights"]:
             raise ModelError(f"{report.path} has rows of another model of seed {self.seed}: give another --output")
-        for what, variant, blocks, asked in _cases(part):
+        for what, variant, blocks, asked in _cases(part, self.args.blocks):
             attention = "full" if variant is None else variant.name
             row: Row = {
                 "id": self._id(what, attention, blocks, asked), "status": "running", "run": run, "what": what,
@@ -161,13 +160,13 @@ class Study:
                 trainer.save(path)
 
 
-def _cases(part: str) -> Iterator[tuple[str, Variant | None, str, float]]:
+def _cases(part: str, kinds: list[str]) -> Iterator[tuple[str, Variant | None, str, float]]:
     """Kind of row, attention (None: full), blocks and density of each row of a part, the most urgent first."""
     yield FULL, None, "", 1.0
     if part == "tuned":
         yield TUNED, None, "", 1.0
         yield from ((TUNED, variant, "cycle", density) for density in FEW for variant in TUNED_VARIANTS)
-    for blocks in CYCLES:
+    for blocks in kinds:
         yield from ((DENOISE, variant, blocks, density) for variant, density in cases(part))
 
 

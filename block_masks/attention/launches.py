@@ -1,7 +1,7 @@
-"""The launch settings of the kernels that attend, by architecture, width and dtype: what fits and does not spill.
+"""The launch settings of the kernels that attend, by architecture, width and dtype.
 
-Hopper's were timed (bench/NOTES.md). The others are the largest of those tried that compile for their target within
-its shared memory and without spills in their loops; ``tests/target_kernels.py`` compiles each.
+Hopper's were timed (bench/NOTES.md). The others are the largest of those tried that compile for their target, fit its
+shared memory, and do not spill or spill least; ``tests/target_kernels.py`` compiles each. docs/gpus.md has the table.
 """
 
 import dataclasses
@@ -64,29 +64,41 @@ _HOPPER = AttendLaunch(Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8,
 _HOPPER_WIDE = AttendLaunch(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))
 _HOPPER_FLOAT32 = AttendLaunch(Tile(64, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
 _AMPERE = AttendLaunch(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2))
-_AMPERE_WIDE = AttendLaunch(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))
+_AMPERE_WIDE = AttendLaunch(Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(32, 32, 4, 2))
+_SMALL_FLOAT32 = AttendLaunch(Tile(32, 16, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
+_CDNA = AttendLaunch(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))
+_CDNA_WIDE = AttendLaunch(Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1))
+_RDNA = AttendLaunch(Tile(64, 32, 4, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
+_TINY = AttendLaunch(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
 
 # By architecture: 16 bits up to 128 dims and up to 256, float32 up to 128 and up to 256.
 _ATTEND: dict[Architecture, tuple[AttendLaunch, AttendLaunch, AttendLaunch, AttendLaunch]] = {
-    "sm80": (_AMPERE, _AMPERE_WIDE, _HOPPER_FLOAT32, _HOPPER_FLOAT32),
-    "sm86": (_AMPERE, _AMPERE_WIDE, _HOPPER_FLOAT32, _HOPPER_FLOAT32),
+    "sm80": (_AMPERE, _AMPERE_WIDE, _SMALL_FLOAT32, _TINY),
+    "sm86": (_AMPERE, _AMPERE_WIDE, _SMALL_FLOAT32, _TINY),
     "sm90": (_HOPPER, _HOPPER_WIDE, _HOPPER_FLOAT32, _HOPPER_FLOAT32),
-    "sm100": (_HOPPER, _HOPPER_WIDE, _HOPPER_FLOAT32, _HOPPER_FLOAT32),
-    "sm120": (_AMPERE, _AMPERE_WIDE, _HOPPER_FLOAT32, _HOPPER_FLOAT32),
-    "cdna": (_HOPPER_WIDE, _HOPPER_WIDE, _HOPPER_FLOAT32, _HOPPER_FLOAT32),
-    "rdna": (_HOPPER_WIDE, _HOPPER_WIDE, _HOPPER_FLOAT32, _HOPPER_FLOAT32),
+    "sm100": (_HOPPER, _HOPPER_WIDE, _SMALL_FLOAT32, _TINY),
+    "sm120": (_AMPERE, _AMPERE_WIDE, _SMALL_FLOAT32, _TINY),
+    "cdna": (_CDNA, _CDNA_WIDE, _HOPPER_FLOAT32, _TINY),
+    "rdna": (_RDNA, _TINY, _TINY, _TINY),
 }
 
 _COARSE_HOPPER = CoarseLaunch(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 128, 8, 3))
-_COARSE_AMPERE = CoarseLaunch(Tile(64, 32, 4, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 3))
-_COARSE_WIDE = CoarseLaunch(Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1))
+_COARSE_HOPPER_WIDE = CoarseLaunch(Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1))
 _COARSE_FLOAT32 = CoarseLaunch(Tile(64, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
+_COARSE_AMPERE = CoarseLaunch(Tile(64, 32, 4, 3), Tile(128, 32, 8, 2), Tile(32, 64, 4, 3))
+_COARSE_WIDE = CoarseLaunch(Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1))
+_COARSE_SMALL_FLOAT32 = CoarseLaunch(Tile(32, 16, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
+_COARSE_CDNA = CoarseLaunch(Tile(64, 32, 4, 3), Tile(128, 32, 8, 2), Tile(32, 64, 4, 2))
+_COARSE_RDNA = CoarseLaunch(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 64, 8, 1))
+_COARSE_TINY = CoarseLaunch(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
 _COARSE: dict[Architecture, tuple[CoarseLaunch, CoarseLaunch, CoarseLaunch, CoarseLaunch]] = {
-    name: (
-        _COARSE_HOPPER if name in ("sm90", "sm100") else _COARSE_AMPERE,
-        *(_COARSE_WIDE, _COARSE_FLOAT32, _COARSE_FLOAT32),
-    )
-    for name in _ATTEND
+    "sm80": (_COARSE_AMPERE, _COARSE_WIDE, _COARSE_SMALL_FLOAT32, _COARSE_TINY),
+    "sm86": (_COARSE_AMPERE, _COARSE_WIDE, _COARSE_SMALL_FLOAT32, _COARSE_TINY),
+    "sm90": (_COARSE_HOPPER, _COARSE_HOPPER_WIDE, _COARSE_FLOAT32, _COARSE_FLOAT32),
+    "sm100": (_COARSE_HOPPER, _COARSE_WIDE, _COARSE_SMALL_FLOAT32, _COARSE_TINY),
+    "sm120": (_COARSE_AMPERE, _COARSE_WIDE, _COARSE_SMALL_FLOAT32, _COARSE_TINY),
+    "cdna": (_COARSE_CDNA, _COARSE_HOPPER_WIDE, _COARSE_FLOAT32, _COARSE_TINY),
+    "rdna": (_COARSE_RDNA, _COARSE_TINY, _COARSE_TINY, _COARSE_TINY),
 }
 
 

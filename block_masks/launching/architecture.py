@@ -36,7 +36,9 @@ def nvidia(major: int, minor: int) -> Architecture:
     """The architecture with a compute capability of at least 8.0; of unknown ones, the nearest that is no larger."""
     if major == 8:
         return "sm80" if minor in (0, 7) else "sm86"
-    return {9: "sm90", 10: "sm100", 11: "sm100"}.get(major, "sm120")
+    if major == 9:
+        return "sm90"
+    return "sm100" if major in (10, 11) else "sm120"
 
 
 def amd(name: str) -> Architecture:

@@ -10,6 +10,7 @@ from vmoba_flex.groups import block_slots, valid_group_lengths, with_text
 from vmoba_flex.part import Part, Queries
 from vmoba_flex.selection.bounds import row_bound
 from vmoba_flex.selection.kept import Selection
+from vmoba_flex.selection.plan import plan_of_call
 
 
 def packed_attention(
@@ -45,7 +46,7 @@ def packed_attention(
     all_heads = part.size if part is not None and part.dim == 1 else heads
     plan = None
     if isinstance(call.rule, Selection):
-        bound, plan = call.rule.row_bound(heads), call.rule.plan_of_call(call.text_lengths, part)
+        bound, plan = call.rule.bounds.rows_of(heads), plan_of_call(call.rule.plan, call.text_lengths, part)
     else:
         bound = row_bound(partition, call.rule, all_heads, heads, queries)
     if bound is None and torch.compiler.is_compiling():

@@ -27,7 +27,7 @@ from vmoba_flex.groups import block_slots, group_of_key, valid_group_lengths, va
 from vmoba_flex.inputs import scale_of
 from vmoba_flex.part import Part
 from vmoba_flex.selection.kept import Selection
-from vmoba_flex.selection.plan import log_planned_again
+from vmoba_flex.selection.plan import log_planned_again, plan_of_call
 from vmoba_flex.selection.tiles import choose_tiles
 
 
@@ -72,7 +72,7 @@ def shared_attention(
     partition, scale, text_lengths = call.partition, call.scale, call.text_lengths
     rule, plan = call.rule, None
     if isinstance(rule, Selection):
-        plan = rule.plan_of_call(text_lengths, part)
+        plan = plan_of_call(rule.plan, text_lengths, part)
     slots = block_slots(partition, query.device, tile_size) if plan is None else plan.slots
     query_slots = to_slots(query, slots)
     if isinstance(rule, Selection):

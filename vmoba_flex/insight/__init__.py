@@ -4,6 +4,7 @@
     records.py     query and key of one layer at one step; files of them
     masses.py      records -> full attention of some queries, and what a choice with or without a tail keeps of it
     measure.py     records, rule or config -> density, recall, overlap, entropy of each head
+    search.py      a rule and what is wanted -> the smallest such rule that reaches it
     calibrate.py   records, a wanted recall, overlap or density -> config
     crossover.py   times of sparse and full attention -> the tokens from which sparse wins
     profile.py     times of all dispatches -> the machine that "auto" decides by

@@ -1,8 +1,7 @@
 """Finds the rules that reach a wanted recall, overlap or density, on recorded query and key."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import mean
 from typing import Literal, NamedTuple, get_args
 
@@ -17,16 +16,10 @@ from vmoba_flex.dispatch.machine import HOPPER, machine_of
 from vmoba_flex.insight.masses import overlap_of, recall_of, true_mass
 from vmoba_flex.insight.measure import choose, layer_of, num_layers_of, sample_rows
 from vmoba_flex.insight.records import Record
+from vmoba_flex.insight.search import Measure, rule_at, smallest, smallest_capped
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import GATES, Gate, Rule, Threshold
 from vmoba_flex.tail import Tail
-
-MARGIN = 1.25
-"""``max_density`` over the density that was measured: videos may be denser by so much before it cuts."""
-
-_TOLERANCE = 0.002
-_HALVINGS = 14
-_Measure = Callable[[Rule, bool], dict[str, float]]  # with overlap, which takes another pass over the keys, or without
 
 By = Literal["kind", "layer"]
 _BY: tuple[By, ...] = get_args(By)
@@ -190,14 +183,14 @@ def _by_entry(
 
 
 def _find(
-    kind: str, start: Rule, records: list[Record], config: VMoBAConfig, name: str, wanted: float, measure: _Measure
+    kind: str, start: Rule, records: list[Record], config: VMoBAConfig, name: str, wanted: float, measure: Measure
 ) -> Calibrated:
-    found = _smallest(start, name, wanted, measure)
+    found = smallest(start, name, wanted, measure)
     if found is None:
-        most = measure(_rule_at(start, 1.0), name == "overlap")[name]
+        most = measure(rule_at(start, 1.0), name == "overlap")[name]
         raise ValueError(f"{name} {wanted} must be within reach of {start!r}, got at most {most:.3f} for {kind}")
     if isinstance(start, Threshold) and start.max_density is None:
-        found = _smallest_capped(start, name, wanted, measure, found[1]["density"])
+        found = smallest_capped(start, name, wanted, measure, found[1]["density"])
     rule, values = found
     values |= measure(rule, True)
     layers = [layer_of(record, config) for record in records]
@@ -210,41 +203,6 @@ def _find(
     return Calibrated(kind, rule, values["recall"], values["overlap"], values["density"], len(records), auto, share)
 
 
-def _smallest(start: Rule, name: str, wanted: float, measure: _Measure) -> tuple[Rule, dict[str, float]] | None:
-    """The smallest ``tau`` or ``density`` that reaches what is wanted, and its values; None if none does."""
-    low, high, overlap = 0.0, 1.0, name == "overlap"
-    best = measure(_rule_at(start, high), overlap)
-    if best[name] < wanted - 1e-6:
-        return None
-    for _ in range(_HALVINGS):
-        if best[name] - wanted <= _TOLERANCE:
-            break
-        middle = (low + high) / 2
-        values = measure(_rule_at(start, middle), overlap)
-        if values[name] >= wanted:
-            high, best = middle, values
-        else:
-            low = middle
-    return _rule_at(start, high), best
-
-
-def _smallest_capped(
-    start: Threshold, name: str, wanted: float, measure: _Measure, density: float
-) -> tuple[Rule, dict[str, float]]:
-    """``_smallest`` under the lowest ``max_density`` above the measured density that leaves it within reach."""
-    while True:
-        # Rounded up, so that the config is readable.
-        density = min(1.0, math.ceil(1000 * MARGIN * density) / 1000)
-        found = _smallest(dataclasses.replace(start, max_density=density), name, wanted, measure)
-        if found is not None:  # at 1 at the latest, which caps nothing
-            return found
-
-
-def _rule_at(start: Rule, share: float) -> Rule:
-    changes = {"tau": share} if isinstance(start, Threshold) else {"k": None, "density": share}
-    return dataclasses.replace(start, **changes)
-
-
 def _auto_is_packed(record: Record, partition: BlockPartition, rule: Rule, tail: Tail | None) -> bool:
     """Whether ``dispatch="auto"`` takes ``packed`` on a GPU, forward, for one sample and the layer's heads."""
     heads = max(record.heads) + 1  # capture records the last head, if it records more than one
@@ -253,7 +211,7 @@ def _auto_is_packed(record: Record, partition: BlockPartition, rule: Rule, tail:
     return packed_wins(dense, False, rule, partition, tail, machine)
 
 
-def _measure_of(records: list[Record], config: VMoBAConfig, rows: int, seed: int) -> _Measure:
+def _measure_of(records: list[Record], config: VMoBAConfig, rows: int, seed: int) -> Measure:
     """Mean recall, density and, if asked for, overlap under a rule; the true masses are computed once."""
     layers = [layer_of(record, config) for record in records]
     samples = [sample_rows(partition, rows, seed).to(records[0].query.device) for _, partition, _, _ in layers]

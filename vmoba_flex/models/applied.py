@@ -86,9 +86,7 @@ class Applied:
             return
         self.state.now.settings = None
         settings.__exit__(None, None, None)
-        if forward.kept_in is not None:
-            run, one = forward.kept_in
-            run.end_pass(one)
+        self.state.end_pass(forward)
         outputs = output.values() if isinstance(output, dict) else output
         for x in outputs if isinstance(outputs, Iterable) and not isinstance(outputs, Tensor) else [outputs]:
             if isinstance(x, Tensor) and x.grad_fn is not None:
@@ -108,7 +106,7 @@ class Applied:
         for hook in self.hooks:
             hook.remove()
         vars(model).pop("cache_context", None)
-        self.state.now.memory = None
+        self.state.forget()
         for module in model.modules():
             for name in _CHECKPOINT_FUNCTIONS:
                 if isinstance(function := vars(module).get(name), Checkpointing):

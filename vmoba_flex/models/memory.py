@@ -72,10 +72,10 @@ class RunMemory:
         """What a layer keeps in a pass."""
         return self.layers.setdefault((one, i), LayerMemory(self))
 
-    def end_pass(self, one: Pass) -> None:
-        """Drops what the pass kept, if the step was the run's last."""
-        if self.step == self.num_steps - 1:
-            for memory in [memory for key, memory in self.layers.items() if key[0] == one]:
+    def clear(self, one: Pass | None = None) -> None:
+        """Drops what a pass kept, or all. Plans may hold on to what is empty then."""
+        for (of, _), memory in self.layers.items():
+            if one in (None, of):
                 memory.kept.clear()
 
     def nbytes(self) -> int:

@@ -85,6 +85,10 @@ class ModelState:
     told: Told = dataclasses.field(default_factory=Told)
     shapes: set[tuple[Grid, Grid, tuple[int, ...]]] = dataclasses.field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        if self.source is not None:
+            self.source.states.add(self)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "alive"}
 
@@ -105,7 +109,7 @@ class ModelState:
         """
         step = self.known_step()
         if self.config.needs_step and self.enabled and step is None:
-            what = "dense_steps" if self.config.dense_steps else "BySteps"
+            what = "dense_steps" if self.config.dense_steps else "remember" if self.config.remember else "BySteps"
             raise ValueError(
                 f"config with {what} needs the denoising step: run a pipeline whose scheduler has a step_index, pass "
                 "callback_on_step_end=handle.on_step_end, or call handle.set_step on the thread of the forward; got no "
@@ -174,8 +178,26 @@ class ModelState:
             return None
         schedule = None if isinstance(now.step, tuple) and now.schedule is None else schedule_of(self._pipe())
         if now.memory is None or not now.memory.is_of(schedule, step, num_steps):
+            self.forget()
             now.memory = RunMemory(remember, schedule, num_steps, self.told)
         return now.memory, now.memory.begin_pass(step, now.context)
+
+    def end_pass(self, forward: Forward) -> None:
+        """Drops what the pass kept if the run ends, and what other models of the pipeline kept, which ran before."""
+        if forward.kept_in is None:
+            return
+        run, one = forward.kept_in
+        if run.step == run.num_steps - 1:
+            run.clear(one)
+            for other in () if self.source is None else self.source.states:
+                if other is not self:
+                    other.forget()
+
+    def forget(self) -> None:
+        """Drops what layers keep in this thread's run."""
+        if self.now.memory is not None:
+            self.now.memory.clear()
+            self.now.memory = None
 
     def _memory(
         self, kept_in: tuple[RunMemory, Pass] | None, i: int, layer: Layer

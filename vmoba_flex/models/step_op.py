@@ -100,7 +100,7 @@ def attend_planned(
     Returns:
         The output, and the density of what it attended, a float32 scalar; None for everything.
     """
-    if layout is not None and memory is not None and not _heads_choose_alone(plan, memory, query, layout):
+    if layout is not None and memory is not None and not _heads_choose_alone(plan, memory, query, key, layout):
         memory = None
     if layout is not None and (plan.dense or memory is not None):
         from vmoba_flex.distributed.attend import by_heads
@@ -129,13 +129,14 @@ def attend_planned(
     return attended.output, attended.density()
 
 
-def _heads_choose_alone(plan: LayerPlan, memory: LayerMemory, query: Tensor, layout: "Layout") -> bool:
+def _heads_choose_alone(plan: LayerPlan, memory: LayerMemory, query: Tensor, key: Tensor, layout: "Layout") -> bool:
     """Whether each rank can choose for its own heads, and keep the choice."""
     rules = (plan.rule, *plan.records)
-    if all(rule.pool in ("query", "head") for rule in rules) and query.shape[1] >= layout.ranks.size:
+    alone = all(rule.pool in ("query", "head") for rule in rules)
+    if alone and key.shape[1] == query.shape[1] >= layout.ranks.size:
         return True
     memory.run.told.tell(
-        "remember has no effect over ranks where heads compete (pool 'block' or 'global') or are fewer than ranks: "
+        "remember has no effect over ranks where heads compete (pool 'block' or 'global'), share keys or are too few: "
         "layers choose by their rule's own gate"
     )
     return False

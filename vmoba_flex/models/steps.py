@@ -14,10 +14,15 @@ Step = tuple[int, int]
 
 
 class StepSource:
-    """The pipeline that VMoBA was applied to; copies and pickles of a model take no copy of it."""
+    """The pipeline that VMoBA was applied to; copies and pickles of a model take no copy of it.
+
+    Attributes:
+        states: of the pipeline's models.
+    """
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = weakref.ref(pipe)
+        self.states: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_source, ()

@@ -27,6 +27,10 @@ class Bounds(NamedTuple):
     rows: RowBound | None = None
     blocks: int | None = None
 
+    def rows_of(self, heads: int) -> RowBound | None:
+        """That of the rows, for some of the heads."""
+        return self.rows if self.rows is None or self.rows.heads == 1 else RowBound(self.rows.row_tiles, heads)
+
     @property
     def flat(self) -> tuple[float, list[int], int | None]:
         """As a file holds it; ``of_flat`` takes it back."""

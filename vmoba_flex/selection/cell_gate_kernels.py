@@ -182,8 +182,8 @@ class Launch(NamedTuple):
     stages: int
 
 
-# HOPPER to be chosen by bench/attention/masses.py.
-HOPPER, SMALL, WIDE = Launch(128, 64, 8, 2), Launch(64, 64, 4, 2), Launch(64, 32, 4, 1)
+# HOPPER is the fastest of those timed on an H200 (bench/NOTES.md).
+HOPPER, SMALL, WIDE = Launch(128, 128, 8, 2), Launch(64, 64, 4, 2), Launch(64, 32, 4, 1)
 
 
 def launch_of(query: Tensor) -> Launch:

@@ -81,7 +81,7 @@ class Launch(NamedTuple):
     tma: bool
 
 
-# To be chosen from by bench/attention/masses.py.
+# Of those timed on an H200 the first is the fastest (bench/NOTES.md).
 HOPPER, SMALL, WIDE, FLOAT32 = (
     Launch(128, 128, 8, 2, True),  # room for two programs at once, so that one multiplies while one takes powers
     Launch(64, 64, 4, 3, False),

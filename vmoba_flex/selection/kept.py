@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from block_masks import RowBound
 from block_masks.attention.grouped import MAX_ROW_BYTES
 from block_masks.plans.rows import TILE
 from vmoba_flex.checks import check_choice, check_positive
@@ -23,7 +22,7 @@ from vmoba_flex.rules import Rule
 from vmoba_flex.selection.bits import Choice, check_bits, of_tokens, pack_bits, unpack_bits
 from vmoba_flex.selection.bounds import UNBOUNDED, Bounds, bounds_of
 from vmoba_flex.selection.files import read, write
-from vmoba_flex.selection.plan import Plan, log_planned_again, plan_packed, plan_shared
+from vmoba_flex.selection.plan import Plan, plan_packed, plan_shared
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -66,6 +65,12 @@ class Selection:
 
     def __post_init__(self) -> None:
         check_bits("bits", self.bits, torch.uint8, self.partition, self.choice)
+        if not isinstance(self.bounds, Bounds):
+            raise TypeError(f"bounds must be Bounds, got {_what(self.bounds)}")
+        if self.recall is not None and not isinstance(self.recall, Tensor):
+            raise TypeError(f"recall must be a tensor or None, got {_what(self.recall)}")
+        if self.recall is not None and self.recall.shape != self.bits.shape[:2]:
+            raise ValueError(f"recall must have shape {tuple(self.bits.shape[:2])}, got {tuple(self.recall.shape)}")
 
     @classmethod
     def of(
@@ -117,11 +122,6 @@ class Selection:
         text = self.partition.prefix + self.partition.suffix
         return F.pad(self._rows(part), (0, int(text > 0), 0, -(-text // TILE)), value=True)
 
-    def row_bound(self, heads: int) -> RowBound | None:
-        """That of ``bounds``, for some of the heads."""
-        bound = self.bounds.rows
-        return bound if bound is None or bound.heads == 1 else RowBound(bound.row_tiles, heads)
-
     def density(self) -> Tensor:
         """The share of the (query, block) pairs of each sample and head that are attended, float32 ``(B, H)``."""
         return self.selected().double().mean((2, 3)).float()
@@ -132,16 +132,19 @@ class Selection:
         """The same with a plan: later calls attend and merge, and nothing else. It takes a few times the bits.
 
         A call whose backend, ``max_row_bytes``, text lengths or ranks ask for another plan makes it again, and says so
-        once in the log. On a CPU any backend will do.
+        once in the log. Backward wants about three times the room of forward, and makes its own where that is too much.
 
         Args:
             query: of the calls to come: only its dtype and head dim matter.
-            backend: of the calls to come.
+            backend: of the calls to come; any on a CPU.
             max_row_bytes: as in ``vmoba_attention``.
 
         Raises:
+            TypeError: if an argument has a wrong type.
             ValueError: if ``backend`` is neither, or the rows have no bound.
         """
+        if not isinstance(query, Tensor):
+            raise TypeError(f"query must be a tensor, got {_what(query)}")
         check_choice("backend", backend, ("triton", "flash"))
         check_positive("max_row_bytes", max_row_bytes)
         with _kept_mode():
@@ -152,14 +155,6 @@ class Selection:
             max_rows = max_row_bytes // (query.shape[-1] * query.element_size())
             plan = plan_packed(self.selected(), self.partition, self.bounds, max_rows, backend)
             return dataclasses.replace(self, plan=plan)
-
-    def plan_of_call(self, text_lengths: Tensor | None, part: Part | None) -> Plan | None:
-        """The plan, if it is one of a call with these."""
-        if self.plan is not None and (text_lengths is not None or part is not None):
-            if not torch.compiler.is_compiling():
-                log_planned_again("it was made without text lengths and for one device")
-            return None
-        return self.plan
 
     def check(self, query: Tensor, partition: BlockPartition, choice: Choice, call: str) -> None:
         """Raises ``ValueError`` unless it is of a call with such a query, partition and choice; ``call``: its name."""
@@ -206,8 +201,8 @@ class Selection:
         """
         with _kept_mode():
             tensors, settings = read(path)
-            partition, bounds = BlockPartition.of_flat(settings["partition"]), Bounds.of_flat(settings["bounds"])
-            return cls(tensors["bits"], partition, settings["choice"], bounds, tensors.get("recall"))
+        partition, bounds = BlockPartition.of_flat(settings["partition"]), Bounds.of_flat(settings["bounds"])
+        return cls(tensors["bits"], partition, settings["choice"], bounds, tensors.get("recall"))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"plan": None}

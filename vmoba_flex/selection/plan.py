@@ -7,11 +7,13 @@ import functools
 import logging
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from block_masks import RowPlan, SlotLists, Slots, key_lists, plan_rows, slot_lists
 from block_masks.attention.grouped import rooms_of
 from vmoba_flex.groups import block_slots, with_text
+from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.selection.bounds import Bounds
 
@@ -70,6 +72,15 @@ def plan_shared(of_tiles: Tensor, partition: BlockPartition, backend: str) -> Pl
     if backend == "flash":
         return Plan(slots, lists=key_lists(of_tiles, slots), of_tiles=of_tiles)
     return Plan(slots, tiles=slot_lists(of_tiles, slots), of_tiles=of_tiles)
+
+
+def plan_of_call(plan: Plan | None, text_lengths: Tensor | None, part: Part | None) -> Plan | None:
+    """The plan, if it is one of a call with these."""
+    if plan is None or (text_lengths is None and part is None):
+        return plan
+    if not torch.compiler.is_compiling():
+        log_planned_again("it was made without text lengths and for one device")
+    return None
 
 
 @functools.cache
