@@ -255,7 +255,7 @@ def check_cells(grid: tuple[int, ...], block: tuple[int, ...], cell: tuple[int, 
         actual = cell_slot_kernels.slots_and_means(key, value, *index, cells)
         assert all(map(torch.equal, actual[:2], expected[:2]))
         torch.testing.assert_close(actual[2:], expected[2:])
-        grads = [torch.randn_like(x) for x in expected]
+        grads = [torch.randn_like(x) for x in expected[:4]]
         moved = [move_kernels.take_slots(x.flatten(0, 1), index[1]).unflatten(0, (2, 3)) for x in grads[:2]]
         whole = [x + cell_kernels.cell_means_backward(mean, cells) for x, mean in zip(moved, grads[2:], strict=True)]
         actual = cell_slot_kernels.slots_and_means_backward(grads[:2], grads[2:], index[1], cells)

@@ -14,7 +14,9 @@ from tests.strategies import Problem
 from tests.test_gpu import CASES, PATHS, compiled, fresh_inputs, problem, tile_size
 from tests.test_tail import exactly, roughly, upstream_of
 from vmoba_flex import BlockPartition, Tail, Threshold, TopK, vmoba_attention, vmoba_inputs, vmoba_selection
+from vmoba_flex.cell_slots import slots_and_cells
 from vmoba_flex.cells import cell_groups, cell_means
+from vmoba_flex.groups import block_slots
 from vmoba_flex.tail import Cells
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("flash_at_any_size")]
@@ -122,6 +124,21 @@ def test_means_of_cells_equal_the_cpu_ones(cell: tuple[int, int, int]):
         leaf = x.to(device).requires_grad_()
         means = cell_means(leaf, cells)
         results.append([means, *torch.autograd.grad(means, leaf, grad.to(device)), *cell_groups(cells, leaf)])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual.cpu(), expected)
+
+
+@pytest.mark.parametrize("cell", [(1, 1, 1), (2, 3, 5)])
+def test_slots_and_cells_equal_the_cpu_ones(cell: tuple[int, int, int]):
+    partition = BlockPartition((5, 7, 9), (3, 4, 5), prefix=3, suffix=2)
+    inputs = torch.randn(2, 2, 3, partition.num_tokens, 24, generator=torch.Generator().manual_seed(0))
+    results = []
+    for device in ("cpu", "cuda"):
+        key, value = leaves = [x.to(device).requires_grad_() for x in inputs]
+        slots = block_slots(partition, torch.device(device))
+        *moved, coarse = slots_and_cells(key, value, partition, Tail(cell), slots)
+        grads = [torch.arange(x.numel(), device=device).view_as(x) % 7.0 for x in (*moved, *coarse[:2])]
+        results.append([*moved, *coarse, *torch.autograd.grad([*moved, *coarse[:2]], leaves, grads)])
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual.cpu(), expected)
 

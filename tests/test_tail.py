@@ -382,7 +382,7 @@ def test_a_config_keeps_its_tail():
     for tail in (None, Tail(), Tail((1, 2, 3))):
         config = VMoBAConfig(2, (2, 2), (2, 2, 3), TopK(1), tail=tail)
         assert VMoBAConfig.from_json(config.to_json()) == config
-    with pytest.raises(TypeError, match="tail must be a Tail or None, got 64"):
+    with pytest.raises(TypeError, match="tail must be a Tail or None, or BySteps of these, got 64"):
         VMoBAConfig(2, (2, 2), (2, 2, 2), TopK(1), tail=64)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="tail must be None for dispatch='dense'"):
         VMoBAConfig(2, (2, 2), (2, 2, 2), TopK(1), dispatch="dense", tail=Tail())

@@ -34,14 +34,16 @@ def _move_tile(
 @QuickLaunch
 @triton.jit
 def _slots_and_means_kernel(
-    key, value, key_slots, value_slots, key_means, value_means, slot_key, key_slot,
+    key, value, key_slots, value_slots, key_means, value_means, bias, group, slot_key, key_slot,
     key_batch, key_head, key_token, key_dim, value_batch, value_head, value_token, value_dim,
     heads, tokens, slots, alike, prefix,
     frames, height, width, bt, bh, bw, many_t, many_y, many_x, grid_y, grid_x, cells,
-    CT: tl.constexpr, CH: tl.constexpr, CW: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    blocks_y, blocks_x, CT: tl.constexpr, CH: tl.constexpr, CW: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """The first programs have a cell of one head each; the others have slots, which get text, or zero.
+
+    Those of the first head also write the cells' biases and blocks, see ``cells.cell_groups``.
 
     A cell's shape is constant, so that no program divides by a variable.
     """
@@ -51,9 +53,12 @@ def _slots_and_means_kernel(
     key_slot += row // alike * tokens
     if tl.program_id(0) < cells:
         cell = tl.program_id(0)
-        first_t, nt, _ = axis_place(cell // (grid_y * grid_x), frames, bt, many_t, CT)
-        first_y, ny, _ = axis_place(cell // grid_x % grid_y, height, bh, many_y, CH)
-        first_x, nx, _ = axis_place(cell % grid_x, width, bw, many_x, CW)
+        first_t, nt, block_t = axis_place(cell // (grid_y * grid_x), frames, bt, many_t, CT)
+        first_y, ny, block_y = axis_place(cell // grid_x % grid_y, height, bh, many_y, CH)
+        first_x, nx, block_x = axis_place(cell % grid_x, width, bw, many_x, CW)
+        if row == 0:
+            tl.store(bias + cell, tl.log((nt * ny * nx).to(tl.float32)))
+            tl.store(group + cell, ((block_t * blocks_y + block_y) * blocks_x + block_x).to(tl.int64))
         key_total, value_total = tl.zeros((TOKENS, BLOCK_D), tl.float32), tl.zeros((TOKENS, BLOCK_DV), tl.float32)
         for first in range(0, CT * CH * CW, TOKENS):
             member = first + tl.arange(0, TOKENS)
@@ -139,15 +144,17 @@ def slots_and_means(key: Tensor, value: Tensor, slot_key: Tensor, key_slot: Tens
         for count in (slots, cells.total)
         for x in (key, value)
     ]
+    outputs.append(torch.empty(cells.total, dtype=torch.float32, device=key.device))
+    outputs.append(torch.empty(cells.total, dtype=torch.int64, device=key.device))
     rest = slots != partition.num_video_tokens or slot_key.dim() > 1
     before, after = geometry(cells)
     ct, ch, cw = cells.cell
     _slots_and_means_kernel[cells.total + rest * triton.cdiv(slots, _ROWS), batch * heads](
         key, value, *outputs, slot_key.contiguous(), key_slot.contiguous(), *key.stride(), *value.stride(),
         heads, tokens, slots, batch * heads * tokens // key_slot.numel(), partition.prefix, *before, *after,
-        CT=ct, CH=ch, CW=cw, TOKENS=min(_TOKENS, triton.next_power_of_2(ct * ch * cw)), ROWS=_ROWS,
-        D=dim, BLOCK_D=triton.next_power_of_2(dim), DV=value_dim, BLOCK_DV=triton.next_power_of_2(value_dim),
-        num_warps=_WARPS,
+        *partition.cells[1:], CT=ct, CH=ch, CW=cw, TOKENS=min(_TOKENS, triton.next_power_of_2(ct * ch * cw)),
+        ROWS=_ROWS, D=dim, BLOCK_D=triton.next_power_of_2(dim),
+        DV=value_dim, BLOCK_DV=triton.next_power_of_2(value_dim), num_warps=_WARPS,
     )  # fmt: skip
     return outputs
 

@@ -47,8 +47,7 @@ def slots_and_cells(
     key_slot = slots.key_slot if valid is None else valid.key_slot(slots)
     move = _plain if in_transform(key, value) else _slots_and_means
     moved = move(key, value, slot_key, key_slot, partition.flat, list(cells.cell))
-    bias, group = cell_groups(cells, key)
-    return moved[0], moved[1], CoarseKeys(moved[2].flatten(0, 1), moved[3].flatten(0, 1), bias, group)
+    return moved[0], moved[1], CoarseKeys(moved[2].flatten(0, 1), moved[3].flatten(0, 1), *moved[4:])
 
 
 @torch.library.custom_op("vmoba_flex::slots_and_means", mutates_args=())
@@ -69,7 +68,7 @@ def _plain(
     del key_slot
     cells, both = cells_of(partition, cell), (key, value)
     in_slots = [take_slots(x.flatten(0, 1), slot_key).unflatten(0, x.shape[:2]) for x in both]
-    return [*in_slots, *(plain_means(x, cells) for x in both)]
+    return [*in_slots, *(plain_means(x, cells) for x in both), *cell_groups(cells, key)]
 
 
 @_slots_and_means.register_fake
@@ -77,7 +76,9 @@ def _(
     key: Tensor, value: Tensor, slot_key: Tensor, key_slot: Tensor, partition: list[int], cell: list[int]
 ) -> list[Tensor]:
     counts = slot_key.shape[-1], count_cells(partition, cell)
-    return [x.new_empty(*x.shape[:2], count, x.shape[3]) for count in counts for x in (key, value)]
+    moved = [x.new_empty(*x.shape[:2], count, x.shape[3]) for count in counts for x in (key, value)]
+    bias = key.new_empty(counts[1], dtype=torch.promote_types(key.dtype, torch.float32))
+    return [*moved, bias, key.new_empty(counts[1], dtype=torch.int64)]
 
 
 @torch.library.custom_op("vmoba_flex::slots_and_means_backward", mutates_args=())
@@ -103,17 +104,18 @@ def _(
     return [x.new_empty(*x.shape[:2], key_slot.shape[-1], x.shape[3]) for x in (key_slots, value_slots)]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(*inputs[-4:-2])
+    ctx.mark_non_differentiable(*output[4:])
     ctx.sizes = inputs[-2:]
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    return *_backward_op(*(x.contiguous() for x in grads), *ctx.saved_tensors, *ctx.sizes), None, None, None, None
+    return *_backward_op(*(x.contiguous() for x in grads[:4]), *ctx.saved_tensors, *ctx.sizes), None, None, None, None
 
 
 def _double_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    return *_slots_and_means(*grads, *ctx.saved_tensors, *ctx.sizes), None, None, None, None
+    return *_slots_and_means(*grads, *ctx.saved_tensors, *ctx.sizes)[:4], None, None, None, None
 
 
 # Both are linear, and each is the other's adjoint.

@@ -83,7 +83,8 @@ class Problem:
         merged = torch.empty_like(self.flat_output), torch.empty_like(self.lse)
         coarse, inputs = self.coarse, [self.flat_query, self.flat_output, self.flat_grad]
         if eager:
-            coarse, inputs = CoarseKeys(*(x.float() for x in coarse[:3]), coarse.group), [x.float() for x in inputs]
+            coarse = CoarseKeys(coarse.key.float(), coarse.value.float(), coarse.bias.float(), coarse.group)
+            inputs = [x.float() for x in inputs]
             merged = torch.empty_like(inputs[1]), torch.empty_like(self.lse)
         query, output, grad = inputs
         steps, grad_query = self.steps(eager), torch.zeros_like(query)
