@@ -32,6 +32,6 @@ class _Reorder(torch.autograd.Function):
         return _Reorder.apply(*grads, inverse, index, ctx.dim), None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
         (index,) = ctx.saved_tensors
-        return tangent.index_select(ctx.dim, index)
+        return tangents[0].index_select(ctx.dim, index)
