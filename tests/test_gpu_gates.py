@@ -41,9 +41,11 @@ def inputs(partition: BlockPartition, dtype: torch.dtype, dim: int) -> tuple[Ten
 def test_scores_are_those_of_plain_pytorch(partition: BlockPartition, dtype: torch.dtype, dim: int):
     query, key = inputs(partition, dtype, dim)
     stats, expected = cell_stats(key, gate_cells(partition)), cell_stats(key.cpu().double(), gate_cells(partition))
+    # Squares are summed around a cell's first token, so variances round by that token's square, too.
+    sums = 8 * torch.finfo(torch.float32).eps * key.double().square().max().cpu()
     for found, truth in zip(stats[:2], expected[:2], strict=True):
         error = (found.double().cpu() - truth).abs()
-        assert (error <= torch.finfo(dtype).eps * truth.abs() + 4e-6).all()
+        assert (error <= torch.finfo(dtype).eps * truth.abs() + sums).all()
     count, before, blocks = partition.num_video_tokens, partition.prefix, partition.num_blocks
     for spread in (False, True):
         # From the same statistics, so that nothing but the order of sums differs.

@@ -21,10 +21,15 @@ def in_transform(*tensors: Tensor | None) -> bool:
 
     Logs once that the call is then slow.
     """
-    found = _in_torch_func() or (not torch.compiler.is_compiling() and any(map(_is_dual, tensors)))
+    found = transformed(*tensors)
     if found and not torch.compiler.is_compiling():
         log_plain("torch.func or forward-mode derivatives")
     return found
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """``in_transform``, without the log."""
+    return _in_torch_func() or (not torch.compiler.is_compiling() and any(map(_is_dual, tensors)))
 
 
 @functools.cache

@@ -29,7 +29,9 @@ def unpack_bits(bits: Tensor, num_blocks: int) -> Tensor:
     """The inverse: bool ``(B, H, R, N)``, block by block in memory."""
     place = torch.arange(8, dtype=torch.uint8, device=bits.device)[:, None]
     octets = (bits[:, :, :, None] >> place).bitwise_and_(1)  # in place: a call with a plan waits for its launches
-    return octets.view(torch.bool).flatten(2, 3)[:, :, :num_blocks].mT
+    # Inductor of torch 2.11 cannot view bytes as bools, and fuses the conversion.
+    bools = octets.bool() if torch.compiler.is_compiling() else octets.view(torch.bool)
+    return bools.flatten(2, 3)[:, :, :num_blocks].mT
 
 
 def of_tokens(of_tiles: Tensor, partition: BlockPartition) -> Tensor:
