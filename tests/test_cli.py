@@ -31,8 +31,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command(*words: str, **options) -> subprocess.Popen[str]:
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": hear_signals} | options
     return subprocess.Popen([*COMMAND, *words], text=True, env=ENVIRONMENT, **options)
+
+
+def hear_signals() -> None:
+    """Undoes what nohup, or a shell that starts these tests in the background, has it ignore."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
 
 
 @pytest.mark.parametrize("words", ["--help", "--version", "demo --help", "inspect --help", "bench --help"])
