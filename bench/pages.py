@@ -68,6 +68,7 @@ _PARTS: dict[str, Callable[[Row], str | list[str]]] = {
     "training_times": lambda data: table(*quality.times(data)),
     "denoises": lambda data: table(*denoise_report.fidelity(data)),
     "denoises_fewer_pairs": lambda data: table(*denoise_report.fewer_pairs(data)),
+    "denoises_chosen_by": lambda data: table(*denoise_report.chosen_by(data)),
     "denoises_tuned": lambda data: table(*denoise_report.tuned(data)),
     "conditioning": lambda data: table(*quality.conditioning(data)),
 }

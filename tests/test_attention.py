@@ -303,7 +303,11 @@ X = torch.zeros(1, 4, 24, 8)
         ({"dispatch": "shared", "rule": TopK(7)}, ValueError, "k must lie in 1..num_blocks = 1..4, got 7"),
         ({"dispatch": "shared", "backend": "triton"}, ValueError, "backend must be 'auto' on device cpu, got 'triton'"),
         ({"dispatch": "dense", "rule": TopK(7)}, ValueError, "k must lie in 1..num_blocks = 1..4, got 7"),
-        ({"dispatch": "dense", "rule": None}, TypeError, "rule must be a TopK or a Threshold, got NoneType"),
+        (
+            {"dispatch": "dense", "rule": None},
+            ValueError,
+            "exactly one of rule and selection must be given, got None and None",
+        ),
         ({"scale": "big"}, TypeError, "scale must be a number or None, got 'big'"),
         ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
         ({"max_row_bytes": 0}, ValueError, "max_row_bytes must be at least 1, got 0"),

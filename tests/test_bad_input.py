@@ -28,7 +28,7 @@ def fields() -> Iterator[Case]:
         "temporal": [*NOT_INTS, *NOT_POSITIVE],
         "spatial": [None, 2, "23", {2, 3}, (2,), (2, 3, 4), (0, 3), (2, -1), (2.0, 3), (True, 3), (None, 3), [[2, 3]]],
         "spatiotemporal": [None, 2, (1, 2), (1, 2, 3, 4), (1, 0, 3), (1, 2, 3.0), ("1", 2, 3), (False, 2, 3), ()],
-        "rule": [None, 0.25, "head", [], {}, {"temporal": TopK(1)}, {"spatial": 3}, {1: TopK(1)}, TopK, (TopK(1),)],
+        "rule": [None, 0.25, "head", [], {}, {"temporal": TopK(1)}, {"spatial": 3}, {1: TopK(1)}, TopK, (TopK(1), 3)],
         "cycle": [None, "spatial", (), [], ("2d",), ("spatial", None), (1,), {"spatial"}, ("Temporal",)],
         "dense_layers": [None, True, -1, 0.5, "1", {1}, [0.5], [True], ["0"], [None], b"01"],
         "dense_steps": [
@@ -103,7 +103,7 @@ def in_json() -> Iterator[Case]:
         ],
         "spatial": ["", [], {}, 3, [2], [2, 0], [2, 3, 4], [[2, 3]], {"approx_blocks": 1.5}, {"approx_blocks": None}],
         "spatiotemporal": ["", [], {}, 3, [1, 2], [1, 2, None], [1, 2, "3"], {"approx_blocks": [8]}],
-        "rule": ["", [], None, 0.5, [{"tau": 0.5}], "tau", True],
+        "rule": ["", [], None, 0.5, [{"tau": 0.5}, 3], "tau", True],
         "cycle": ["", [], None, "spatial", ["2d"], [None], [["spatial"]]],
         "dense_layers": ["", None, -1, 1.5, ["0"], True],
         "dense_steps": ["", None, -1, 1.0, [1], [1, 2, 3], [1, -2], [0.5, 0.5], True],
