@@ -12,9 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from bench.common.machine import error_text
-from vmoba_flex import BlockPartition, vmoba_mask
+from vmoba_flex import BlockPartition, vmoba_mask, vmoba_selection
 from vmoba_flex.rules import Rule
-from vmoba_flex.selection.tiles import choose_by_tiles
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -128,7 +127,7 @@ def _fastvideo() -> Callable[[BlockPartition, Rule], Attend]:
         tile = partition.block[2]
 
         def choose(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-            chosen = choose_by_tiles(query, key, partition, rule)[:, :, ::tile]
+            chosen = vmoba_selection(query, key, partition, rule, choice="tile")[:, :, ::tile]
             return chosen.contiguous(), partition.block_sizes(query.device).int()
 
         return _chosen_first(attend, choose)
