@@ -112,9 +112,9 @@ def test_every_row_has_one_share_and_shapes_stay_together():
 
 def test_times_of_a_few_layers_are_scaled_to_the_whole_model(tmp_path: Path):
     output = tmp_path / "small.json"
-    printed = run(output, "--only", "HunyuanVideo,inference,SDPA", "--only", "HunyuanVideo,inference,packed")
+    printed = run(output, "--only", "HunyuanVideo,inference,SDPA", "--only", "HunyuanVideo,inference,| shared")
     rows = rows_of(output).values()
-    assert len(rows) == 2
+    assert [row["attention"] for row in rows] == ["SDPA", "shared", "shared, density 0.125 + tail"]
     for row in rows:
         assert row["status"] == "ok", printed
         dual, single = row["parts"]
