@@ -323,7 +323,7 @@ def test_a_plan_leaves_attention_and_merge():
     assert ops.names - stats == {"attend_packed", "attend_packed_backward"}
     with Ops() as ops:
         call(dataclasses.replace(one, tail=Tail(6)), planned, dispatch="packed")
-    assert ops.names == {"attend_packed", "cell_groups", "cell_means"}
+    assert ops.names == {"attend_packed", "slots_and_means"}
 
 
 def test_a_plan_of_tiles_has_the_lists_of_a_mask():

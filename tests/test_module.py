@@ -70,7 +70,7 @@ def test_has_no_parameters_and_says_what_it_does():
     assert not attention.state_dict()
     assert str(attention) == (
         "VMoBAAttention(layer=1, num_layers=3, kind='spatial', "
-        "rule=Threshold(tau=0.4, pool='head', max_density=None, normalize='minmax', gate='mean'))"
+        "rule=Threshold(tau=0.4, pool='head', max_density=None, normalize='minmax', gate='mean', always=()))"
     )
     assert (
         str(VMoBAAttention(attention.config, 0, 3)) == "VMoBAAttention(layer=0, num_layers=3, kind='temporal', dense)"

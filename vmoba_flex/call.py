@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
+from block_masks.attention.grouped import MAX_ROW_BYTES
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection.kept import Selection
@@ -15,9 +16,6 @@ Backend = Literal["auto", "triton", "flash"]
 ChosenBackend = Literal["eager", "triton", "flash"]
 DISPATCHES: tuple[Dispatch, ...] = get_args(Dispatch)
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-
-# The default of max_row_bytes.
-MAX_ROW_BYTES = 2_200_000_000
 
 
 class Call(NamedTuple):

@@ -1,4 +1,4 @@
-"""Keys and values in slots, and the means of their cells, in one pass over both; backward likewise.
+"""Keys and values in slots, and the means of their cells, in one pass over both; forward and backward.
 
 Shapes: ``B`` batch, ``H`` key heads, ``S`` tokens, ``C`` cells, ``D`` head dim.
 """

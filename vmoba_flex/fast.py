@@ -1,4 +1,4 @@
-"""The fastest setting without training, as arguments of ``VMoBAConfig``: the one place to change it."""
+"""The setting with the fewest pairs for inference without training: the one place to change it."""
 
 from typing import Any
 

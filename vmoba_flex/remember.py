@@ -15,11 +15,11 @@ _PLACES: tuple[Place, ...] = get_args(Place)
 class Remember:
     """Layers choose once, from the exact masses of full attention, and keep the choice for the steps that follow.
 
-    Block masses of full attention hardly change from step to step, and block means only estimate them. The last dense
-    step before sparse ones takes each sparse layer's masses, applies the layer's rule to them (``gate="exact"``), and
-    keeps what it chose as bits; where rules change by steps, for each rule that follows. Sparse steps attend what is
-    kept. A sparse step with nothing kept chooses by its rule's own gate, and logs so once; with ``refresh`` it chooses
-    from its own exact masses, and keeps that.
+    Block means only estimate the masses of full attention. A dense step knows them, and they change slowly enough to
+    serve the steps that follow (docs/quality.md). The last dense step before sparse ones takes each sparse layer's
+    masses, applies the layer's rule to them (``gate="exact"``), and keeps what it chose as bits; where rules change by
+    steps, for each rule that follows. Sparse steps attend what is kept. A sparse step with nothing kept chooses by its
+    rule's own gate, and logs so once; with ``refresh`` it chooses from its own exact masses, and keeps that.
 
     A layer keeps choices for each pass of a step: passes are told apart by the names that pipelines give them with
     ``cache_context`` (such as ``"cond"`` and ``"uncond"``), and by their order. Choices are dropped where grid, text,

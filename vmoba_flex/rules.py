@@ -36,7 +36,7 @@ class TopK:
     | ``"mean"`` | the paper's: query . mean key, without ``s`` |
     | ``"cells"`` | log of the sum over its cells of ``exp(s query . mean key + log(tokens) + v / 2)`` |
     | ``"spread"`` | the same with ``log(v) / 2`` more in each exponent |
-    | ``"exact"`` | log of the sum over its keys of ``exp(s query . key)``: what full attention does, at half its cost |
+    | ``"exact"`` | log of the sum over its keys of ``exp(s query . key)``, in 0.7 of full attention's time |
 
     The cells are those of ``Tail()``. ``v`` estimates the variance of the scaled scores inside a cell:
     ``s**2 sum_d query_d**2 var_d``, with ``var_d`` the variance of the cell's keys along dim d. ``"cells"`` finds the

@@ -27,7 +27,7 @@ _WORD_BITS = 64  # the kernels spell it out
 _ROWS = 1024  # that one program packs (bench/NOTES.md)
 # The gradient of coarse keys has this many programs a multiprocessor: each sums over a part of the queries.
 _WAVES = 2
-# Weights that a dtype holds beside one of 1, with room for the values that they are multiplied by.
+# Weights that a dtype holds next to a weight of 1, with room for the values that they are multiplied by.
 _LIMITS = {torch.float16: 2.0**15, torch.bfloat16: 2.0**60, torch.float32: 2.0**60}
 
 

@@ -105,11 +105,11 @@ class ValidSlots:
     padding: Tensor
 
     def slot_key(self, slots: Slots) -> Tensor:
-        """As in ``Slots``, but -1 at keys that are not there: int64 ``(rows, slots)``."""
+        """As in ``Slots``, but -1 at padding: int64 ``(rows, slots)``."""
         return torch.where(self.slots, slots.slot_key, -1)
 
     def key_slot(self, slots: Slots) -> Tensor:
-        """As in ``Slots``, but -1 for keys that are not there: int64 ``(rows, keys)``."""
+        """As in ``Slots``, but -1 for padding: int64 ``(rows, keys)``."""
         return torch.where(self.slots[:, slots.key_slot], slots.key_slot, -1)
 
     def copied(self, slots: Slots) -> Tensor:

@@ -23,6 +23,10 @@ from vmoba_flex.tail import Cells, Tail
 _LOG = logging.getLogger(__name__)
 
 
+# What the gate "exact" takes, as a share of full attention's forward on an H200 (bench/NOTES.md).
+_EXACT_GATE = 0.75
+
+
 def choose_dispatch(
     query: Tensor,
     key: Tensor,
@@ -107,6 +111,8 @@ def packed_share(
     constant, factor = machine.packed_share
     density = rule.bounds.density if isinstance(rule, Selection) else largest_density(rule, partition.num_blocks)
     share = constant + factor * density
+    if not isinstance(rule, Selection) and rule.gate == "exact":
+        share += _EXACT_GATE / (machine.backward if backward else 1)
     if tail is None:
         return share
     cells = Cells(partition, tail.cell_of(partition)).total

@@ -130,7 +130,9 @@ def calibrate(
             measure = _measure_of(there, config, rows, seed)
             with_gates = [dataclasses.replace(rule, gate=gate) for gate in gates or (rule.gate,)]
             tried = [_find(kind, each, there, config, name, wanted, measure) for each in with_gates]
-            best = min(tried, key=lambda one: -one.overlap if name == "density" else one.density)
+            # As a gate of each call, "exact" costs most of a dense forward; next to others it shows what they miss.
+            worth = [one for one in tried if one.rule.gate != "exact" or config.remember] or tried
+            best = min(worth, key=lambda one: -one.overlap if name == "density" else one.density)
             found += [one._replace(layer=layer, start=start, kept=one is best) for one in tried]
             pairs.append((start, best.rule))
         rule = BySteps(pairs) if isinstance(setting, BySteps) else pairs[0][1]

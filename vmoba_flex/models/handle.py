@@ -131,6 +131,14 @@ class VMoBAHandle:
         self._set_step("first")
         return self._end_step
 
+    def forget(self) -> None:
+        """Drops what layers remember of this thread's run, as the end of a run does.
+
+        Call it after a run that was broken off, and before a new one whose steps are set by hand.
+        """
+        for state in self.states().values():
+            state.forget()
+
     def remove(self) -> None:
         """Puts the stock processors back. The model then computes what it did before, bit for bit."""
         for model, applied in self._applied.values():

@@ -73,7 +73,7 @@ class RunMemory:
         return self.layers.setdefault((one, i), LayerMemory(self))
 
     def clear(self, one: Pass | None = None) -> None:
-        """Drops what a pass kept, or all. Plans may hold on to what is empty then."""
+        """Drops what a pass kept, or all. The objects stay, empty, because plans may hold them."""
         for (of, _), memory in self.layers.items():
             if one in (None, of):
                 memory.kept.clear()

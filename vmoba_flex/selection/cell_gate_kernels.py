@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from block_masks.launching import architecture
 from block_masks.launching.launch import QuickLaunch
 from vmoba_flex.selection.cell_places import LEAST_VARIANCE, CellStats, places_of_block
 from vmoba_flex.tail import Cells
@@ -182,15 +181,14 @@ class Launch(NamedTuple):
     stages: int
 
 
-# HOPPER is the fastest of those timed on an H200 (bench/NOTES.md).
-HOPPER, SMALL, WIDE = Launch(128, 128, 8, 2), Launch(64, 64, 4, 2), Launch(64, 32, 4, 1)
+# NARROW is as fast as any of those timed on an H200 (bench/NOTES.md). A block has a power of two of places, or a
+# multiple of 64: cells at once must divide it, or it them.
+NARROW, WIDE = Launch(64, 64, 4, 2), Launch(64, 32, 4, 1)
 
 
 def launch_of(query: Tensor) -> Launch:
     """How the kernel of scores is launched for such queries."""
-    if query.shape[-1] > 128:
-        return WIDE
-    return HOPPER if architecture.architecture_of(query.device) == "sm90" else SMALL
+    return WIDE if query.shape[-1] > 128 else NARROW
 
 
 def cell_scores(
@@ -201,10 +199,12 @@ def cell_scores(
     scores = torch.empty(batch, heads, blocks, count, dtype=torch.float32, device=query.device)
     padded = max(16, triton.next_power_of_2(dim))
     tile, at_once, warps, stages = launch or launch_of(query)
+    many = len(stats.bias) // blocks
+    assert many % at_once == 0 or at_once % many == 0, (many, at_once)
     token_tiles = triton.cdiv(count, tile)
     _score_kernel[batch * heads * token_tiles,](
         query, *stats, scores, *query.stride(), heads, heads // stats.mean.shape[1], before, count, blocks, token_tiles,
-        1 / math.sqrt(dim), torch.finfo(query.dtype).max, P=len(stats.bias) // blocks, SPREAD=spread,
+        1 / math.sqrt(dim), torch.finfo(query.dtype).max, P=many, SPREAD=spread,
         D=dim, BLOCK_D=padded, TILE=tile, CELLS=at_once, WIDE=_FLOAT32_PRODUCTS, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return scores.mT

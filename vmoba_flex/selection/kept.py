@@ -18,20 +18,21 @@ from vmoba_flex.checks import check_choice, check_positive
 from vmoba_flex.inputs import check_rule
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule
+from vmoba_flex.rules import Rule, check_rule_fits
 from vmoba_flex.selection.bits import Choice, check_bits, of_tokens, pack_bits, unpack_bits
 from vmoba_flex.selection.bounds import UNBOUNDED, Bounds, bounds_of
 from vmoba_flex.selection.files import read, write
 from vmoba_flex.selection.plan import Plan, plan_packed, plan_shared
+from vmoba_flex.user_error import UserError, one_line
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Selection:
     """Which blocks each query attends, one bit a block: what ``vmoba_attention(..., selection=)`` takes.
 
-    ``vmoba_selection(..., as_bits=True)`` makes one by a rule, and ``Selection.of`` makes one of a bool tensor. A call
-    with it attends what the call that would have chosen it attends, to the bit, and chooses nothing. 55,296 tokens, 12
-    heads and 72 blocks take 6 MB.
+    ``vmoba_selection(..., as_bits=True)`` makes one by a rule, and ``Selection.of`` makes one of a bool
+    tensor. A call with it gives the same bits as a call with the rule that made it, and chooses nothing. 55,296 tokens,
+    12 heads and 72 blocks take 6 MB.
 
     Attributes:
         bits: uint8 ``(B, H, ceil(N / 8), R)``: bit ``n % 8`` of byte ``n // 8`` says whether block n is attended.
@@ -100,6 +101,7 @@ class Selection:
         check_bits("selected", selected, torch.bool, partition, choice)
         if rule is not None:
             check_rule(rule)
+            check_rule_fits(rule, partition.num_blocks)
         partition = partition.constant()
         with _kept_mode():
             bounds = bounds_of(selected, partition, choice, rule)
@@ -132,7 +134,7 @@ class Selection:
         """The same with a plan: later calls attend and merge, and nothing else. It takes a few times the bits.
 
         A call whose backend, ``max_row_bytes``, text lengths or ranks ask for another plan makes it again, and says so
-        once in the log. Backward wants about three times the room of forward, and makes its own where that is too much.
+        once in the log. Backward needs about three times forward's bytes, and plans again where they do not fit.
 
         Args:
             query: of the calls to come: only its dtype and head dim matter.
@@ -201,8 +203,11 @@ class Selection:
         """
         with _kept_mode():
             tensors, settings = read(path)
-        partition, bounds = BlockPartition.of_flat(settings["partition"]), Bounds.of_flat(settings["bounds"])
-        return cls(tensors["bits"], partition, settings["choice"], bounds, tensors.get("recall"))
+        try:
+            partition, bounds = BlockPartition.of_flat(settings["partition"]), Bounds.of_flat(settings["bounds"])
+            return cls(tensors["bits"], partition, settings["choice"], bounds, tensors.get("recall"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} holds no Selection ({one_line(error)})") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"plan": None}
