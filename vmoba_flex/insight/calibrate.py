@@ -96,7 +96,7 @@ def calibrate(
         by: ``"kind"`` for one rule for each kind, ``"layer"`` for one for each layer, which needs records of all layers
             that are not dense.
         gates: to compare, in place of each rule's own. Of these each rule gets the one with the fewest pairs, or, where
-            a density is wanted, the largest overlap.
+            a density is wanted, the largest overlap; ``"exact"`` only where the config remembers, or next to no other.
         rows: sampled queries of each record.
         seed: of the sample.
 
