@@ -1,4 +1,4 @@
-"""How far "auto" is behind the better of full attention and "packed", on this machine and on one whose host is slower.
+"""How much slower "auto" is than the better of full attention and "packed", here and where the host is slower.
 
     python -m bench.attention.auto --output bench/results/<gpu>_<date>_auto.json     # on a GPU
 
@@ -8,17 +8,14 @@ launch time are in the result, and ``machine.py`` has the H200's as constants. A
 simulated: no call of "packed" then takes less than twice the least of them. ``--device cpu --small`` tries it out.
 """
 
-import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.common.machine import run_facts
-from bench.common.report import number, table, write_whole
+from bench.common import script
+from bench.common.report import number, table
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.dispatch.choose import dense_seconds, packed_wins
 from vmoba_flex.dispatch.machine import HOPPER, HOPPER_LAUNCH, Machine, scaled
@@ -42,7 +39,7 @@ def measure(device: str, small: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def behind(rows: Sequence[dict[str, Any]], machine: Machine, launches: float = 1.0) -> list[float]:
+def slower(rows: Sequence[dict[str, Any]], machine: Machine, launches: float = 1.0) -> list[float]:
     """How much longer what "auto" takes takes than the better one, for each row, as a share.
 
     Args:
@@ -70,29 +67,24 @@ def markdown(facts: dict[str, Any], rows: Sequence[dict[str, Any]], hosts: dict[
         for i, row in enumerate(rows)
     ]  # fmt: skip
     lines = [f"`{facts['command']}`, {facts['device']}, {facts['date']}", ""]
-    lines += [f"{name}: at most {max(shares):.1%} behind" for name, shares in hosts.items()]
+    lines += [f"{name}: at most {max(shares):.1%} slower" for name, shares in hosts.items()]
     return "\n".join([*lines, "", *table(head, body), ""])
 
 
 def main() -> None:
     """Measures and writes the JSON file, and the table next to it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny inputs, to try it out")
-    args = parser.parse_args()
-    facts = run_facts(args.device, f"python -m bench.attention.auto --output bench/results/{args.output.name}")
+    args = script.output_parser(__doc__).parse_args()
+    facts = script.facts_of("bench.attention.auto", args)
     hosts = {"an H200": (HOPPER, 1.0), "an H200, slow host": (scaled(HOPPER.dense_rate, 2 * HOPPER_LAUNCH), 2.0)}
     if args.device == "cuda":
         facts["dense_rate"], facts["launch_seconds"] = probe(torch.device("cuda", torch.cuda.current_device()))
         print(f"{facts['dense_rate']:.3g} operations per second, {1e6 * facts['launch_seconds']:.2f} us a launch")
         hosts["measured"] = scaled(facts["dense_rate"], facts["launch_seconds"]), 1.0
     rows = measure(args.device, args.small)
-    shares = {name: behind(rows, *host) for name, host in hosts.items()}
-    write_whole(args.output, json.dumps(facts | {"rows": rows, "behind": shares}, indent=1) + "\n")
-    text = markdown(facts, rows, shares)
-    write_whole(args.output.with_suffix(".md"), text)
-    print(text)
+    shares = {name: slower(rows, *host) for name, host in hosts.items()}
+    page = markdown(facts, rows, shares)
+    script.write_results(args.output, facts | {"rows": rows, "slower": shares}, page)
+    print(page)
 
 
 if __name__ == "__main__":

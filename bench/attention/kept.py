@@ -8,11 +8,8 @@ that a call launches, and compares all outputs and gradients with those of the c
 --small`` tries it out.
 """
 
-import argparse
 import itertools
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +17,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from bench.attention.peers import CPU_PEERS, PEERS
-from bench.common.machine import error_text, run_facts
-from bench.common.report import number, table, write_whole
+from bench.common import script
+from bench.common.machine import error_text
+from bench.common.report import number, table
 from bench.common.timing import milliseconds
 from vmoba_flex import BlockPartition, Selection, Tail, TopK, vmoba_attention, vmoba_selection
 from vmoba_flex.call import Backend, Dispatch
@@ -148,24 +146,12 @@ def markdown(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
                 cells.append(" / ".join(number(row[f"{name}_{what}"], digits) for name in GIVEN))
             cells.append(f"{row['bits_mb']:.1f}, {row['plan_mb']:.1f}")
             lines.append([*cells, "yes" if row["equal"] else "**no**"])
-    told = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    head = [f"`{facts['command']}`", "", f"{facts['device']}, {told}, {facts['date']}; milliseconds", ""]
-    return "\n".join([*head, *table(names, lines)]) + "\n"
+    return "\n".join([*script.head(facts), *table(names, lines)]) + "\n"
 
 
 def main() -> None:
     """Measures and writes the JSON file, and the table next to it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny inputs, to try it out")
-    args = parser.parse_args()
-    facts = run_facts(args.device, f"python -m bench.attention.kept --output bench/results/{args.output.name}")
-    rows = measure(args.device, args.small)
-    write_whole(args.output, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
-    text = markdown(facts, rows)
-    write_whole(args.output.with_suffix(".md"), text)
-    print(text)
+    script.run("bench.attention.kept", __doc__, measure, markdown)
 
 
 if __name__ == "__main__":

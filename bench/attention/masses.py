@@ -6,11 +6,8 @@
 checked against the same steps in plain PyTorch, on a sample of queries. ``--device cpu --small`` tries it out.
 """
 
-import argparse
 import functools
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +15,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.common.machine import error_text, run_facts
-from bench.common.report import number, table, write_whole
+from bench.common import script
+from bench.common.machine import error_text
+from bench.common.report import number, table
 from bench.common.timing import milliseconds
 from block_masks import to_slots
 from vmoba_flex import BlockPartition, Threshold, TopK, block_masses, vmoba_selection
@@ -171,22 +169,15 @@ def markdown(facts: dict[str, Any], rows: list[Row]) -> str:
         ]
         for row in rows
     ]
-    told = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    head = [f"`{facts['command']}`", "", f"{facts['device']}, {told}, {facts['date']}", ""]
-    return "\n".join([*head, *table(("call", "ms", "share of a dense forward", "largest error"), lines)]) + "\n"
+    return (
+        "\n".join([*script.head(facts, ""), *table(("call", "ms", "share of a dense forward", "largest error"), lines)])
+        + "\n"
+    )
 
 
 def main() -> None:
     """Measures and writes the JSON file, and the table next to it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny inputs, to try it out")
-    args = parser.parse_args()
-    facts = run_facts(args.device, f"python -m bench.attention.masses --output bench/results/{args.output.name}")
-    rows = measure(args.device, args.small)
-    write_whole(args.output, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
-    write_whole(args.output.with_suffix(".md"), markdown(facts, rows))
+    script.run("bench.attention.masses", __doc__, measure, markdown)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,9 @@ kernels that no stage names are seen too. ``busy`` is the time of all kernels, `
 ``host`` the time until a call on an idle GPU returns to Python. ``--device cpu --small`` tries it out.
 """
 
-import argparse
 import itertools
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,8 +18,9 @@ import torch
 
 from bench.attention.floors import Sizes, floors
 from bench.attention.stages import STAGES, kernel_milliseconds
-from bench.common.machine import error_text, run_facts
-from bench.common.report import number, table, write_whole
+from bench.common import script
+from bench.common.machine import error_text
+from bench.common.report import number, table
 from bench.common.timing import milliseconds
 from vmoba_flex import BlockPartition, Tail, TopK, vmoba_attention
 from vmoba_flex.call import Backend, Dispatch
@@ -127,8 +125,7 @@ def _host_milliseconds(call: Callable[[], Any], device: str) -> float:
 
 def markdown(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """The run's facts, a table of all calls, and for each call with a tail a table of its stages."""
-    told = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    parts = [f"`{facts['command']}`", "", f"{facts['device']}, {told}, {facts['date']}; milliseconds", ""]
+    parts = script.head(facts)
     rows = [row for row in rows if "error" not in row]
     names = ("call", "tail", "floor", "busy", "wall", "host", "launches")
     whole = [
@@ -165,17 +162,7 @@ def _lines(stages: dict[str, Any], plain: dict[str, Any]) -> list[list[str]]:
 
 def main() -> None:
     """Measures and writes the JSON file, and the tables next to it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny inputs, to try it out")
-    args = parser.parse_args()
-    facts = run_facts(args.device, f"python -m bench.attention.profiles --output bench/results/{args.output.name}")
-    rows = measure(args.device, args.small)
-    write_whole(args.output, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
-    text = markdown(facts, rows)
-    write_whole(args.output.with_suffix(".md"), text)
-    print(text)
+    script.run("bench.attention.profiles", __doc__, measure, markdown)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,15 @@
 tokens; the choice of blocks is included. ``--device cpu --small`` tries it out.
 """
 
-import argparse
 import itertools
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.common.machine import run_facts
-from bench.common.report import number, table, write_whole
+from bench.common import script
+from bench.common.report import number, table
 from bench.common.timing import milliseconds, peak_bytes
 from vmoba_flex import BlockPartition, Tail, TopK, vmoba_attention
 from vmoba_flex.call import Backend, Dispatch
@@ -88,22 +85,12 @@ def markdown(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         memory = None if plain["peak_gb"] is None else tailed["peak_gb"] - plain["peak_gb"]
         times = [" / ".join(f"{x:.2f}" for x in pair) for pair in (*pairs, adds)]
         lines.append([plain["dispatch"], plain["backend"], str(plain["density"]), *times, number(memory, 2)])
-    told = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    head = [f"`{facts['command']}`", "", f"{facts['device']}, {told}, {facts['date']}; milliseconds", ""]
-    return "\n".join([*head, *table(names, lines)]) + "\n"
+    return "\n".join([*script.head(facts), *table(names, lines)]) + "\n"
 
 
 def main() -> None:
     """Measures and writes the JSON file, and the table next to it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny inputs, to try it out")
-    args = parser.parse_args()
-    facts = run_facts(args.device, f"python -m bench.attention.tail --output bench/results/{args.output.name}")
-    rows = measure(args.device, args.small)
-    write_whole(args.output, json.dumps(facts | {"rows": rows}, indent=1) + "\n")
-    write_whole(args.output.with_suffix(".md"), markdown(facts, rows))
+    script.run("bench.attention.tail", __doc__, measure, markdown)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.attention import tail
 from bench.attention.tail_problem import Problem, check, variant
+from bench.common import script
 from bench.common.machine import error_text, run_facts
 from bench.common.report import table, write_whole
 from bench.common.timing import milliseconds
@@ -117,9 +118,10 @@ def markdown(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         shape = "" if row["shape"] is None else ", ".join(map(str, row["shape"]))
         times = [f"{row[name]:.3f}" if row.get(name) is not None else "" for name in ("ms", "kernel_ms", "tflops")]
         lines.append([row["kernel"], shape, row["check"], *times])
-    told = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    head = [f"`{facts['command']}`", "", f"{facts['device']}, {told}, {facts['date']}; milliseconds", ""]
-    return "\n".join([*head, *table(("kernel", "shape", "check", "stage", "kernel", "TFLOP/s"), lines)]) + "\n"
+    return (
+        "\n".join([*script.head(facts), *table(("kernel", "shape", "check", "stage", "kernel", "TFLOP/s"), lines)])
+        + "\n"
+    )
 
 
 def main() -> None:

@@ -118,7 +118,7 @@ def _worst_error(
                 try:
                     output = way(*leaves)
                     gradients = torch.autograd.grad(output, leaves, grad.to(output.dtype)) if backward else ()
-                except Exception as error:
+                except Exception as error:  # a young library's kernels may fail in any way
                     if name != "flash":
                         raise
                     # Whatever stops it, on this device it cannot be used.

@@ -15,7 +15,7 @@ from vmoba_flex.dispatch.choose import dense_seconds, packed_share, packed_wins
 from vmoba_flex.dispatch.machine import HOPPER, machine_of
 from vmoba_flex.insight.masses import overlap_of, recall_of, true_mass
 from vmoba_flex.insight.measure import choose, layer_of, num_layers_of, sample_rows
-from vmoba_flex.insight.places import by_entry, by_kind, by_layer, rules_of_layers
+from vmoba_flex.insight.places import by_entry, by_kind, by_layer, rule_of_each_layer
 from vmoba_flex.insight.records import Record
 from vmoba_flex.insight.search import Measure, rule_at, smallest, smallest_capped
 from vmoba_flex.partition import BlockPartition
@@ -122,7 +122,7 @@ def calibrate(
         check_choice("gates", gate, GATES)
     found: list[Calibrated] = []
     of_kinds: dict[str, LayerRule] = {}
-    of_layers = rules_of_layers(records, config) if by == "layer" else []
+    of_layers = rule_of_each_layer(records, config) if by == "layer" else []
     for kind, layer, here in by_layer(sparse, config, len(of_layers)) if by == "layer" else by_kind(sparse, config):
         setting = rule_of_layer(config.rule, kind, here[0].layer, num_layers_of(here[0], config))
         pairs = []

@@ -11,7 +11,7 @@ from vmoba_flex.insight.records import Record
 from vmoba_flex.rules import Rule
 
 
-def rules_of_layers(records: Sequence[Record], config: VMoBAConfig) -> list[LayerRule]:
+def rule_of_each_layer(records: Sequence[Record], config: VMoBAConfig) -> list[LayerRule]:
     """Each layer's rule as the config has it."""
     counts = {num_layers_of(record, config) for record in records}
     if len(counts) != 1:

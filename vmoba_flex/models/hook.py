@@ -203,7 +203,7 @@ def our_backend() -> Any:
         arrived = dispatch(x[0], x[1], x[2], attn_mask=x[3], backend=backend, parallel_config=_Probe())
         if arrived.item() != 6:
             raise ValueError(f"the dispatcher changed query, key, value or mask, got {arrived.item()} for 6")
-    except Exception as error:
+    except Exception as error:  # another diffusers may fail in any way; the message says which
         raise RuntimeError(
             f"diffusers {diffusers.__version__} must pass calls of dispatch_attention_fn on to a registered backend "
             f"for VMoBA, which was tested with 0.42.1, got {type(error).__name__}: {error}"
