@@ -29,6 +29,7 @@ from tests.video_models import (
 from vmoba_flex import BySteps, Remember, Tail, Threshold, TopK, vmoba_attention, vmoba_selection
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.models import apply_vmoba
+from vmoba_flex.selection.exact_gate import exact_gate
 
 WAN = FAMILIES["wan2.1"]
 KEPT = dataclasses.replace(SPARSE, dense_steps=1, remember=Remember())
@@ -123,6 +124,20 @@ def test_sparse_steps_attend_what_was_chosen(name: str, compiled: bool, changes:
             assert_close(output, run(spelled.model, inputs))
         assert (handle.summary().count("  remembered  ") == 3) == (not config.layer(0, 3, step, 6).dense)
     assert bytes_kept(handle) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dispatch", ["packed", "shared"])
+def test_one_pass_over_the_masses_serves_all_rules(dispatch: Any, monkeypatch: pytest.MonkeyPatch):
+    passes = []
+    monkeypatch.setattr(
+        "vmoba_flex.selection.scores.exact_gate", lambda *x: passes.append(1) or exact_gate(*x), raising=True
+    )
+    model = WAN.build()
+    handle = apply_vmoba(model, dataclasses.replace(FALLING, dispatch=dispatch))
+    steps_of(handle, model, range(3), 8)
+    assert len(FALLING.layer(0, 3, 1, 8).records) > 1
+    assert len(passes) == 3  # one a layer, at the last dense step
 
 
 @torch.no_grad()

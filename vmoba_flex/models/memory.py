@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.call import Dispatch
+from vmoba_flex.inputs import check_query_key, under_autocast
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.remember import Remember
 from vmoba_flex.rules import Rule
-from vmoba_flex.selection.choose import vmoba_selection
+from vmoba_flex.selection.choose import keep_each
 from vmoba_flex.selection.kept import Selection
 
 _LOG = logging.getLogger(__name__)
@@ -103,22 +104,22 @@ class LayerMemory:
 
     @torch.no_grad()
     def record(
-        self, rules: tuple[Rule, ...], query: Tensor, key: Tensor, partition: BlockPartition,
-        text_lengths: Tensor | None, dispatch: Dispatch,
-    ) -> dict[Rule, Selection]:  # fmt: skip
-        """Chooses by each rule from the exact masses, and keeps what fits in place of what was kept.
+        self, rules: tuple[Rule, ...], query: Tensor, key: Tensor, partition: BlockPartition, dispatch: Dispatch
+    ) -> dict[Rule, Selection]:
+        """Chooses by each rule from exact masses, which are made once, and keeps what fits in place of what was kept.
 
         Returns:
             All that was chosen, also what did not fit.
         """
         self.kept.clear()
-        chosen: dict[Rule, Selection] = {}
         remember = self.run.remember
-        for rule in rules:
-            exact = dataclasses.replace(rule, gate="exact")
-            choice = "tile" if dispatch == "shared" else "token"
-            one = vmoba_selection(query, key, partition, exact, choice=choice, text_lengths=text_lengths, as_bits=True)
-            chosen[rule] = one
+        exact = tuple(dataclasses.replace(rule, gate="exact") for rule in rules)
+        query, key = under_autocast(query, key)
+        for rule in exact:
+            partition = check_query_key(query, key, partition, rule)
+        kept = keep_each(query, key, partition, exact, "tile" if dispatch == "shared" else "token")
+        chosen = dict(zip(rules, kept, strict=True))
+        for rule, one in chosen.items():
             if self.run.nbytes() + one.nbytes > remember.max_bytes:
                 self.run.told.tell(
                     "remember: layers whose choice does not fit choose by their rule's own gate: max_bytes=%d is less "

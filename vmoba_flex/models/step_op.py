@@ -116,7 +116,7 @@ def attend_planned(
         return by_heads(here, query, key, value, text_lengths, layout), densities[0]
     chosen = {}
     if memory is not None and plan.records:
-        chosen = memory.record(plan.records, query, key, partition, text_lengths, dispatch)
+        chosen = memory.record(plan.records, query, key, partition, dispatch)
     if plan.dense:
         return attend_everything(query, key, value, text_lengths, partition, dense_backend), None
     rule: Rule | Selection = plan.rule
