@@ -127,17 +127,29 @@ def test_sparse_steps_attend_what_was_chosen(name: str, compiled: bool, changes:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dispatch", ["packed", "shared"])
-def test_one_pass_over_the_masses_serves_all_rules(dispatch: Any, monkeypatch: pytest.MonkeyPatch):
-    passes = []
-    monkeypatch.setattr(
-        "vmoba_flex.selection.scores.exact_gate", lambda *x: passes.append(1) or exact_gate(*x), raising=True
-    )
+@pytest.mark.parametrize(
+    ("config", "recording"),
+    [
+        (FALLING, [1]),  # for three rules that follow
+        (dataclasses.replace(FALLING, dispatch="shared"), [1]),
+        (dataclasses.replace(KEPT, remember=Remember(refresh=3, max_bytes=1)), [0, 4]),  # nothing fits
+    ],
+)
+def test_masses_are_made_once_for_all_rules_of_a_layer(
+    config: VMoBAConfig, recording: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    steps = []
+
+    def counted(*inputs: Any) -> Tensor:
+        steps.append(step)
+        return exact_gate(*inputs)
+
+    monkeypatch.setattr("vmoba_flex.selection.scores.exact_gate", counted)
     model = WAN.build()
-    handle = apply_vmoba(model, dataclasses.replace(FALLING, dispatch=dispatch))
-    steps_of(handle, model, range(3), 8)
-    assert len(FALLING.layer(0, 3, 1, 8).records) > 1
-    assert len(passes) == 3  # one a layer, at the last dense step
+    handle = apply_vmoba(model, config)
+    for step in range(6):
+        steps_of(handle, model, [step], 8)
+    assert steps == [step for step in recording for _ in range(3)]  # of three layers
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ class RunMemory:
         """Drops what a pass kept, or all. The objects stay, empty, because plans may hold them."""
         for (of, _), memory in self.layers.items():
             if one in (None, of):
-                memory.kept.clear()
+                memory.clear()
 
     def nbytes(self) -> int:
         """Bytes of all that is kept."""
@@ -96,11 +96,17 @@ class _Kept:
 
 
 class LayerMemory:
-    """What one layer keeps in one pass, by the rule that chose it."""
+    """What one layer keeps in one pass, by the rule that chose it; and the rules whose choice did not fit."""
 
     def __init__(self, run: RunMemory) -> None:
         self.run = run
         self.kept: dict[Rule, _Kept] = {}
+        self.too_large: set[Rule] = set()
+
+    def clear(self) -> None:
+        """Drops everything."""
+        self.kept.clear()
+        self.too_large.clear()
 
     @torch.no_grad()
     def record(
@@ -111,7 +117,7 @@ class LayerMemory:
         Returns:
             All that was chosen, also what did not fit.
         """
-        self.kept.clear()
+        self.clear()
         remember = self.run.remember
         exact = tuple(dataclasses.replace(rule, gate="exact") for rule in rules)
         query, key = under_autocast(query, key)
@@ -126,6 +132,7 @@ class LayerMemory:
                     "than all layers and passes take. Raise it, with on='cpu' if the device has no room",
                     remember.max_bytes,
                 )  # fmt: skip
+                self.too_large.add(rule)
                 continue
             self.kept[rule] = _Kept(one.to("cpu") if remember.on == "cpu" else one, query.device, query.dtype)
             self.run.peak = max(self.run.peak, self.run.nbytes())
@@ -135,7 +142,7 @@ class LayerMemory:
         """What is kept for a rule and fits the call; None if nothing does."""
         kept = self.kept.get(rule)
         if kept is not None and not kept.fits(query, partition):
-            self.kept.clear()
+            self.clear()
             self.run.told.tell(
                 "remember: grid, text, batch, heads, dtype or device changed in mid-run: layers choose by their rule's "
                 "own gate from step %d on", self.run.step,

@@ -207,7 +207,8 @@ class ModelState:
             return None, ()
         run, one = kept_in
         memory = run.layer(one, i)
-        if layer.recalls and not layer.records and run.remember.refresh is not None and layer.rule not in memory.kept:
+        lost = layer.rule not in memory.kept and layer.rule not in memory.too_large
+        if layer.recalls and not layer.records and run.remember.refresh is not None and lost:
             return memory, (layer.rule,)
         return memory, layer.records
 
