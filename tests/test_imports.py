@@ -30,7 +30,7 @@ ORDER = {
         *("selection", "call", "mask", "flex_inputs", "stats", "dispatch", "distributed", "attention"),
         *("paper", "dense_schedule", "by_steps", "remember", "fast", "layer", "config_fields", "config_json", "config"),
         *("module", "models", "vmoba_flex"),
-        *("insight", "demo", "arguments", "cli"),
+        *("insight", "demo", "fidelity", "arguments", "cli"),
     ],
 }
 
@@ -105,6 +105,7 @@ OTHERS = {
     "models": {"diffusers"},
     "insight": {"matplotlib", "numpy", "safetensors"},
     "demo": {"av", "matplotlib", "numpy", "safetensors", "tqdm"},
+    "fidelity": {"av", "diffusers", "matplotlib", "numpy", "safetensors", "torchmetrics", "tqdm"},
 }
 
 
