@@ -4,16 +4,20 @@ import dataclasses
 import itertools
 import threading
 import weakref
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from vmoba_flex.call import Backend, Dispatch
 from vmoba_flex.models.memory import LayerMemory, Pass, RunMemory
 from vmoba_flex.models.steps import Step
 from vmoba_flex.rules import Rule
 from vmoba_flex.tail import Tail
 from vmoba_flex.warmup import WarmedThreshold
+
+if TYPE_CHECKING:  # loaded where a model is context-parallel
+    from vmoba_flex.collectives import Ranks
 
 Grid = tuple[int, int, int]
 # Where tokens lie that are not the grid's.
@@ -39,6 +43,10 @@ class LayerPlan:
         rest: where tokens lie that are neither.
         memory: what the layer keeps in this pass of the run; None if nothing is remembered.
         records: rules by which it chooses from exact masses, to keep the choice.
+        dispatch: of the config.
+        backend: of the config.
+        dense_backend: what a dense layer attends with, by diffusers' name; empty for the fastest of torch's.
+        ranks: that share the tokens; None for one.
         recalled: whether it attended what was kept, once it has run.
         handle: the plan's number, int64 ``(1,)`` on the CPU.
     """
@@ -49,11 +57,15 @@ class LayerPlan:
     tail: Tail | None
     dense: bool
     skips_scores: bool
-    prefix: int = 0
-    rest: Rest = "none"
-    memory: LayerMemory | None = None
-    records: tuple[Rule, ...] = ()
-    recalled: bool = False
+    prefix: int
+    rest: Rest
+    memory: LayerMemory | None
+    records: tuple[Rule, ...]
+    dispatch: Dispatch
+    backend: Backend
+    dense_backend: str
+    ranks: "Ranks | None"
+    recalled: bool = dataclasses.field(default=False, init=False)
     handle: Tensor = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
