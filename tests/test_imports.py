@@ -23,7 +23,7 @@ MAX_LINES = 250
 ORDER = {
     "block_masks": ["checks", "precision", "launching", "plans", "masks", "attention", "block_masks"],
     "vmoba_flex": [
-        *("reference_gates", "reference", "version", "user_error"),
+        *("reference_gates", "reference", "version", "user_error", "told"),
         *("checks", "reorder", "partition", "approx_blocks", "tail", "cell_kernels", "cells", "cell_slot_kernels"),
         *("cell_slots", "rules", "warmup"),
         *("part", "groups", "inputs", "collectives"),

@@ -1,4 +1,4 @@
-"""ComfyUI: nodes that give a model VMoBA attention. Written against ComfyUI 0.38.1.
+"""ComfyUI: nodes that give a model VMoBA attention. Written against its sources around 0.38.
 
 A model's attention goes through one function of its options, ``optimized_attention_override``, which is ours. ComfyUI
 finds the nodes by ``NODE_CLASS_MAPPINGS`` of a file in ``custom_nodes`` that imports it from here.
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.hosts.video import Video, attend_video, layer_of
-from vmoba_flex.models.memory import LayerMemory, RunMemory, Told
+from vmoba_flex.models.memory import LayerMemory, RunMemory
 from vmoba_flex.rules import TopK
+from vmoba_flex.told import Told
 
 _SLOT = "optimized_attention_override"
 _KEY = "vmoba_flex"
@@ -107,7 +108,7 @@ class Run:
         Raises:
             ValueError: if the grid does not fit the config.
         """
-        if q.shape != k.shape:  # cross-attention
+        if q.shape != k.shape:  # cross-attention, or fewer key heads
             return None
         if mask is not None or attn_precision not in (None, q.dtype):
             self.told.tell("ComfyUI: attention with a mask or another precision stays dense")
@@ -127,12 +128,9 @@ class Run:
         layer = layer_of(self.config, index, options.get("total_blocks"), *(step or (None, None)))
         kept, memory = None, self._memory(options, index, step)
         if memory is not None:
-            partition = self.config.partition(layer.kind, *video)
             heads_first = (query.transpose(1, 2), key.transpose(1, 2))
-            if layer.records:
-                kept = memory.record(layer.records, *heads_first, partition, self.config.dispatch).get(layer.rule)
-            if layer.recalls:
-                kept = kept or memory.recall(layer.rule, heads_first[0], partition)
+            partition, records = self.config.partition(layer.kind, *video), memory.records_of(layer)
+            kept = memory.choice(layer.rule, records, layer.dense, *heads_first, partition, self.config.dispatch)
         if layer.dense:
             return None
         output = attend_video(query, key, value, video, self.config, layer, scale=others.get("scale"), selection=kept)

@@ -24,8 +24,8 @@ from vllm_omni.platforms import current_omni_platform
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.hosts.video import Video, attend_video, check_pools, index_in, layer_of
 from vmoba_flex.layer import Layer
-from vmoba_flex.models.memory import Told
 from vmoba_flex.rules import TopK
+from vmoba_flex.told import Told
 
 _CONFIG = "VMOBA_FLEX_CONFIG"
 # vLLM-Omni's own values of block_sparse, which has no sign of what a user gave.
@@ -132,7 +132,7 @@ class VMoBAImpl(AttentionImpl):
         """Where the video lies; None if the call is another's."""
         layout = getattr(metadata, "video_layout", None)
         if layout is None or key.shape[1] != query.shape[1]:
-            if self.role == "self":
+            if self.role in ("self", "joint"):
                 _TOLD.tell("vLLM-Omni: self-attention without a video_layout of its model stays dense")
             return None
         if metadata.full_attn_spans is not None or metadata.joint_query is not None:

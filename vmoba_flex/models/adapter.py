@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from vmoba_flex.config_fields import LayerRule
-from vmoba_flex.models.hook import HookedProcessor, Padding, check_hands_over, hooked
+from vmoba_flex.models.dispatcher import check_hands_over
+from vmoba_flex.models.hook import HookedProcessor, Padding, hooked
 from vmoba_flex.models.processor import VMoBAProcessor
 from vmoba_flex.models.state import Grid, ModelState, Rest
 
