@@ -206,7 +206,7 @@ def test_stale_selections_are_refused():
             vmoba_mask(*tensors, PARTITION, rule, selection=other)
     with pytest.raises(ValueError, match="backend must be one of"):
         selection.planned(one.query, "eager")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match=r"selection must be a Selection or None, got torch\.bool: Selection\.of makes"):
+    with pytest.raises(TypeError, match=r"selection must be a Selection or None, got Tensor: Selection\.of makes"):
         call(one, selection.selected())  # pyright: ignore[reportArgumentType]
 
 
@@ -231,7 +231,7 @@ def test_bad_values_of_selections_are_named():
         (TypeError, "recall must be a float16, .* tensor, got float", lambda: Selection(bits, PARTITION, recall=0.9)),  # pyright: ignore[reportArgumentType]
         (
             ValueError,
-            r"recall must have shape \(2, 4\), got \(4,\)",
+            r"recall must have 2 dims \(B, H\), got shape \(4,\)",
             lambda: Selection.of(selected, PARTITION, recall=torch.ones(4)),
         ),
         (TypeError, "bounds must be Bounds, got float", lambda: Selection(bits, PARTITION, bounds=0.5)),  # pyright: ignore[reportArgumentType]
