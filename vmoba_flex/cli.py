@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from vmoba_flex.arguments import parse
 from vmoba_flex.user_error import UserError
@@ -79,19 +79,26 @@ def _write(text: str) -> None:
         sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
     except OSError as error:
-        # Python flushes once more as it ends; that must not fail again.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop(sys.stdout)
         if isinstance(error, BrokenPipeError):
             raise
         raise UserError(f"cannot write the report ({error.strerror}): give it a place to go") from error
 
 
 def _end(code: int, words: str) -> int:
-    with contextlib.suppress(OSError, AttributeError):  # stderr is full, or closed and then None
-        sys.stderr.write(f"vmoba-flex: {words}\n")
-        sys.stderr.flush()
+    if sys.stderr is not None:
+        try:
+            sys.stderr.write(f"vmoba-flex: {words}\n")
+            sys.stderr.flush()
+        except OSError:
+            _drop(sys.stderr)  # nobody can be told, but the exit code stays
     return code
+
+
+def _drop(stream: TextIO) -> None:
+    """Python flushes once more as it ends; that must not fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextlib.contextmanager
