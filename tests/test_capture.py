@@ -115,7 +115,7 @@ def test_an_error_ends_a_capture():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"layers": [-1]}, ValueError, "layers must be at least 0, got -1"),
+        ({"layers": [-1]}, ValueError, "layers must lie in 0..num_layers - 1 = 0..2, got -1"),
         ({"layers": [0, 3]}, ValueError, "layers must lie in 0..num_layers - 1 = 0..2, got 3"),
         ({"layers": 0}, TypeError, "layers must hold ints, got 0"),
         ({"steps": "0"}, TypeError, "steps must hold ints, got '0'"),
