@@ -55,7 +55,7 @@ def load(text: str) -> dict[str, Any]:
         raise ValueError(f"text must be JSON that is not nested as deeply, got {text[:40]!r}") from None
     if not isinstance(data, dict):
         raise ValueError(f"text must be a JSON object, got {text[:40]!r}")
-    if "version" not in data and not data.keys().isdisjoint(_FASTVIDEO):
+    if "version" not in data and not data.keys().isdisjoint(FASTVIDEO):
         return _fastvideo(data)
     return _own(data)
 
@@ -194,7 +194,7 @@ _SHARE = (
 )
 
 # Key: FastVideo's default (None: it has none), what the value must be, and a test of that.
-_FASTVIDEO: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {
+FASTVIDEO: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {
     "temporal_chunk_size": (None, *_COUNT),
     "spatial_chunk_size": (None, "a list of 2 ints of at least 1 (height, width)", _sizes(2)),
     "st_chunk_size": (None, "a list of 3 ints of at least 1 (frames, height, width)", _sizes(3)),
@@ -213,9 +213,9 @@ _FASTVIDEO: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {
 
 
 def _fastvideo(data: dict[str, Any]) -> dict[str, Any]:
-    _check_keys("FastVideo's VMoBA JSON", data, tuple(_FASTVIDEO))
-    values = {key: data.get(key, default) for key, (default, _, _) in _FASTVIDEO.items()}
-    for key, (_, rule, is_valid) in _FASTVIDEO.items():
+    _check_keys("FastVideo's VMoBA JSON", data, tuple(FASTVIDEO))
+    values = {key: data.get(key, default) for key, (default, _, _) in FASTVIDEO.items()}
+    for key, (_, rule, is_valid) in FASTVIDEO.items():
         if not is_valid(values[key]):
             raise ValueError(f"{key} must be {rule}, got {values[key]!r}")
     kinds = {"temporal": "temporal", "spatial": "spatial", "spatiotemporal": "st"}

@@ -7,6 +7,7 @@ A run's memory belongs to a thread and a model: threads, copies and pickles of a
 import dataclasses
 import logging
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,10 +28,17 @@ Pass = tuple[str | None, int]
 
 
 class Told:
-    """What has been logged of a model: each reason is logged once."""
+    """What has been logged of a model: each reason, and each line about what ran, is logged once."""
 
     def __init__(self) -> None:
         self.reasons: set[str] = set()
+        self.lines: set[str] = set()
+
+    def inform(self, line: Callable[[], str]) -> None:
+        """Logs what ran, the first time; ``line`` is called only where that is logged."""
+        if _LOG.isEnabledFor(logging.INFO) and (words := line()) not in self.lines:
+            self.lines.add(words)
+            _LOG.info("%s", words)
 
     def tell(self, reason: str, *details: Any) -> None:
         """Logs a warning, the first time."""
@@ -96,17 +104,27 @@ class _Kept:
 
 
 class LayerMemory:
-    """What one layer keeps in one pass, by the rule that chose it; and the rules whose choice did not fit."""
+    """What one layer keeps in one pass, by the rule that chose it.
+
+    Attributes:
+        run: that it is part of.
+        kept: choices by rule.
+        too_large: the rules whose choice did not fit.
+        why: the layer has nothing to attend, if so.
+    """
 
     def __init__(self, run: RunMemory) -> None:
         self.run = run
         self.kept: dict[Rule, _Kept] = {}
         self.too_large: set[Rule] = set()
+        self.why = ""
+        self.clear()
 
     def clear(self) -> None:
         """Drops everything."""
         self.kept.clear()
         self.too_large.clear()
+        self.why = "nothing is remembered"
 
     @torch.no_grad()
     def record(
@@ -127,6 +145,7 @@ class LayerMemory:
         chosen = dict(zip(rules, kept, strict=True))
         for rule, one in chosen.items():
             if self.run.nbytes() + one.nbytes > remember.max_bytes:
+                self.why = f"the choice does not fit into max_bytes={remember.max_bytes}"
                 self.run.told.tell(
                     "remember: layers whose choice does not fit choose by their rule's own gate: max_bytes=%d is less "
                     "than all layers and passes take. Raise it, with on='cpu' if the device has no room",
@@ -143,6 +162,7 @@ class LayerMemory:
         kept = self.kept.get(rule)
         if kept is not None and not kept.fits(query, partition):
             self.clear()
+            self.why = "the call changed in mid-run: nothing is remembered"
             self.run.told.tell(
                 "remember: grid, text, batch, heads, dtype or device changed in mid-run: layers choose by their rule's "
                 "own gate from step %d on", self.run.step,
