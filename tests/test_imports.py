@@ -29,8 +29,8 @@ ORDER = {
         *("part", "groups", "inputs", "collectives"),
         *("selection", "call", "mask", "flex_inputs", "stats", "dispatch", "distributed", "attention"),
         *("paper", "dense_schedule", "by_steps", "remember", "fast", "layer", "config_fields", "config_json", "config"),
-        *("module", "models", "vmoba_flex"),
-        *("insight", "demo", "fidelity", "arguments", "cli"),
+        *("module", "models", "insight", "fidelity", "vmoba_flex"),
+        *("demo", "arguments", "load_pipeline", "compare_command", "cli"),
     ],
 }
 
@@ -105,7 +105,9 @@ OTHERS = {
     "models": {"diffusers"},
     "insight": {"matplotlib", "numpy", "safetensors"},
     "demo": {"av", "matplotlib", "numpy", "safetensors", "tqdm"},
-    "fidelity": {"av", "diffusers", "matplotlib", "numpy", "safetensors", "torchmetrics", "tqdm"},
+    "load_pipeline": {"av", "diffusers"},
+    "compare_command": {"av"},
+    "fidelity": {"av", "matplotlib", "numpy", "safetensors", "torchmetrics", "tqdm"},
 }
 
 

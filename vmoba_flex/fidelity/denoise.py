@@ -94,7 +94,7 @@ def arguments_of(pipe: Any, prompt: Prompt, call: Mapping[str, Any]) -> dict[str
 
     Raises:
         TypeError: if ``prompt`` or ``call`` has a wrong type.
-        ValueError: if both have the same argument, or one has the generator.
+        ValueError: if both have the same argument, one has the generator, or the pipeline takes no such argument.
     """
     if not isinstance(prompt, str | Mapping):
         raise TypeError(f"prompt must be a text or a mapping of arguments, got {prompt!r:.80}")
@@ -103,9 +103,14 @@ def arguments_of(pipe: Any, prompt: Prompt, call: Mapping[str, Any]) -> dict[str
     of_prompt = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
     if twice := (of_prompt.keys() & call.keys()) | ({"generator"} & (of_prompt.keys() | call.keys())):
         raise ValueError(f"call must have no argument that prompts or seeds set, got {', '.join(sorted(twice))}")
+    known = parameters_of(pipe)
+    open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
+    if unknown := [] if open_ended else sorted((of_prompt.keys() | call.keys()) - known.keys()):
+        names = ", ".join(name for name in known if name not in ("self", "generator"))
+        raise ValueError(f"call must have arguments of {type(pipe).__name__} ({names}), got {', '.join(unknown)}")
     if call.get("output_type") == "latent":
         raise ValueError("call must have an output_type of pixels, such as 'np', got 'latent'")
-    default = {"output_type": "np"} if "output_type" in parameters_of(pipe) else {}
+    default = {"output_type": "np"} if "output_type" in known else {}
     return default | of_prompt | dict(call)
 
 

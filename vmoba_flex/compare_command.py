@@ -1,0 +1,78 @@
+"""The command compare; ``arguments`` has its options."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.fidelity.compare import compare
+from vmoba_flex.fidelity.report import PAGE
+from vmoba_flex.load_pipeline import DEMO, load_pipeline, read_arguments, read_prompts
+from vmoba_flex.user_error import UserError, check_extra, one_line
+
+NAMED = ("paper", "fast")
+"""Configs that have names."""
+
+DEMO_PROMPT = "bunny"
+
+
+def run_compare(arguments: argparse.Namespace) -> str:
+    """Denoises under full attention and configs, writes the report, and returns the table."""
+    check_extra("compare", "av", "matplotlib", "numpy", "safetensors", "torchmetrics", "tqdm")
+    check_movies()
+    configs = dict(map(_config, arguments.config or NAMED))
+    prompts: list[str] = list(arguments.prompt or ())
+    if arguments.prompts is not None:
+        prompts += read_prompts(arguments.prompts)
+    if not prompts:
+        if arguments.model != DEMO:
+            raise UserError("there is no prompt: give --prompt TEXT, or --prompts FILE with one a line")
+        prompts = [DEMO_PROMPT]
+    call = read_arguments(arguments.set or (), arguments.image, arguments.video)
+    pipe = load_pipeline(
+        arguments.model,
+        dtype=arguments.dtype,
+        offload=arguments.offload,
+        lora=arguments.lora or (),
+        pipeline=arguments.pipeline,
+    )
+    options: dict[str, Any] = {"seeds": arguments.seeds, "call": call, "output": arguments.output, "fps": arguments.fps}
+    try:
+        found = compare(pipe, configs, prompts=prompts, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory ({one_line(error)[:120]}): make the video smaller by --set, or take --offload model; "
+            f"finished denoises stay in {arguments.output}, and the same command goes on from there"
+        ) from error
+    return f"{found.table()}\nPSNR and SSIM: to full attention's videos.\nPage: {arguments.output / PAGE}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python had no memory left."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(one in str(error).lower() for one in words)
+
+
+def check_movies() -> None:
+    """Raises ``UserError`` if av cannot write H.264."""
+    from av.codec import Codec
+
+    try:
+        Codec("libx264", "w")
+    except ValueError as error:
+        raise UserError("av here has no H.264 encoder (libx264): pip install av, whose wheels bring one") from error
+
+
+def _config(name: str) -> tuple[str, VMoBAConfig]:
+    """A named config, or one of a JSON file by its stem."""
+    if name == "paper":
+        return name, VMoBAConfig.paper("inference")
+    if name == "fast":
+        return name, VMoBAConfig.fast()
+    return Path(name).stem, VMoBAConfig.load(name)
