@@ -152,18 +152,30 @@ def outputs_and_gradients(path: Path, problem: Problem, upstream: Tensor) -> lis
     return [output.detach(), *grads]
 
 
-def assert_within_budget(actual: list[Tensor], low: list[Tensor], exact: list[Tensor], factor: float = 2.0) -> None:
+def largest_logit(problem: Problem) -> float:
+    """The largest magnitude of a product of a query and a key, scaled as attention scales it."""
+    query, key = problem.query.double(), problem.key.double()
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scale = query.shape[-1] ** -0.5 if problem.scale is None else problem.scale
+    return float((query @ key.mT).abs().max() * abs(scale))
+
+
+def assert_within_budget(
+    actual: list[Tensor], low: list[Tensor], exact: list[Tensor], factor: float = 2.0, logit: float = 0.0
+) -> None:
     """Holds each tensor's error to ``factor`` times the low-precision reference's own, both in the maximum norm.
 
     Rounding the exact result to the tensor's dtype is always granted: a lucky reference may hit it exactly. So is
     float32's rounding of a sum over the head dim of products as large as the results: gradients are differences of such
-    sums, and where they cancel, as with only one key, the reference may take them in an order that leaves nothing.
+    sums, and where they cancel, as with only one key, the reference may take them in an order that leaves nothing. And
+    so is float32's rounding of logits and log-sum-exps as large as ``logit``: it moves each weight by that times eps.
     """
     largest = max(truth.abs().max() for truth in exact)
     names = ("output", "dquery", "dkey", "dvalue")[: len(actual)]
     for name, x, reference_low, truth in zip(names, actual, low, exact, strict=True):
         error, budget = (x.double() - truth).abs().max(), (reference_low.double() - truth).abs().max()
-        rounding = torch.finfo(x.dtype).eps * truth.abs().max() + torch.finfo(torch.float32).eps * x.shape[-1] * largest
+        float32 = torch.finfo(torch.float32).eps * (x.shape[-1] + logit) * largest
+        rounding = torch.finfo(x.dtype).eps * truth.abs().max() + float32
         assert error <= factor * (budget + rounding), f"{name}: error {error:.3g}, budget {budget:.3g} + {rounding:.3g}"
 
 
@@ -172,7 +184,7 @@ def assert_equals_dense_masked_attention(path: Path, problem: Problem, upstream:
     actual = outputs_and_gradients(path, problem, upstream)
     low = outputs_and_gradients(functools.partial(low_precision, mask=mask), problem, upstream)
     truth = outputs_and_gradients(functools.partial(exact, mask=mask), problem.to(torch.float64), upstream)
-    assert_within_budget(actual, low, truth)
+    assert_within_budget(actual, low, truth, logit=largest_logit(problem))
 
 
 def assert_captured_graph_replays(

@@ -24,6 +24,8 @@ from tests.test_fidelity import CALL, EVERYTHING, SPARSE, prompt, wan_pipeline
 from tests.video_models import FAMILIES, Family, each_family, run
 from vmoba_flex import VMoBAConfig, apply_vmoba, compare
 from vmoba_flex.cli import main
+from vmoba_flex.compare_command import config_of
+from vmoba_flex.demo.pipeline import DemoPipeline
 from vmoba_flex.fidelity import denoise
 
 MODULE = sys.modules["vmoba_flex.fidelity.compare"]  # its folder's name for it is the function
@@ -197,6 +199,15 @@ def test_bad_arguments(changes: Mapping[str, Any], error: type[Exception], words
 SMALL = "num_frames=8 height=48 width=64 num_inference_steps=4"
 
 
+def test_configs_by_name():
+    pipe = wan_pipeline()
+    own = VMoBAConfig.preset("WanTransformer3DModel", "balanced")
+    assert config_of("balanced", pipe) == ("balanced", own)
+    assert config_of("wan2.2-a14b:fast", pipe)[1] == VMoBAConfig.preset("wan2.2-a14b", "fast")
+    assert config_of("fast", DemoPipeline()) == ("fast", VMoBAConfig.fast())
+    assert config_of("paper", pipe)[1] == VMoBAConfig.paper("inference")
+
+
 def test_the_command_on_the_model_that_ships(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     SPARSE.save(tmp_path / "mine.json")
     words = f"compare demo --config {tmp_path / 'mine.json'} fast --seeds 0 1 --output {tmp_path / 'out'} --set {SMALL}"
@@ -216,6 +227,7 @@ def test_the_command_on_the_model_that_ships(tmp_path: Path, capsys: pytest.Capt
         ("demo --prompts none.txt", "cannot read none.txt"),
         ("demo --prompt none.mp4", "prompt must be 'bunny' or a video file"),
         ("demo --config none.json", "cannot read none.json"),
+        ("demo --config wan2.1-14b:slow", "--config wan2.1-14b:slow: speed must be"),
         ("demo --set num_frames", "--set must be NAME=VALUE"),
         ("demo --set num_frames=7", "num_frames must be a multiple of 4, got 7"),
         ("demo --set frames=8", "call must have arguments of DemoPipeline"),

@@ -28,8 +28,8 @@ ORDER = {
         *("cell_slots", "rules", "warmup"),
         *("part", "groups", "inputs", "collectives"),
         *("selection", "call", "mask", "flex_inputs", "stats", "dispatch", "distributed", "attention"),
-        *("paper", "dense_schedule", "by_steps", "remember", "fast", "layer", "config_fields", "config_json", "config"),
-        *("module", "models", "insight", "fidelity", "vmoba_flex"),
+        *("paper", "dense_schedule", "by_steps", "remember", "presets", "layer"),
+        *("config_fields", "config_json", "config", "module", "models", "insight", "fidelity", "vmoba_flex"),
         *("demo", "arguments", "load_pipeline", "compare_command", "cli"),
     ],
 }

@@ -147,7 +147,7 @@ def _add_compare(commands: Any) -> None:
     words = "denoise the same prompts and noise under full attention and VMoBA, and show how near the videos are"
     one = _add(commands, "compare", words)
     one.add_argument("model", metavar="MODEL", help="a folder or hub name for diffusers, or demo: the model that ships")
-    words = "paper, fast, or a JSON file of VMoBAConfig.save (default: paper fast)"
+    words = "paper; faithful, balanced or fast: a preset; or a JSON file of VMoBAConfig.save (default: paper fast)"
     one.add_argument("--config", nargs="+", metavar="CONFIG", help=words)
     one.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated; for demo, a video file")
     one.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with one prompt a line")

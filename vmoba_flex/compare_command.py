@@ -10,10 +10,12 @@ from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.fidelity.compare import compare
 from vmoba_flex.fidelity.report import PAGE
 from vmoba_flex.load_pipeline import DEMO, load_pipeline, read_arguments, read_prompts
+from vmoba_flex.models.handle import models_of
+from vmoba_flex.presets import NAMES, SPEEDS, speed_arguments
 from vmoba_flex.user_error import UserError, check_extra, one_line
 
 NAMED = ("paper", "fast")
-"""Configs that have names."""
+"""What configs are compared where none is named."""
 
 DEMO_PROMPT = "bunny"
 
@@ -22,7 +24,6 @@ def run_compare(arguments: argparse.Namespace) -> str:
     """Denoises under full attention and configs, writes the report, and returns the table."""
     check_extra("compare", "av", "matplotlib", "numpy", "safetensors", "torchmetrics", "tqdm")
     check_movies()
-    configs = dict(map(_config, arguments.config or NAMED))
     prompts: list[str] = list(arguments.prompt or ())
     if arguments.prompts is not None:
         prompts += read_prompts(arguments.prompts)
@@ -38,6 +39,7 @@ def run_compare(arguments: argparse.Namespace) -> str:
         lora=arguments.lora or (),
         pipeline=arguments.pipeline,
     )
+    configs = dict(config_of(name, pipe) for name in arguments.config or NAMED)
     options: dict[str, Any] = {"seeds": arguments.seeds, "call": call, "output": arguments.output, "fps": arguments.fps}
     try:
         found = compare(pipe, configs, prompts=prompts, **options)
@@ -69,10 +71,28 @@ def check_movies() -> None:
         raise UserError("av here has no H.264 encoder (libx264): pip install av, whose wheels bring one") from error
 
 
-def _config(name: str) -> tuple[str, VMoBAConfig]:
-    """A named config, or one of a JSON file by its stem."""
+def config_of(name: str, pipe: Any) -> tuple[str, VMoBAConfig]:
+    """The config that a word of the command line stands for, and its name in the report.
+
+    Args:
+        name: ``"paper"``; a speed of ``VMoBAConfig.preset``, for the pipeline's own transformer; a model and a speed,
+            as in ``"wan2.2-a14b:balanced"``; or a JSON file.
+        pipe: the pipeline.
+
+    Raises:
+        UserError: if it stands for none.
+    """
     if name == "paper":
         return name, VMoBAConfig.paper("inference")
-    if name == "fast":
-        return name, VMoBAConfig.fast()
+    model, colon, speed = name.rpartition(":")
+    if name in SPEEDS:
+        own = type(next(iter(models_of(pipe).values()))).__name__
+        if own not in NAMES:  # a model of one's own, or the one that ships
+            return name, VMoBAConfig(**speed_arguments(name, None))
+        model, colon, speed = own, ":", name
+    if colon and model in NAMES:
+        try:
+            return name, VMoBAConfig.preset(model, speed)  # pyright: ignore[reportArgumentType]
+        except ValueError as error:
+            raise UserError(f"--config {name}: {one_line(error)}") from error
     return Path(name).stem, VMoBAConfig.load(name)

@@ -56,7 +56,7 @@ def load_pipeline(
     if not Path(model).exists() and (Path(model).is_absolute() or model.startswith(".") or model.count("/") != 1):
         raise UserError(f"there is no folder {model}: name a folder, a hub name such as ORG/MODEL, or {DEMO}")
     try:
-        pipe: Any = loader.from_pretrained(model, torch_dtype=kind)
+        pipe: Any = loader.from_pretrained(model, dtype=kind)
         for one in lora:
             pipe.load_lora_weights(one)
     except Exception as error:  # of files, the network, classes, extras: the message says which

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vmoba_flex.call import Chosen
 from vmoba_flex.models.memory import LayerMemory, Pass, RunMemory
 from vmoba_flex.models.steps import Step
 from vmoba_flex.rules import Rule
@@ -39,7 +40,10 @@ class LayerPlan:
         rest: where tokens lie that are neither.
         memory: what the layer keeps in this pass of the run; None if nothing is remembered.
         records: rules by which it chooses from exact masses, to keep the choice.
-        recalled: whether it attended what was kept, once it has run.
+        recalls: whether it is to attend what was kept.
+        recalled: whether it did, once it has run.
+        why: it is dense, if so: the setting that says it.
+        chosen: what ran, once it has; of a layer in a graph with gradients, ``traced.py`` knows it.
         handle: the plan's number, int64 ``(1,)`` on the CPU.
     """
 
@@ -53,7 +57,10 @@ class LayerPlan:
     rest: Rest = "none"
     memory: LayerMemory | None = None
     records: tuple[Rule, ...] = ()
+    recalls: bool = False
     recalled: bool = False
+    why: str = ""
+    chosen: Chosen | None = None
     handle: Tensor = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:

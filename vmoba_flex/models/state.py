@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.dense_schedule import is_dense_layer
 from vmoba_flex.layer import Layer
 from vmoba_flex.models.memory import LayerMemory, Pass, RunMemory, Told
 from vmoba_flex.models.plan import Forward, Grid, LayerPlan, Rest, ThreadLocal
@@ -124,8 +125,9 @@ class ModelState:
             rule = layer.rule if self.warmup is None else warmed(layer.rule, self.warmup)
             dense = all_dense or layer.dense
             memory, records = self._memory(kept_in, i, layer)
-            block = blocks[layer.kind]
-            plans.append(LayerPlan(grid, block, rule, layer.tail, dense, skips, prefix, rest, memory, records))
+            plan = LayerPlan(grid, blocks[layer.kind], rule, layer.tail, dense, skips, prefix, rest, memory, records)
+            plan.recalls, plan.why = layer.recalls, self._why_dense(i) if dense else ""
+            plans.append(plan)
         return Forward(tuple(plans), step, kept_in)
 
     def enter(self, forward: Forward | None) -> Forward | None:
@@ -207,9 +209,17 @@ class ModelState:
             return None, ()
         run, one = kept_in
         memory = run.layer(one, i)
-        if layer.recalls and not layer.records and run.remember.refresh is not None and layer.rule not in memory.kept:
+        lost = layer.rule not in memory.kept and layer.rule not in memory.too_large
+        if layer.recalls and not layer.records and run.remember.refresh is not None and lost:
             return memory, (layer.rule,)
         return memory, layer.records
+
+    def _why_dense(self, i: int) -> str:
+        """Which setting makes layer i dense."""
+        if not self.enabled or self.warmup == 0:
+            return "set_warmup(0)" if self.enabled else "set_enabled(False)"
+        layers: Any = self.config.dense_layers  # narrowed by the config
+        return "dense_layers" if is_dense_layer(layers, i, len(self.processors)) else "dense_steps"
 
     def _block(self, kind: str, grid: Grid) -> Grid:
         try:
@@ -218,31 +228,3 @@ class ModelState:
             if self.enabled:
                 raise
             return grid  # all layers are dense
-
-
-class Checkpointing:
-    """A function for gradient checkpointing whose layers are computed again in the plans of their forward."""
-
-    def __init__(self, inner: Callable[..., Any], state: ModelState) -> None:
-        self.inner, self.state = inner, state
-
-    def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The layer's output."""
-        # A compiled graph recomputes by itself, without running Python again.
-        if not torch.compiler.is_compiling() and self.state.now.forward is not None:
-            layer = _Bound(layer, self.state, self.state.now.forward)
-        return self.inner(layer, *args, **kwargs)
-
-
-class _Bound:
-    """A layer that runs in the plans of a forward."""
-
-    def __init__(self, layer: Callable[..., Any], state: ModelState, forward: Forward) -> None:
-        self.layer, self.state, self.forward = layer, state, forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before = self.state.enter(self.forward)
-        try:
-            return self.layer(*args, **kwargs)
-        finally:
-            self.state.enter(before)

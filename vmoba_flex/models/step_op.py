@@ -11,6 +11,7 @@ from vmoba_flex.dispatch.dense import dense_attention
 from vmoba_flex.groups import valid_keys
 from vmoba_flex.models.memory import LayerMemory
 from vmoba_flex.models.plan import LayerPlan
+from vmoba_flex.models.traced import note
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection.kept import Selection
@@ -116,7 +117,7 @@ def attend_planned(
         return by_heads(here, query, key, value, text_lengths, layout), densities[0]
     chosen = {}
     if memory is not None and plan.records:
-        chosen = memory.record(plan.records, query, key, partition, text_lengths, dispatch)
+        chosen = memory.record(plan.records, query, key, partition, dispatch)
     if plan.dense:
         return attend_everything(query, key, value, text_lengths, partition, dense_backend), None
     rule: Rule | Selection = plan.rule
@@ -126,6 +127,11 @@ def attend_planned(
     gqa = key.shape[1] != query.shape[1]
     call = Call(partition, rule, enable_gqa=gqa, text_lengths=text_lengths, tail=plan.tail)
     attended = attend(query, key, value, call, dispatch, backend, layout)
+    if attended.chosen is not None:
+        if torch.compiler.is_compiling():  # an attribute that is set in a graph could not be checkpointed
+            note(partition, attended.chosen)
+        else:
+            plan.chosen = attended.chosen
     return attended.output, attended.density()
 
 
@@ -135,6 +141,7 @@ def _heads_choose_alone(plan: LayerPlan, memory: LayerMemory, query: Tensor, key
     alone = all(rule.pool in ("query", "head") for rule in rules)
     if alone and key.shape[1] == query.shape[1] >= layout.ranks.size:
         return True
+    memory.why = "remember has no effect over ranks where heads compete"
     memory.run.told.tell(
         "remember has no effect over ranks where heads compete (pool 'block' or 'global'), share keys or are too few: "
         "layers choose by their rule's own gate"
