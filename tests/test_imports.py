@@ -107,7 +107,9 @@ OTHERS = {
     "models": {"diffusers"},
     "insight": {"matplotlib", "numpy", "safetensors"},
     "demo": {"av", "matplotlib", "numpy", "safetensors", "tqdm"},
-    "fidelity": {"av", "diffusers", "matplotlib", "numpy", "safetensors", "torchmetrics", "tqdm"},
+    "load_pipeline": {"av", "diffusers"},
+    "compare_command": {"av"},
+    "fidelity": {"av", "matplotlib", "numpy", "safetensors", "torchmetrics", "tqdm"},
 }
 
 

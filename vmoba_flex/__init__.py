@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from vmoba_flex.by_steps import BySteps
     from vmoba_flex.config import VMoBAConfig
     from vmoba_flex.dispatch.machine import Machine, use_machine
+    from vmoba_flex.fidelity.compare import compare
+    from vmoba_flex.fidelity.comparison import Comparison
     from vmoba_flex.flex_inputs import FlexInputs, vmoba_inputs
     from vmoba_flex.layer import Layer
     from vmoba_flex.mask import vmoba_mask
@@ -41,6 +43,7 @@ __all__ = [
     "AttentionStats",
     "BlockPartition",
     "BySteps",
+    "Comparison",
     "FlexInputs",
     "Layer",
     "Machine",
@@ -56,6 +59,7 @@ __all__ = [
     "__version__",
     "apply_vmoba",
     "block_masses",
+    "compare",
     "register_adapter",
     "use_machine",
     "vmoba_attention",
@@ -69,6 +73,7 @@ _MODULES = {
     "AttentionStats": "stats",
     "BlockPartition": "partition",
     "BySteps": "by_steps",
+    "Comparison": "fidelity.comparison",
     "FlexInputs": "flex_inputs",
     "Layer": "layer",
     "Machine": "dispatch.machine",
@@ -83,6 +88,7 @@ _MODULES = {
     "Warmup": "warmup",
     "apply_vmoba": "models",
     "block_masses": "selection.exact_gate",
+    "compare": "fidelity.compare",
     "register_adapter": "models",
     "use_machine": "dispatch.machine",
     "vmoba_attention": "attention",

@@ -53,6 +53,10 @@ def _command(name: str) -> Callable[[Any], str]:
         from vmoba_flex.demo.show import run_demo
 
         return run_demo
+    if name == "compare":
+        from vmoba_flex.compare_command import run_compare
+
+        return run_compare
     from vmoba_flex.insight import commands
 
     return {
