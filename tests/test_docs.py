@@ -89,8 +89,8 @@ def _changes_over(heads: int, gradients: bool, to: str) -> int:
         with FakeTensorMode(), mock.patch("vmoba_flex.dispatch.choose._flash_cannot_run", return_value=None):
             x = torch.empty(1, heads, tokens, 128, device="cuda", dtype=torch.bfloat16, requires_grad=gradients)
             if to == "packed":
-                return choose_dispatch(x, x, x, partition, Threshold(0.25, max_density=0.25))
-            return choose_backend("auto", "packed", x, x, x, partition)
+                return choose_dispatch(x, x, x, partition, Threshold(0.25, max_density=0.25))[0]
+            return choose_backend("auto", "packed", x, x, x, partition)[0]
 
     return 10 * bisect.bisect_left(range(10_000), True, key=lambda tens: tens > 0 and taken(10 * tens) == to)
 

@@ -28,9 +28,19 @@ ORDER = {
         *("cell_slots", "rules", "warmup"),
         *("part", "groups", "inputs", "collectives"),
         *("selection", "call", "mask", "flex_inputs", "stats", "dispatch", "distributed", "attention"),
-        *("paper", "dense_schedule", "by_steps", "remember", "fast", "layer", "config_fields", "config_json", "config"),
+        *(
+            "paper",
+            "dense_schedule",
+            "by_steps",
+            "remember",
+            "presets",
+            "layer",
+            "config_fields",
+            "config_json",
+            "config",
+        ),
         *("module", "models", "hosts", "vmoba_flex"),
-        *("insight", "demo", "arguments", "cli"),
+        *("insight", "demo", "fidelity", "arguments", "cli"),
     ],
 }
 
@@ -106,6 +116,7 @@ OTHERS = {
     "models": {"diffusers"},
     "insight": {"matplotlib", "numpy", "safetensors"},
     "demo": {"av", "matplotlib", "numpy", "safetensors", "tqdm"},
+    "fidelity": {"av", "diffusers", "matplotlib", "numpy", "safetensors", "torchmetrics", "tqdm"},
 }
 
 

@@ -396,7 +396,7 @@ def test_calibrate_knows_what_auto_takes(
     with FakeTensorMode():
         shape = (1, max(heads) + 1, partition.num_tokens, 128)
         q, k, v = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for _ in range(3))
-        auto = choose_dispatch(q, k, v, partition, rule, tail)
+        auto, _ = choose_dispatch(q, k, v, partition, rule, tail)
     assert _auto_is_packed(one, partition, rule, tail) == (auto == "packed")
 
 

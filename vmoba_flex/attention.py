@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vmoba_flex.call import BACKENDS, DISPATCHES, MAX_ROW_BYTES, Backend, Call, Dispatch
 from vmoba_flex.checks import check_bool, check_choice, check_positive
-from vmoba_flex.dispatch.choose import choose_backend, choose_dispatch
+from vmoba_flex.dispatch.choose import choose
 from vmoba_flex.dispatch.one_device import attend_here
 from vmoba_flex.inputs import (
     check_query_key,
@@ -228,7 +228,6 @@ def attend(
         from vmoba_flex.distributed.attend import attend_across
 
         return attend_across(query, key, value, call, dispatch, backend, layout, balance)
-    if dispatch == "auto":
-        dispatch = choose_dispatch(query, key, value, call.partition, call.rule, call.tail)
-    chosen = choose_backend(backend, dispatch, query, key, value, call.partition, call.text_lengths is not None)
-    return attend_here(query, key, value, call, dispatch, chosen)
+    chosen = choose(query, key, value, call, dispatch, backend)
+    attended = attend_here(query, key, value, call, chosen.dispatch, chosen.backend)
+    return attended._replace(chosen=chosen)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from block_masks import Slots, slot_tile_map, valid_slots
-from vmoba_flex.call import Call
+from vmoba_flex.call import Call, Chosen
 from vmoba_flex.groups import valid_keys
 from vmoba_flex.mask import selection_tiles
 from vmoba_flex.part import Part
@@ -50,6 +50,7 @@ class Attended(NamedTuple):
         tile_choice: bool ``(B, H, tiles, G)`` and the slots of the tiles, where the queries of a tile chose together.
             With neither, the call attended everything.
         part: the part of the call on this rank; None for all.
+        chosen: what ran, and why.
     """
 
     output: Tensor
@@ -60,6 +61,7 @@ class Attended(NamedTuple):
     selection: Tensor | None = None
     tile_choice: tuple[Tensor, Slots] | None = None
     part: Part | None = None
+    chosen: Chosen | None = None
 
     def stats(self) -> AttentionStats:
         """The stats of all heads. All ranks that share the call must call this."""

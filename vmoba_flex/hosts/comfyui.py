@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.config import VMoBAConfig
-from vmoba_flex.fast import fast_arguments
 from vmoba_flex.hosts.video import Video, attend_video, layer_of
 from vmoba_flex.models.memory import LayerMemory, RunMemory
+from vmoba_flex.presets import speed_arguments
+from vmoba_flex.remember import Remember
 from vmoba_flex.rules import TopK
 from vmoba_flex.told import Told
 
@@ -51,7 +52,7 @@ class Run:
     """VMoBA in one patched model, and what its layers keep in the run of a sampler."""
 
     def __init__(self, config: VMoBAConfig) -> None:
-        self.config, self.told = config, Told()
+        self.config, self.told = config, Told(__name__)
         self.overrides: list[Any] = []
         self.clear()
 
@@ -130,7 +131,7 @@ class Run:
         if memory is not None:
             heads_first = (query.transpose(1, 2), key.transpose(1, 2))
             partition, records = self.config.partition(layer.kind, *video), memory.records_of(layer)
-            kept = memory.choice(layer.rule, records, layer.dense, *heads_first, partition, None, self.config.dispatch)
+            kept = memory.choice(layer.rule, records, layer.dense, *heads_first, partition, self.config.dispatch)
         if layer.dense:
             return None
         output = attend_video(query, key, value, video, self.config, layer, scale=others.get("scale"), selection=kept)
@@ -208,9 +209,11 @@ class VMoBANode:
 
     def patch(self, model: Any, density: float, dense_steps: float, tail: bool, remember: bool) -> tuple[Any]:
         """The model with ``VMoBAConfig.fast``, but for these values."""
-        arguments = fast_arguments(None) | {"rule": TopK(density=density, gate="spread"), "dense_steps": dense_steps}
-        for name, wanted in (("tail", tail), ("remember", remember)):
-            arguments[name] = arguments[name] if wanted else None
+        arguments = speed_arguments("fast", None)
+        arguments["rule"], arguments["dense_steps"] = TopK(density=density, gate="spread"), dense_steps
+        arguments["tail"] = arguments["tail"] if tail else None
+        # Chooses once where no dense step came before: more steps than a run has.
+        arguments["remember"] = Remember(refresh=1000) if remember else None
         return (patch_model(model, VMoBAConfig(**arguments)),)
 
 

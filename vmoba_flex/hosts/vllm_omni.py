@@ -21,16 +21,16 @@ from vllm_omni.diffusion.attention.selector import get_attn_backend_for_capabili
 from vllm_omni.platforms import current_omni_platform
 
 from vmoba_flex.config import VMoBAConfig
-from vmoba_flex.fast import fast_arguments
 from vmoba_flex.hosts.video import Video, attend_video, check_pools, index_in, layer_of
 from vmoba_flex.layer import Layer
+from vmoba_flex.presets import speed_arguments
 from vmoba_flex.rules import TopK
 from vmoba_flex.told import Told
 
 _CONFIG = "VMOBA_FLEX_CONFIG"
 # vLLM-Omni's own values of block_sparse, which has no sign of what a user gave.
 _UNSET = {"sparsity": 0.8, "start_step": 0, "end_step": 0, "precision": "bf16"}
-_TOLD = Told()
+_TOLD = Told(__name__)
 
 
 def register() -> None:
@@ -204,9 +204,12 @@ def config_of(backend_kwargs: dict[str, Any] | None) -> VMoBAConfig:
         return config
     if not 0 <= given["sparsity"] < 1:
         raise ValueError(f"sparsity of block_sparse must lie in [0, 1) for VMoBA, got {given['sparsity']}")
-    arguments = fast_arguments(None) | {"rule": TopK(density=1 - given["sparsity"], gate="spread"), "remember": None}
-    dense_steps = (given["start_step"], given["end_step"])
-    return VMoBAConfig(**arguments | {"dense_steps": dense_steps, "dense_layers": given.get("skip_layers", 0)})
+    arguments = speed_arguments("fast", None)
+    arguments["remember"] = None
+    arguments["rule"] = TopK(density=1 - given["sparsity"], gate="spread")
+    arguments["dense_steps"] = (given["start_step"], given["end_step"])
+    arguments["dense_layers"] = given.get("skip_layers", 0)
+    return VMoBAConfig(**arguments)
 
 
 def _check_parallel(config: VMoBAConfig) -> None:

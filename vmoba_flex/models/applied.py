@@ -12,10 +12,12 @@ from torch._dynamo import config as dynamo_config
 from vmoba_flex.config_fields import rule_of_layer
 from vmoba_flex.models.adapter import Adapter
 from vmoba_flex.models.adapters import device_of, find_adapter, forward_arguments
+from vmoba_flex.models.checkpointing import Checkpointing
 from vmoba_flex.models.dispatcher import register_for_layer_skipping, skips_scores
 from vmoba_flex.models.plan import Forward
 from vmoba_flex.models.processor import VMoBAProcessor
-from vmoba_flex.models.state import Checkpointing, ModelState
+from vmoba_flex.models.state import ModelState
+from vmoba_flex.models.summary import line_of
 
 # Where diffusers' models and torch's checkpoint_wrapper keep the function that checkpoints a layer.
 _CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -88,6 +90,7 @@ class Applied:
         self.state.now.settings = None
         settings.__exit__(None, None, None)
         self.state.end_pass(forward)
+        self.state.told.inform(lambda: line_of(type(model).__name__, self.processors, forward.plans))
         outputs = output.values() if isinstance(output, dict) else output
         for x in outputs if isinstance(outputs, Iterable) and not isinstance(outputs, Tensor) else [outputs]:
             if isinstance(x, Tensor) and x.grad_fn is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from vmoba_flex.call import Backend, Dispatch
+from vmoba_flex.call import Backend, Chosen, Dispatch
 from vmoba_flex.models.memory import LayerMemory, Pass, RunMemory
 from vmoba_flex.models.steps import Step
 from vmoba_flex.rules import Rule
@@ -47,7 +47,10 @@ class LayerPlan:
         backend: of the config.
         dense_backend: what a dense layer attends with, by diffusers' name; empty for the fastest of torch's.
         ranks: that share the tokens; None for one.
+        recalls: whether it is to attend what was kept.
+        why: it is dense, if so: the setting that says it.
         recalled: whether it attended what was kept, once it has run.
+        chosen: what ran, once it has; of a layer in a graph with gradients, ``traced.py`` knows it.
         handle: the plan's number, int64 ``(1,)`` on the CPU.
     """
 
@@ -65,7 +68,10 @@ class LayerPlan:
     backend: Backend
     dense_backend: str
     ranks: "Ranks | None"
+    recalls: bool
+    why: str
     recalled: bool = dataclasses.field(default=False, init=False)
+    chosen: Chosen | None = dataclasses.field(default=None, init=False)
     handle: Tensor = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:

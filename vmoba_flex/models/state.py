@@ -14,7 +14,6 @@ the plans and puts each into its processor's ``now``, a thread-local; the hook a
 """
 
 import dataclasses
-import functools
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.dense_schedule import is_dense_layer
 from vmoba_flex.models.memory import Pass, RunMemory
 from vmoba_flex.models.plan import Forward, Grid, LayerPlan, Rest, ThreadLocal
 from vmoba_flex.models.steps import Step, StepSource, counted_step, first_call, running_pipeline, schedule_of, step_at
@@ -82,7 +82,7 @@ class ModelState:
     recorder: Callable[..., None] | None = None
     now: ModelNow = dataclasses.field(default_factory=ModelNow)
     alive: "weakref.WeakSet[Forward]" = dataclasses.field(default_factory=weakref.WeakSet)
-    told: Told = dataclasses.field(default_factory=Told)
+    told: Told = dataclasses.field(default_factory=lambda: Told("vmoba_flex.models"))
     shapes: set[tuple[Grid, Grid, tuple[int, ...]]] = dataclasses.field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -125,12 +125,13 @@ class ModelState:
             if kept_in is not None and (layer.records or layer.recalls):
                 run, one = kept_in
                 memory = run.layer(one, i)
+            dense = all_dense or layer.dense
             plan = LayerPlan(
                 grid=grid,
                 block=blocks[layer.kind],
                 rule=layer.rule if self.warmup is None else warmed(layer.rule, self.warmup),
                 tail=layer.tail,
-                dense=all_dense or layer.dense,
+                dense=dense,
                 skips_scores=skips,
                 prefix=prefix,
                 rest=rest,
@@ -140,6 +141,8 @@ class ModelState:
                 backend=self.config.backend,
                 dense_backend=processor.dense_backend,
                 ranks=processor.ranks,
+                recalls=layer.recalls,
+                why=self._why_dense(i) if dense else "",
             )
             plans.append(plan)
         return Forward(tuple(plans), step, kept_in)
@@ -150,14 +153,6 @@ class ModelState:
         for i, processor in enumerate(self.processors):
             processor.now.plan = None if forward is None else forward.plans[i]
         return before
-
-    def run_in(self, forward: Forward, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The output of a layer in the plans of a forward."""
-        before = self.enter(forward)
-        try:
-            return layer(*args, **kwargs)
-        finally:
-            self.enter(before)
 
     def recomputed_plan(self, processor: Any) -> LayerPlan:
         """The plan of a layer that runs while no forward of its model is under way.
@@ -223,6 +218,13 @@ class ModelState:
             self.now.memory.clear()
             self.now.memory = None
 
+    def _why_dense(self, i: int) -> str:
+        """Which setting makes layer i dense."""
+        if not self.enabled or self.warmup == 0:
+            return "set_warmup(0)" if self.enabled else "set_enabled(False)"
+        layers: Any = self.config.dense_layers  # narrowed by the config
+        return "dense_layers" if is_dense_layer(layers, i, len(self.processors)) else "dense_steps"
+
     def _block(self, kind: str, grid: Grid) -> Grid:
         try:
             return self.config.partition(kind, grid).block
@@ -230,17 +232,3 @@ class ModelState:
             if self.enabled:
                 raise
             return grid  # all layers are dense
-
-
-class Checkpointing:
-    """A function for gradient checkpointing whose layers are computed again in the plans of their forward."""
-
-    def __init__(self, inner: Callable[..., Any], state: ModelState) -> None:
-        self.inner, self.state = inner, state
-
-    def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The layer's output."""
-        # A compiled graph recomputes by itself, without running Python again.
-        if not torch.compiler.is_compiling() and self.state.now.forward is not None:
-            layer = functools.partial(self.state.run_in, self.state.now.forward, layer)
-        return self.inner(layer, *args, **kwargs)

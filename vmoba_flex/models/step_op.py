@@ -11,6 +11,7 @@ from vmoba_flex.dispatch.dense import dense_attention
 from vmoba_flex.groups import valid_keys
 from vmoba_flex.models.memory import LayerMemory
 from vmoba_flex.models.plan import LayerPlan
+from vmoba_flex.models.traced import note
 from vmoba_flex.partition import BlockPartition
 
 if TYPE_CHECKING:  # loaded where a model is context-parallel
@@ -91,7 +92,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     kept = None
     if memory is not None:
-        kept = memory.choice(plan.rule, plan.records, plan.dense, query, key, partition, text_lengths, plan.dispatch)
+        kept = memory.choice(plan.rule, plan.records, plan.dense, query, key, partition, plan.dispatch)
         plan.recalled = kept is not None
     if plan.dense:
         return attend_everything(query, key, value, text_lengths, partition, plan.dense_backend), None
@@ -99,6 +100,11 @@ def _attend(
     gqa = key.shape[1] != query.shape[1]
     call = Call(partition, rule, enable_gqa=gqa, text_lengths=text_lengths, tail=plan.tail)
     attended = attend(query, key, value, call, plan.dispatch, plan.backend, layout)
+    if attended.chosen is not None:
+        if torch.compiler.is_compiling():  # an attribute that is set in a graph could not be checkpointed
+            note(partition, attended.chosen)
+        else:
+            plan.chosen = attended.chosen
     return attended.output, attended.density()
 
 
@@ -108,6 +114,7 @@ def _heads_choose_alone(plan: LayerPlan, memory: LayerMemory, query: Tensor, key
     alone = all(rule.pool in ("query", "head") for rule in rules)
     if alone and key.shape[1] == query.shape[1] >= ranks:
         return True
+    memory.why = "remember has no effect over ranks where heads compete"
     memory.run.told.tell(
         "remember has no effect over ranks where heads compete (pool 'block' or 'global'), share keys or are too few: "
         "layers choose by their rule's own gate"

@@ -43,14 +43,20 @@ def choose_blocks(
     Returns:
         bool ``(B, H, video queries, N)`` in raster order; block by block in memory, so not contiguous.
     """
+    return choose_by_each(query, key, partition, (rule,), part)[0]
+
+
+def choose_by_each(
+    query: Tensor, key: Tensor, partition: BlockPartition, rules: tuple[Rule, ...], part: Part | None = None
+) -> list[Tensor]:
+    """``choose_blocks`` for rules of one gate, which scores the blocks once."""
     ids, queries = partition.block_ids(query.device), None
     if part is not None:
         queries = part.queries
         ids = ids[queries.first : queries.first + queries.video]
-    blocks = torch.arange(partition.num_blocks, device=query.device)
-    scores = gate_scores(query, key, partition, rule.gate, queries)
-    scores = ranked(scores, partition, rule, query.shape[-1])
-    return select(scores, (blocks[:, None] == ids).mT, rule, part)
+    own = (torch.arange(partition.num_blocks, device=query.device)[:, None] == ids).mT
+    scores = gate_scores(query, key, partition, rules[0].gate, queries)
+    return [select(ranked(scores, partition, rule, query.shape[-1]), own, rule, part) for rule in rules]
 
 
 def select(scores: Tensor, own: Tensor, rule: Rule, part: Part | None = None) -> Tensor:

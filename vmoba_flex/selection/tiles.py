@@ -30,10 +30,8 @@ def choose_tiles(
     Returns:
         bool ``(B, H, tiles, G)``; prefix and suffix, if any, are the last group and the last tiles.
     """
-    scores = tile_scores(query_slots, key, partition, rule.gate, slots)
-    own = slots.tile_group[: scores.shape[2], None] == torch.arange(partition.num_blocks, device=key.device)
-    chosen = select(ranked(scores, partition, rule, key.shape[-1]), own, rule, part)
-    text_tiles = len(slots.tile_group) - scores.shape[2]
+    (chosen,) = _choose(query_slots, key, partition, (rule,), slots, part)
+    text_tiles = len(slots.tile_group) - chosen.shape[2]
     return F.pad(chosen, (0, int(text_tiles > 0), 0, text_tiles), value=True)
 
 
@@ -49,7 +47,23 @@ def choose_by_tiles(query: Tensor, key: Tensor, partition: BlockPartition, rule:
     Returns:
         bool ``(B, H, video tiles, N)``.
     """
+    return choose_tiles_by_each(query, key, partition, (rule,))[0]
+
+
+@torch.no_grad()
+def choose_tiles_by_each(
+    query: Tensor, key: Tensor, partition: BlockPartition, rules: tuple[Rule, ...]
+) -> list[Tensor]:
+    """``choose_by_tiles`` for rules of one gate, which scores the blocks once."""
     slots = block_slots(partition, query.device)
-    chosen = choose_tiles(to_slots(query.detach(), slots), key.detach(), partition, rule, slots)
-    text_tiles = -(-(partition.prefix + partition.suffix) // slots.tile_size)
-    return chosen[:, :, : chosen.shape[2] - text_tiles, : partition.num_blocks]
+    return _choose(to_slots(query, slots), key, partition, rules, slots)
+
+
+def _choose(
+    query_slots: Tensor, key: Tensor, partition: BlockPartition, rules: tuple[Rule, ...], slots: Slots,
+    part: Part | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """What each tile of the video attends by each rule, bool ``(B, H, video tiles, N)``."""
+    scores = tile_scores(query_slots, key, partition, rules[0].gate, slots)
+    own = slots.tile_group[: scores.shape[2], None] == torch.arange(partition.num_blocks, device=key.device)
+    return [select(ranked(scores, partition, rule, key.shape[-1]), own, rule, part) for rule in rules]
