@@ -6,6 +6,7 @@ finds the nodes by ``NODE_CLASS_MAPPINGS`` of a file in ``custom_nodes`` that im
 B batch, H heads, S tokens, D head dim.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,9 @@ from torch import Tensor
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.hosts.video import Video, attend_video, layer_of
 from vmoba_flex.models.memory import LayerMemory, RunMemory
-from vmoba_flex.presets import speed_arguments
 from vmoba_flex.remember import Remember
 from vmoba_flex.rules import TopK
+from vmoba_flex.tail import Tail
 from vmoba_flex.told import Told
 
 _SLOT = "optimized_attention_override"
@@ -209,12 +210,15 @@ class VMoBANode:
 
     def patch(self, model: Any, density: float, dense_steps: float, tail: bool, remember: bool) -> tuple[Any]:
         """The model with ``VMoBAConfig.fast``, but for these values."""
-        arguments = speed_arguments("fast", None)
-        arguments["rule"], arguments["dense_steps"] = TopK(density=density, gate="spread"), dense_steps
-        arguments["tail"] = arguments["tail"] if tail else None
-        # Chooses once where no dense step came before: more steps than a run has.
-        arguments["remember"] = Remember(refresh=1000) if remember else None
-        return (patch_model(model, VMoBAConfig(**arguments)),)
+        config = dataclasses.replace(
+            VMoBAConfig.fast(),
+            rule=TopK(density=density, gate="spread"),
+            dense_steps=dense_steps,
+            tail=Tail() if tail else None,
+            # Chooses once where no dense step came before: more steps than a run has.
+            remember=Remember(refresh=1000) if remember else None,
+        )
+        return (patch_model(model, config),)
 
 
 class VMoBAFileNode:

@@ -9,6 +9,7 @@ B batch, H heads, S tokens, D head dim.
 # The host is not installed everywhere.
 # pyright: reportMissingImports=false
 
+import dataclasses
 import os
 from typing import Any
 
@@ -23,7 +24,6 @@ from vllm_omni.platforms import current_omni_platform
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.hosts.video import Video, attend_video, check_pools, index_in, layer_of
 from vmoba_flex.layer import Layer
-from vmoba_flex.presets import speed_arguments
 from vmoba_flex.rules import TopK
 from vmoba_flex.told import Told
 
@@ -204,12 +204,13 @@ def config_of(backend_kwargs: dict[str, Any] | None) -> VMoBAConfig:
         return config
     if not 0 <= given["sparsity"] < 1:
         raise ValueError(f"sparsity of block_sparse must lie in [0, 1) for VMoBA, got {given['sparsity']}")
-    arguments = speed_arguments("fast", None)
-    arguments["remember"] = None
-    arguments["rule"] = TopK(density=1 - given["sparsity"], gate="spread")
-    arguments["dense_steps"] = (given["start_step"], given["end_step"])
-    arguments["dense_layers"] = given.get("skip_layers", 0)
-    return VMoBAConfig(**arguments)
+    return dataclasses.replace(
+        VMoBAConfig.fast(),
+        rule=TopK(density=1 - given["sparsity"], gate="spread"),
+        remember=None,
+        dense_steps=(given["start_step"], given["end_step"]),
+        dense_layers=given.get("skip_layers", 0),
+    )
 
 
 def _check_parallel(config: VMoBAConfig) -> None:
