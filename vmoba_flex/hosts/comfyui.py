@@ -53,7 +53,7 @@ class Run:
     """VMoBA in one patched model, and what its layers keep in the run of a sampler."""
 
     def __init__(self, config: VMoBAConfig) -> None:
-        self.config, self.told = config, Told(__name__)
+        self.config, self.told = config, Told()
         self.overrides: list[Any] = []
         self.clear()
 

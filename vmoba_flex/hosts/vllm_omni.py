@@ -30,7 +30,7 @@ from vmoba_flex.told import Told
 _CONFIG = "VMOBA_FLEX_CONFIG"
 # vLLM-Omni's own values of block_sparse, which has no sign of what a user gave.
 _UNSET = {"sparsity": 0.8, "start_step": 0, "end_step": 0, "precision": "bf16"}
-_TOLD = Told(__name__)
+_TOLD = Told()
 
 
 def register() -> None:

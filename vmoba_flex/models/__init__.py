@@ -4,7 +4,7 @@
     memory.py       what layers keep of steps that choose by exact masses, until the run ends
     plan.py         what one forward asks of each layer, and how a compiled graph finds it
     state.py        the state of a model and of one forward pass: grid, step, which layers are dense
-    checkpointing.py    layers that a checkpoint computes again
+    checkpointing.py layers that a checkpoint computes again
     traced.py       what calls run in graphs with gradients
     parallel.py     the ranks that share a layer's tokens
     step_op.py      attention as an op that reads at run time what the step asks of a layer

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from vmoba_flex.models.plan import Forward
 from vmoba_flex.models.state import ModelState
 
 
@@ -20,14 +19,5 @@ class Checkpointing:
         """The layer's output."""
         # A compiled graph recomputes by itself, without running Python again.
         if not torch.compiler.is_compiling() and self.state.now.forward is not None:
-            layer = functools.partial(_run, self.state, self.state.now.forward, layer)
+            layer = functools.partial(self.state.run_in, self.state.now.forward, layer)
         return self.inner(layer, *args, **kwargs)
-
-
-def _run(state: ModelState, forward: Forward, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The output of a layer in the plans of a forward."""
-    before = state.enter(forward)
-    try:
-        return layer(*args, **kwargs)
-    finally:
-        state.enter(before)

@@ -107,8 +107,8 @@ class LayerMemory:
     def records_of(self, layer: Layer) -> tuple[Rule, ...]:
         """The rules by which a layer chooses from exact masses now: also one that is missing, if it may choose anew."""
         may_choose = layer.recalls and not layer.records and self.run.remember.refresh is not None
-        missing = layer.rule not in self.kept and layer.rule not in self.too_large
-        return (layer.rule,) if may_choose and missing else layer.records
+        lost = layer.rule not in self.kept and layer.rule not in self.too_large
+        return (layer.rule,) if may_choose and lost else layer.records
 
     def choice(
         self, rule: Rule, records: tuple[Rule, ...], dense: bool, query: Tensor, key: Tensor, partition: BlockPartition,

@@ -43,12 +43,12 @@ class LayerPlan:
         rest: where tokens lie that are neither.
         memory: what the layer keeps in this pass of the run; None if nothing is remembered.
         records: rules by which it chooses from exact masses, to keep the choice.
+        recalls: whether it is to attend what was kept.
+        why: it is dense, if so: the setting that says it.
         dispatch: of the config.
         backend: of the config.
         dense_backend: what a dense layer attends with, by diffusers' name; empty for the fastest of torch's.
         ranks: that share the tokens; None for one.
-        recalls: whether it is to attend what was kept.
-        why: it is dense, if so: the setting that says it.
         recalled: whether it attended what was kept, once it has run.
         chosen: what ran, once it has; of a layer in a graph with gradients, ``traced.py`` knows it.
         handle: the plan's number, int64 ``(1,)`` on the CPU.
@@ -64,12 +64,12 @@ class LayerPlan:
     rest: Rest
     memory: LayerMemory | None
     records: tuple[Rule, ...]
+    recalls: bool
+    why: str
     dispatch: Dispatch
     backend: Backend
     dense_backend: str
     ranks: "Ranks | None"
-    recalls: bool
-    why: str
     recalled: bool = dataclasses.field(default=False, init=False)
     chosen: Chosen | None = dataclasses.field(default=None, init=False)
     handle: Tensor = dataclasses.field(init=False)

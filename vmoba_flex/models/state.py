@@ -82,7 +82,7 @@ class ModelState:
     recorder: Callable[..., None] | None = None
     now: ModelNow = dataclasses.field(default_factory=ModelNow)
     alive: "weakref.WeakSet[Forward]" = dataclasses.field(default_factory=weakref.WeakSet)
-    told: Told = dataclasses.field(default_factory=lambda: Told("vmoba_flex.models"))
+    told: Told = dataclasses.field(default_factory=Told)
     shapes: set[tuple[Grid, Grid, tuple[int, ...]]] = dataclasses.field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -137,12 +137,12 @@ class ModelState:
                 rest=rest,
                 memory=memory,
                 records=() if memory is None else memory.records_of(layer),
+                recalls=layer.recalls,
+                why=self._why_dense(i) if dense else "",
                 dispatch=self.config.dispatch,
                 backend=self.config.backend,
                 dense_backend=processor.dense_backend,
                 ranks=processor.ranks,
-                recalls=layer.recalls,
-                why=self._why_dense(i) if dense else "",
             )
             plans.append(plan)
         return Forward(tuple(plans), step, kept_in)
@@ -153,6 +153,14 @@ class ModelState:
         for i, processor in enumerate(self.processors):
             processor.now.plan = None if forward is None else forward.plans[i]
         return before
+
+    def run_in(self, forward: Forward, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The output of a layer in the plans of a forward."""
+        before = self.enter(forward)
+        try:
+            return layer(*args, **kwargs)
+        finally:
+            self.enter(before)
 
     def recomputed_plan(self, processor: Any) -> LayerPlan:
         """The plan of a layer that runs while no forward of its model is under way.
