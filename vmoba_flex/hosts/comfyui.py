@@ -16,7 +16,9 @@ from torch import Tensor
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.hosts.video import Video, attend_video, layer_of
 from vmoba_flex.models.memory import LayerMemory, RunMemory
+from vmoba_flex.remember import Remember
 from vmoba_flex.rules import TopK
+from vmoba_flex.tail import Tail
 from vmoba_flex.told import Told
 
 _SLOT = "optimized_attention_override"
@@ -209,10 +211,14 @@ class VMoBANode:
     def patch(self, model: Any, density: float, dense_steps: float, tail: bool, remember: bool) -> tuple[Any]:
         """The model with ``VMoBAConfig.fast``, but for these values."""
         config = dataclasses.replace(
-            VMoBAConfig.fast(), rule=TopK(density=density, gate="spread"), dense_steps=dense_steps
+            VMoBAConfig.fast(),
+            rule=TopK(density=density, gate="spread"),
+            dense_steps=dense_steps,
+            tail=Tail() if tail else None,
+            # Chooses once where no dense step came before: more steps than a run has.
+            remember=Remember(refresh=1000) if remember else None,
         )
-        dropped = {name: None for name, wanted in (("tail", tail), ("remember", remember)) if not wanted}
-        return (patch_model(model, dataclasses.replace(config, **dropped)),)
+        return (patch_model(model, config),)
 
 
 class VMoBAFileNode:
