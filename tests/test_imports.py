@@ -30,8 +30,8 @@ ORDER = {
         *("selection", "call", "mask", "flex_inputs", "stats", "dispatch", "distributed", "attention"),
         *("paper", "dense_schedule", "by_steps", "remember", "presets", "layer"),
         *("config_fields", "config_json", "config"),
-        *("module", "models", "hosts", "vmoba_flex"),
-        *("insight", "demo", "fidelity", "arguments", "cli"),
+        *("module", "models", "hosts", "insight", "fidelity", "vmoba_flex"),
+        *("demo", "arguments", "load_pipeline", "compare_command", "cli"),
     ],
 }
 
