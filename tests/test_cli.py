@@ -143,6 +143,7 @@ def written(metadata: str) -> None:
         ("[" * 10**5, "inspect bad.safetensors", "bad.safetensors holds records that do not fit together"),
         ("null", "inspect bad.safetensors", "bad.safetensors holds records that do not fit together"),
         ("", f"inspect ok.safetensors --tail {10**30}", f"cell must be below 2**31, got {10**30}"),
+        ("", "plot ok.safetensors --rows 0", "rows must be at least 1, got 0"),
         ("", f"inspect ok.safetensors --seed {10**30}", "seed must lie in -2**63..2**63 - 1"),
         (
             "",
