@@ -172,6 +172,12 @@ def test_a_report_that_the_encoding_lacks_letters_for_is_written(here: Path):
     assert result.returncode == 0 and b"Config: \\xe9/\\xfc.json" in result.stdout and (here / "é" / "ü.json").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is something to write")
+def test_a_profile_needs_a_gpu(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["bench", "--tokens", "512", "--profile", "p.json"]) == 2
+    assert "--profile p.json has no effect without a GPU" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"])
 def test_the_exit_code_does_not_need_stderr(here: Path, redirection: str):
     script = f"{' '.join(COMMAND)} inspect ok.safetensors --tau 0.5 --density 0.5 {redirection}"
