@@ -143,6 +143,7 @@ def written(metadata: str) -> None:
         ("[" * 10**5, "inspect bad.safetensors", "bad.safetensors holds records that do not fit together"),
         ("null", "inspect bad.safetensors", "bad.safetensors holds records that do not fit together"),
         ("", f"inspect ok.safetensors --tail {10**30}", f"cell must be below 2**31, got {10**30}"),
+        ("", "plot ok.safetensors --rows 0", "rows must be at least 1, got 0"),
         ("", f"inspect ok.safetensors --seed {10**30}", "seed must lie in -2**63..2**63 - 1"),
         (
             "",
@@ -169,6 +170,12 @@ def test_a_report_that_the_encoding_lacks_letters_for_is_written(here: Path):
     words = ["calibrate", "ok.safetensors", "--recall", "0.5", "--output", "é/ü.json"]
     result = subprocess.run([*COMMAND, *words], env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
     assert result.returncode == 0 and b"Config: \\xe9/\\xfc.json" in result.stdout and (here / "é" / "ü.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is something to write")
+def test_a_profile_needs_a_gpu(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["bench", "--tokens", "512", "--profile", "p.json"]) == 2
+    assert "--profile p.json has no effect without a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"])

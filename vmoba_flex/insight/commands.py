@@ -110,6 +110,8 @@ def run_bench(arguments: argparse.Namespace) -> str:
         json_draft = _draft(files, arguments.json, ".json")
         png_draft = _draft(files, arguments.plot, ".png")
         on_gpu = torch.cuda.is_available()
+        if arguments.profile and not on_gpu:
+            raise UserError(f"--profile {arguments.profile} has no effect without a GPU: leave it out")
         device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
         name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
         name += f", torch {torch.__version__}, {arguments.heads} heads x {arguments.head_dim}"

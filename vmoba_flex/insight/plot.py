@@ -11,7 +11,7 @@ import torch
 from vmoba_flex.config import KINDS, VMoBAConfig
 from vmoba_flex.insight.crossover import Timing, break_even
 from vmoba_flex.insight.masses import overlap_of, true_mass
-from vmoba_flex.insight.measure import HeadReport, choose, layer_of, sample_rows
+from vmoba_flex.insight.measure import HeadReport, check_sample, choose, layer_of, sample_rows
 from vmoba_flex.insight.records import Record
 from vmoba_flex.rules import Rule
 from vmoba_flex.tail import Tail
@@ -59,6 +59,7 @@ def plot_inspection(reports: Sequence[HeadReport], path: Path) -> None:
 
 def plot_mass(record: Record, path: Path, *, rows: int = 1024, seed: int = 0) -> None:
     """Mean attention mass of the queries of each block on each block, over ``rows`` sampled queries, head by head."""
+    check_sample(rows, seed)
     partition = record.partition
     sample = sample_rows(partition, rows, seed).to(record.query.device)
     mass = true_mass(record, partition, sample)
