@@ -29,8 +29,8 @@ ORDER = {
         *("part", "groups", "inputs", "collectives"),
         *("selection", "call", "mask", "flex_inputs", "stats", "dispatch", "distributed", "attention"),
         *("paper", "dense_schedule", "by_steps", "remember", "presets", "layer"),
-        *("config_fields", "config_json", "config", "module", "models", "insight", "fidelity", "vmoba_flex"),
-        *("demo", "arguments", "load_pipeline", "compare_command", "cli"),
+        *("config_fields", "config_json", "config", "module", "models", "insight", "fidelity", "tuning"),
+        *("vmoba_flex", "demo", "arguments", "load_pipeline", "compare_command", "tune_command", "cli"),
     ],
 }
 
@@ -108,6 +108,7 @@ OTHERS = {
     "load_pipeline": {"av", "diffusers"},
     "compare_command": {"av"},
     "fidelity": {"av", "matplotlib", "numpy", "safetensors", "torchmetrics", "tqdm"},
+    "tuning": {"matplotlib"},
 }
 
 
