@@ -12,12 +12,14 @@ import torch
 pytest.importorskip("diffusers")
 
 from diffusers import AutoencoderKLWan, WanPipeline
+from torch import Tensor
 
 from tests.test_pipelines import SCHEDULERS
 from tests.video_models import BLOCKS, FAMILIES, GRID, TEXT_DIM
-from vmoba_flex import TopK, VMoBAConfig, apply_vmoba
+from vmoba_flex import BlockPartition, Remember, TopK, VMoBAConfig, apply_vmoba, block_masses, vmoba_selection
 from vmoba_flex.fidelity import Store, nearness, run_denoise
 from vmoba_flex.fidelity.identity import identity_of, key_of
+from vmoba_flex.insight.measure import sample_rows
 
 STEPS = 4
 SPARSE = VMoBAConfig(*BLOCKS, TopK(2), dense_steps=1)
@@ -65,11 +67,41 @@ def test_a_denoise():
     for layer in sparse.layers:
         assert len(layer.density) == STEPS and layer.density[0] == 1
         assert len(set(layer.density[1:])) == 1 and layer.density[1] is not None and 0 < layer.density[1] < 1
+        assert layer.recall is not None and 0 < layer.recall < 1
     again = run_denoise(pipe, None, prompt(), 3, CALL)  # VMoBA is removed again
     assert torch.equal(again.frames, full.frames)
     # What attends everything changes what is shown by no more than one step of 255 somewhere.
     everything = run_denoise(pipe, EVERYTHING, prompt(), 3, CALL)
     assert (everything.frames.int() - full.frames.int()).abs().max() <= 1
+    assert all(layer.recall == pytest.approx(1) for layer in everything.layers)
+
+
+@pytest.mark.parametrize("remember", [None, Remember(), Remember(refresh=1)])
+def test_recall_is_of_what_was_attended(remember: Remember | None):
+    """By full attention of all heads and the same queries, with what the layer was seen to attend."""
+    config = dataclasses.replace(SPARSE, remember=remember)
+    pipe, chosen, seen = wan_pipeline(), {}, []
+    found = run_denoise(pipe, config, prompt(), 0, CALL).layers
+    state = apply_vmoba(pipe, config).states()["transformer"]
+    chooses_at = 2 if remember is None or remember.refresh else 0
+
+    def look(processor: Any, query: Tensor, key: Tensor, partition: BlockPartition, lengths: Any) -> None:
+        forward, layer = state.now.forward, state.processors.index(processor)
+        assert forward is not None and forward.step is not None
+        if (layer, step := forward.step[0]) in seen:
+            return  # the pass without the prompt
+        seen.append((layer, step))
+        if step == chooses_at:
+            rule = TopK(2, gate="mean" if remember is None else "exact")
+            chosen[layer] = vmoba_selection(query[:1], key[:1], partition, rule)[0]
+        if step == 2:
+            shares = block_masses(query[:1], key[:1], partition)[0]
+            expected = (shares * chosen[layer]).sum(-1)[:, sample_rows(partition, 64, 0)].mean().item()
+            assert found[layer].recall == pytest.approx(expected, abs=1e-5)
+
+    state.recorder = look
+    pipe(**prompt(), **CALL, generator=torch.Generator().manual_seed(0), output_type="latent")
+    assert len(seen) == 3 * STEPS
 
 
 def test_what_a_denoise_refuses():

@@ -15,6 +15,8 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 
+import diffusers
+
 from tests.video_models import (
     BLOCKS,
     FAMILIES,
@@ -66,8 +68,9 @@ class Spelled:
         options: dict[str, Any] = {"dispatch": "dense"}
         rule = layer.rule
         if not layer.dense:
-            rule, options["dispatch"], options["tail"] = None, self.config.dispatch, layer.tail
-            options["selection"] = self.kept[i, self.name, layer.rule]
+            options["dispatch"], options["tail"] = self.config.dispatch, layer.tail
+            options["selection"] = self.kept.get((i, self.name, layer.rule))
+            rule = layer.rule if options["selection"] is None else None
         output = vmoba_attention(query, key, value, partition, rule, text_lengths=text_lengths, **options)
         return output.transpose(1, 2).flatten(2)
 
@@ -150,6 +153,52 @@ def test_masses_are_made_once_for_all_rules_of_a_layer(
     for step in range(6):
         steps_of(handle, model, [step], 8)
     assert steps == [step for step in recording for _ in range(3)]  # of three layers
+
+
+CACHES: dict[str, Any] = {
+    "first block cache": lambda: diffusers.FirstBlockCacheConfig(threshold=0.3),
+    "pyramid attention broadcast": lambda: diffusers.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    ),
+    "TaylorSeer": lambda: diffusers.TaylorSeerCacheConfig(
+        cache_interval=2,
+        disable_cache_before_step=1,
+        taylor_factors_dtype=torch.float32,
+        cache_identifiers=[r".*blocks\.\d+\.attn1?"],
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "dense_steps"), [("wan2.1", 2), ("hunyuan", 3)])  # skips the step that keeps, or not
+@pytest.mark.parametrize("cache", CACHES)
+def test_caches_next_to_remembered_choices(cache: str, name: str, dense_steps: int, caplog: pytest.LogCaptureFixture):
+    """What a cache skips keeps nothing; what it computes attends what was kept, or else chooses by its own gate."""
+    family, config = FAMILIES[name], dataclasses.replace(KEPT, dense_steps=dense_steps)
+    spelled, model, plain = Spelled(family, config), family.build(), family.build()
+    for one in (spelled.model, model):
+        one.enable_cache(CACHES[cache]())
+    handle = apply_vmoba(model, config)
+    calls: list[int] = []
+    for i, attention in enumerate(family.attentions(model)):
+        of_attend = attention.processor.attend
+        attention.processor.attend = lambda *args, i=i, inner=of_attend, **options: (
+            calls.append(i) or inner(*args, **options)
+        )
+    without = apply_vmoba(plain, config)
+    apart = []
+    for step, seed in enumerate((0, 0, 1, 1, 2, 2)):  # the first-block cache skips a step that is like the one before
+        inputs = family.inputs(seed=seed)
+        handle.set_step(step, 6)
+        without.set_step(step, 6)
+        spelled.step, spelled.num_steps, spelled.name = step, 6, "cond"
+        with model.cache_context("cond"), spelled.model.cache_context("cond"):
+            output, expected = run(model, inputs), run(spelled.model, inputs)
+        assert_close(output, expected)
+        apart.append(not torch.allclose(output, run(plain, inputs), rtol=1e-3, atol=1e-3))
+    assert any(apart) and calls.count(2) < calls.count(0) + 1 < 7  # the cache did skip
+    assert len(spelled.kept) == (3 if dense_steps == 3 else 1 if cache == "first block cache" else 0)
+    assert any("nothing is kept for step" in line for line in told_of(caplog)) == (dense_steps == 2)
 
 
 @torch.no_grad()

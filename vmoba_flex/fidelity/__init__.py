@@ -2,6 +2,7 @@
 
     frames.py       what a pipeline returns -> uint8 frames
     layers.py       what each layer attends at each step of a denoise
+    recall.py       what share of full attention's mass each layer attends at one of them
     denoise.py      one denoise under full attention or a config: frames, times, memory, layers
     identity.py     a pipeline, a call, a config, a prompt and a seed -> the key of their denoise
     store.py        finished denoises on disk, by key

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from vmoba_flex.checks import check_count
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.fidelity.frames import frames_of
 from vmoba_flex.fidelity.layers import Densities, LayerSteps
+from vmoba_flex.fidelity.recall import RecallProbe, now
 from vmoba_flex.models import apply_vmoba
 from vmoba_flex.models.handle import VMoBAHandle, models_of
 from vmoba_flex.models.steps import counted_step
@@ -72,8 +72,12 @@ def run_denoise(
     check_not_applied(pipe)
     with contextlib.nullcontext() if config is None else apply_vmoba(pipe, config) as handle:
         densities = None if handle is None else Densities(pipe, handle)
-        clock = _Clock(pipe, densities, progress)
-        with clock.on(), contextlib.nullcontext() if densities is None else densities.on():
+        probe = None if handle is None else RecallProbe(pipe, handle)
+        clock = _Clock(pipe, densities, probe, progress)
+        with contextlib.ExitStack() as stack:
+            for one in (clock, densities, probe):
+                if one is not None:
+                    stack.enter_context(one.on())
             if "callback_on_step_end" in parameters_of(pipe):
                 given: Any = arguments.get("callback_on_step_end")
                 if hasattr(given, "tensor_inputs"):  # what diffusers asks of its own callbacks, and not of ours
@@ -81,11 +85,11 @@ def run_denoise(
                 of_handle = None if handle is None else handle.on_step_end
                 arguments["callback_on_step_end"] = clock.callback(given, of_handle)
             _start_memory()
-            start = _now()
+            start = clock.now()
             output = pipe(**arguments)
-            seconds = _now() - start
+            seconds = clock.now() - start
         frames = frames_of(output)
-        layers = () if densities is None else densities.layers()
+        layers = () if densities is None or probe is None else densities.layers(probe.recalls)
         return Denoise(frames, seconds, clock.seconds(), _peak_memory(), layers)
 
 
@@ -134,8 +138,10 @@ class _Clock:
     Where the pipeline has no callback, its scheduler says when a step begins.
     """
 
-    def __init__(self, pipe: Any, densities: Densities | None, progress: Callable[[], object]) -> None:
-        self._pipe, self._densities, self._progress = pipe, densities, progress
+    def __init__(
+        self, pipe: Any, densities: Densities | None, probe: RecallProbe | None, progress: Callable[[], object]
+    ) -> None:
+        self._pipe, self._densities, self._probe, self._progress = pipe, densities, probe, progress
         self._marks: list[float] = []
         self._by_callback, self._step, self._end = False, 0, 0.0
 
@@ -150,6 +156,10 @@ class _Clock:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def now(self) -> float:
+        """Seconds, without what was spent on recall."""
+        return now() - (0 if self._probe is None else self._probe.seconds)
 
     def callback(self, *others: Callable[..., dict[str, Any]] | None) -> Callable[..., dict[str, Any]]:
         """A ``callback_on_step_end`` that notes the time and calls the others."""
@@ -173,27 +183,20 @@ class _Clock:
 
     def _begin(self, *_: Any) -> None:
         if not self._marks:
-            self._marks.append(_now())
+            self._marks.append(self.now())
         elif not self._by_callback and (step := counted_step(self._pipe)) is not None and step[0] != self._step:
             self._mark()
             self._step = step[0]
 
     def _finish(self, *_: Any) -> None:
         if not self._by_callback:
-            self._end = _now()
+            self._end = self.now()
 
     def _mark(self) -> None:
-        self._marks.append(_now())
+        self._marks.append(self.now())
         if self._densities is not None:
             self._densities.step += 1
         self._progress()
-
-
-def _now() -> float:
-    """Seconds, once the accelerator has done its work."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()
 
 
 def _start_memory() -> None:

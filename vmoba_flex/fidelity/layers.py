@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ class LayerSteps:
         layer: its index, from 0.
         kind: of its blocks.
         density: share of the (query, block) pairs that it attended at each step, mean over the step's passes; 1 where
-            it was dense, None at steps in which the model did not run.
-        recall: share of full attention's mass on what it attended, where that was measured.
+            it was dense, None at steps in which it did not run.
+        recall: share of full attention's mass on what it attended, of some heads and queries at one sparse step; None
+            where that was not measured.
     """
 
     model: str
@@ -46,27 +48,36 @@ class Densities:
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
         """Notes while it lasts."""
-        hooks = [model.register_forward_hook(self._note(name)) for name, model in self._models.items()]
+        hooks = [model.register_forward_pre_hook(self._clear(name)) for name, model in self._models.items()]
+        hooks += [model.register_forward_hook(self._note(name)) for name, model in self._models.items()]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def layers(self) -> tuple[LayerSteps, ...]:
-        """What was noted, layer by layer."""
+    def layers(self, recalls: Mapping[tuple[str, int], float]) -> tuple[LayerSteps, ...]:
+        """What was noted, layer by layer, with the recall of those whose is known."""
         found = []
         for name, state in self._states.items():
             by_step: dict[int, list[Tensor]] = {}
             for model, step, densities in self._seen:
                 if model == name:
                     by_step.setdefault(step, []).append(densities)
-            means = {step: torch.stack(all_passes).mean(0).tolist() for step, all_passes in by_step.items()}
+            means = {step: torch.stack(all_passes).nanmean(0).tolist() for step, all_passes in by_step.items()}
             steps = range(1 + max((step for _, step, _ in self._seen), default=-1))
             for i, processor in enumerate(state.processors):
-                density = tuple(means[step][i] if step in means else None for step in steps)
-                found.append(LayerSteps(name, i, processor.kind, density))
+                at_steps = (means[step][i] if step in means else math.nan for step in steps)
+                density = tuple(None if math.isnan(one) else one for one in at_steps)
+                found.append(LayerSteps(name, i, processor.kind, density, recalls.get((name, i))))
         return tuple(found)
+
+    def _clear(self, name: str) -> Any:
+        def clear(*_: Any) -> None:
+            for processor in self._states[name].processors:
+                processor.density.fill_(math.nan)  # which stays where a cache skips the layer
+
+        return clear
 
     def _note(self, name: str) -> Any:
         def note(model: nn.Module, *_: Any) -> None:

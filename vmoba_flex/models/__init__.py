@@ -4,16 +4,19 @@
     memory.py       what layers keep of steps that choose by exact masses, until the run ends
     plan.py         what one forward asks of each layer, and how a compiled graph finds it
     state.py        the state of a model and of one forward pass: grid, step, which layers are dense
-    passes.py       the names that pipelines give to the passes of a step
+    checkpointing.py layers that a checkpoint computes again
+    traced.py       what calls run in graphs with gradients
     parallel.py     the ranks that share a layer's tokens
     step_op.py      attention as an op that reads at run time what the step asks of a layer
     processor.py    a layer's attention: sparse, or dense by the stock processor
+    dispatcher.py   what is used of diffusers' insides: its dispatcher of attention, and how layers are skipped
     hook.py         processors whose stock one runs up to the attention, and hands query, key and value over
     families.py     processors of families that do not use diffusers' dispatcher
     grids.py        a forward's arguments -> the grid, and tokens before it
     adapter.py      what an adapter is: layers, grid, other tokens
     table.py        the models of diffusers, each with its adapter
     adapters.py     a model's class -> its adapter, of the table or registered
+    summary.py      what each layer ran, in words
     applied.py      VMoBA on one model: its processors, and the hooks around each forward
     handle.py       what apply_vmoba returns
     apply.py        apply_vmoba

@@ -31,13 +31,12 @@ class Ran(NamedTuple):
     why: str = ""
 
 
-def ran_of(plan: LayerPlan, processor: VMoBAProcessor) -> Ran:
+def ran_of(plan: LayerPlan) -> Ran:
     """What a layer ran by its plan."""
     if plan.skips_scores:
         return Ran("-", why="the model skips its attention")
     if plan.dense:
-        backend = getattr(processor.stock, "_attention_backend", None)
-        return Ran("dense", "-", "torch" if backend is None else backend.value, plan.why)
+        return Ran("dense", "-", plan.dense_backend or "torch", plan.why)
     chosen = noted(plan.grid, plan.block) if plan.chosen is None else [plan.chosen]
     if not chosen:
         return Ran("-", why="did not run")
@@ -61,10 +60,8 @@ def table_of(name: str, model: nn.Module, names: list[str], state: ModelState) -
     for layer, processor in zip(names, state.processors, strict=True):
         plan, blocks, ran = processor.last, "not known yet", Ran("-")
         if plan is not None:
-            blocks, ran = (
-                f"{BlockPartition(plan.grid, plan.block).num_blocks} of {_by(plan.block)}",
-                ran_of(plan, processor),
-            )
+            blocks = f"{BlockPartition(plan.grid, plan.block).num_blocks} of {_by(plan.block)}"
+            ran = ran_of(plan)
         density = processor.density.item()
         rule, tail = (processor.rule, state.config.tail) if plan is None else (plan.rule, plan.tail)
         shown = (*ran[:3], f"{density:.3f}" if density else "-", ran.why)
@@ -90,7 +87,7 @@ def line_of(name: str, processors: Sequence[VMoBAProcessor], plans: Sequence[Lay
 
 
 def _words(plan: LayerPlan, processor: VMoBAProcessor) -> str:
-    ran = ran_of(plan, processor)
+    ran = ran_of(plan)
     words = f"{processor.kind} {ran.attention}"
     if ran.dispatch != "-":
         words += f" by {ran.dispatch} on {ran.kernels}"

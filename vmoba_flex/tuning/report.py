@@ -52,9 +52,7 @@ def _shown(trial: Trial) -> str:
 
 
 def _facts(trial: Trial) -> dict[str, object]:
-    facts = {"setting": str(trial.setting), "psnr": trial.psnr, "worst": trial.worst, "cost": trial.cost}
-    facts["seconds"] = trial.seconds
-    return facts | {"complete": trial.complete}
+    return trial._asdict() | {"setting": str(trial.setting), "worst": trial.worst}
 
 
 def _plot(tuned: Tuned, path: Path) -> None:
