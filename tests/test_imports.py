@@ -30,8 +30,8 @@ ORDER = {
         *("selection", "call", "mask", "flex_inputs", "stats", "dispatch", "distributed", "attention"),
         *("paper", "dense_schedule", "by_steps", "remember", "presets", "layer"),
         *("config_fields", "config_json", "config"),
-        *("module", "models", "hosts", "insight", "fidelity", "vmoba_flex"),
-        *("demo", "arguments", "load_pipeline", "compare_command", "cli"),
+        *("module", "models", "hosts", "insight", "fidelity", "tuning", "vmoba_flex"),
+        *("demo", "arguments", "load_pipeline", "compare_command", "tune_command", "cli"),
     ],
 }
 
@@ -110,6 +110,7 @@ OTHERS = {
     "load_pipeline": {"av", "diffusers"},
     "compare_command": {"av"},
     "fidelity": {"av", "matplotlib", "numpy", "safetensors", "torchmetrics", "tqdm"},
+    "tuning": {"matplotlib"},
 }
 
 

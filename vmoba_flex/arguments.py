@@ -41,7 +41,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                 if other in given:
                     words, cause = (_words(one, given[one]) for one in (other, name))
                     raise UserError(f"{words} has no effect with {cause}: leave one of them out")
-    if arguments.command not in ("demo", "compare"):
+    if arguments.command not in ("demo", "compare", "tune"):
         for name, default in _DEFAULTS.items():
             if getattr(arguments, name, default) is None:
                 setattr(arguments, name, default)
@@ -83,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands, reading, blocks, tail)
     _add_plot(commands, reading, blocks, rule, tail)
     _add_bench(commands, rule, tail, outputs)
-    _add_compare(commands)
+    pipeline = _pipeline_options()
+    _add_compare(commands, pipeline)
+    _add_tune(commands, pipeline)
     return parser
 
 
@@ -143,15 +145,12 @@ def _add_bench(commands: Any, *parents: argparse.ArgumentParser) -> None:
     place.add_argument("--no-profile", action="store_true", help="write none")
 
 
-def _add_compare(commands: Any) -> None:
-    words = "denoise the same prompts and noise under full attention and VMoBA, and show how near the videos are"
-    one = _add(commands, "compare", words)
+def _pipeline_options() -> argparse.ArgumentParser:
+    """Which pipeline is loaded, and with what it is called."""
+    one = argparse.ArgumentParser(add_help=False)
     one.add_argument("model", metavar="MODEL", help="a folder or hub name for diffusers, or demo: the model that ships")
-    words = "paper; faithful, balanced or fast: a preset; or a JSON file of VMoBAConfig.save (default: paper fast)"
-    one.add_argument("--config", nargs="+", metavar="CONFIG", help=words)
     one.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated; for demo, a video file")
     one.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with one prompt a line")
-    one.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of the noise (default: 0)")
     one.add_argument("--set", nargs="+", metavar="NAME=VALUE", help="of the pipeline's call, as in num_frames=81")
     one.add_argument("--image", type=Path, metavar="FILE", help="of image-to-video pipelines")
     one.add_argument("--video", type=Path, metavar="FILE", help="of video-to-video pipelines")
@@ -159,10 +158,34 @@ def _add_compare(commands: Any) -> None:
     one.add_argument("--lora", action="append", metavar="WEIGHTS", help="for diffusers; may be repeated")
     one.add_argument("--dtype", help="of the weights (default: bfloat16, float32 on a CPU)")
     one.add_argument("--offload", choices=("model", "sequential"), help="keep weights on the CPU while they wait")
+    return one
+
+
+def _add_compare(commands: Any, pipeline: argparse.ArgumentParser) -> None:
+    words = "denoise the same prompts and noise under full attention and VMoBA, and show how near the videos are"
+    one = _add(commands, "compare", words, pipeline)
+    words = "paper; faithful, balanced or fast: a preset; or a JSON file of VMoBAConfig.save (default: paper fast)"
+    one.add_argument("--config", nargs="+", metavar="CONFIG", help=words)
+    one.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of the noise (default: 0)")
     one.add_argument("--fps", type=int, default=16, help="of the videos that are written (default: %(default)s)")
-    one.add_argument(
-        "--output", type=Path, metavar="FOLDER", default=Path("vmoba_compare"), help="default: %(default)s"
-    )
+    _add_folder(one, "vmoba_compare")
+
+
+def _add_tune(commands: Any, pipeline: argparse.ArgumentParser) -> None:
+    words = "find the settings that reach a fidelity at the least cost, or a speed-up at the best fidelity"
+    one = _add(commands, "tune", words, pipeline)
+    wanted = one.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--fidelity", type=float, metavar="DB", help="wanted PSNR to full attention's video, worst")
+    words = "wanted (query, key) pairs of full attention over those of the settings, above 1"
+    wanted.add_argument("--speed-up", type=float, metavar="FACTOR", help=words)
+    words = "blocks, dense layers and dispatch of a VMoBAConfig (default: the paper's)"
+    one.add_argument("--config", type=Path, metavar="JSON", help=words)
+    one.add_argument("--seeds", type=int, nargs="+", default=[0, 1], metavar="SEED", help="of the noise (default: 0 1)")
+    _add_folder(one, "vmoba_tune")
+
+
+def _add_folder(one: argparse.ArgumentParser, default: str) -> None:
+    one.add_argument("--output", type=Path, metavar="FOLDER", default=Path(default), help="default: %(default)s")
 
 
 def _grid(words: str) -> tuple[int, int, int]:

@@ -57,6 +57,10 @@ def _command(name: str) -> Callable[[Any], str]:
         from vmoba_flex.compare_command import run_compare
 
         return run_compare
+    if name == "tune":
+        from vmoba_flex.tune_command import run_tune
+
+        return run_tune
     from vmoba_flex.insight import commands
 
     return {

@@ -1,6 +1,8 @@
 """The command compare; ``arguments`` has its options."""
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,16 @@ def run_compare(arguments: argparse.Namespace) -> str:
     """Denoises under full attention and configs, writes the report, and returns the table."""
     check_extra("compare", "av", "matplotlib", "numpy", "safetensors", "torchmetrics", "tqdm")
     check_movies()
+    prompts, call, pipe = load_requested(arguments)
+    configs = dict(config_of(name, pipe) for name in arguments.config or NAMED)
+    options: dict[str, Any] = {"seeds": arguments.seeds, "call": call, "output": arguments.output, "fps": arguments.fps}
+    with mendable(arguments.output):
+        found = compare(pipe, configs, prompts=prompts, **options)
+    return f"{found.table()}\nPSNR and SSIM: to full attention's videos.\nPage: {arguments.output / PAGE}"
+
+
+def load_requested(arguments: argparse.Namespace) -> tuple[list[str], dict[str, Any], Any]:
+    """The prompts, the arguments of the pipeline's call, and the pipeline that a command line asks for."""
     prompts: list[str] = list(arguments.prompt or ())
     if arguments.prompts is not None:
         prompts += read_prompts(arguments.prompts)
@@ -39,10 +51,14 @@ def run_compare(arguments: argparse.Namespace) -> str:
         lora=arguments.lora or (),
         pipeline=arguments.pipeline,
     )
-    configs = dict(config_of(name, pipe) for name in arguments.config or NAMED)
-    options: dict[str, Any] = {"seeds": arguments.seeds, "call": call, "output": arguments.output, "fps": arguments.fps}
+    return prompts, call, pipe
+
+
+@contextlib.contextmanager
+def mendable(output: Path) -> Iterator[None]:
+    """Turns what is refused, and running out of memory, into an error of one line."""
     try:
-        found = compare(pipe, configs, prompts=prompts, **options)
+        yield
     except (TypeError, ValueError) as error:
         raise UserError(one_line(error)) from error
     except (MemoryError, RuntimeError) as error:
@@ -50,9 +66,8 @@ def run_compare(arguments: argparse.Namespace) -> str:
             raise
         raise UserError(
             f"out of memory ({one_line(error)[:120]}): make the video smaller by --set, or take --offload model; "
-            f"finished denoises stay in {arguments.output}, and the same command goes on from there"
+            f"finished denoises stay in {output}, and the same command goes on from there"
         ) from error
-    return f"{found.table()}\nPSNR and SSIM: to full attention's videos.\nPage: {arguments.output / PAGE}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

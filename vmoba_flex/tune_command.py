@@ -1,0 +1,28 @@
+"""The command tune; ``arguments`` has its options."""
+
+import argparse
+import sys
+
+from vmoba_flex.compare_command import load_requested, mendable
+from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.tuning import tune
+from vmoba_flex.tuning.report import report, save
+from vmoba_flex.user_error import check_extra
+
+
+def run_tune(arguments: argparse.Namespace) -> str:
+    """Finds settings, writes them and what was tried, and returns the report."""
+    check_extra("compare", "av", "matplotlib", "numpy", "safetensors", "torchmetrics", "tqdm")
+    base = None if arguments.config is None else VMoBAConfig.load(arguments.config)
+    prompts, call, pipe = load_requested(arguments)
+    with mendable(arguments.output):
+        tuned = tune(
+            pipe, prompts=prompts, seeds=arguments.seeds, fidelity=arguments.fidelity, speed_up=arguments.speed_up,
+            base=base, call=call, folder=arguments.output / "denoises", progress=_say,
+        )  # fmt: skip
+        paths = save(tuned, arguments.output)
+    return "\n".join([report(tuned), *(f"Written: {path}" for path in paths)])
+
+
+def _say(words: str) -> None:
+    sys.stderr.write(f"{words}\n")
