@@ -3,7 +3,9 @@
 # pyright: reportPrivateImportUsage=false
 import html.parser
 import json
+import os
 import re
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -265,4 +267,23 @@ def test_out_of_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(MODULE, "run_denoise", fail)
     assert main(["compare", "demo", "--output", str(tmp_path / "out")]) == 2
     assert "error: out of memory (CUDA out of memory" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["denoises"]
+
+
+def test_ctrl_c_leaves_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    real, done = denoise.run_denoise, []
+
+    def interrupt(*arguments: Any, **options: Any) -> Any:
+        if done:
+            os.kill(os.getpid(), signal.SIGINT)
+        done.append(real(*arguments, **options))
+        return done[-1]
+
+    monkeypatch.setattr(MODULE, "run_denoise", interrupt)
+    assert main(f"compare demo --output {tmp_path / 'out'} --set {SMALL}".split()) == 130
+    assert capsys.readouterr().err.splitlines()[-1].strip() == "vmoba-flex: stopped by SIGINT"
+    assert len(done) == 1
+    assert [path.suffix for path in (tmp_path / "out" / "denoises").iterdir()] == [".safetensors"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["denoises"]
