@@ -59,7 +59,7 @@ def test_says_what_ran(config: VMoBAConfig, change: str, expected: list[str], ca
     with (
         torch.set_grad_enabled("gradients" in change),
         mock.patch("vmoba_flex.dispatch.choose.choose_dispatch", return_value=auto),
-        caplog.at_level(logging.INFO, "vmoba_flex.models"),
+        caplog.at_level(logging.INFO, "vmoba_flex"),
     ):
         for step in (0, 1, 2) if "steps" in change else (2,):
             grid = OTHER_GRID if "grid" in change and step == 2 else GRID
@@ -80,7 +80,7 @@ def test_says_what_ran(config: VMoBAConfig, change: str, expected: list[str], ca
 def test_says_rule_tail_and_the_largest_density(caplog: pytest.LogCaptureFixture):
     model = WAN.build()
     config = VMoBAConfig(*BLOCKS, TopK(1), tail=Tail(2), cycle=("spatial",))
-    with apply_vmoba(model, config) as handle, caplog.at_level(logging.INFO, "vmoba_flex.models"):
+    with apply_vmoba(model, config) as handle, caplog.at_level(logging.INFO, "vmoba_flex"):
         run(model, WAN.inputs(GRID))
         row = handle.summary().splitlines()[-1]
     assert "4 of 3x2x3" in row and "TopK(k=1" in row and "Tail(cell=2)" in row and "0.250" in row
@@ -100,7 +100,7 @@ def test_compiled_models_say_the_same(gradients: bool, caplog: pytest.LogCapture
             compile_blocks(model, WAN, "aot_eager")
             if gradients:
                 model.enable_gradient_checkpointing()  # pyright: ignore
-        with torch.set_grad_enabled(gradients), caplog.at_level(logging.INFO, "vmoba_flex.models"):
+        with torch.set_grad_enabled(gradients), caplog.at_level(logging.INFO, "vmoba_flex"):
             for again in (False, True):
                 with torch.compiler.set_stance("fail_on_recompile" if again else "default"):
                     run(one, WAN.inputs(GRID))

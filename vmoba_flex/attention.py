@@ -123,8 +123,9 @@ def vmoba_attention(
         return_lse: also return the natural log-sum-exp of each query's scores, without a gradient; with a group, not
             inside ``torch.compile``.
         max_row_bytes: memory for the rows of ``"packed"``, which works on at least one head at a time.
-        text_lengths: int64 ``(B,)``, in 0..prefix + suffix (not checked): how many of a sample's prefix and suffix
-            tokens, prefix first, are valid. Nobody attends the others, which are padding with meaningless outputs.
+        text_lengths: int64 ``(B,)``, in 0..prefix + suffix (checked on a CPU only): how many of a sample's prefix and
+            suffix tokens, prefix first, are valid. Nobody attends the others, which are padding with meaningless
+            outputs.
         tail: how skipped blocks take part; by default they do not. Not for ``"dense"``, which skips none.
         selection: what was chosen before, instead of a rule: by tokens for ``"packed"`` and ``"tiles"``, by tiles for
             ``"shared"``, which ``"auto"`` then takes.

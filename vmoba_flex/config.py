@@ -18,7 +18,9 @@ from vmoba_flex.partition import BlockPartition
 from vmoba_flex.presets import Speed, preset_arguments, speed_arguments
 from vmoba_flex.remember import Remember, steps_served
 from vmoba_flex.tail import Tail
-from vmoba_flex.user_error import UserError, new_file, one_line
+from vmoba_flex.user_error import UserError, checked_path, new_file, one_line
+
+_MAX_STEPS = 100_000  # which are looked at one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +167,8 @@ class VMoBAConfig:
         now, tail = value_at(rule, step, num_steps), value_at(self.tail, step, num_steps)
         if self.remember is None or always:
             return Layer(kind, now, dense, tail)
+        if num_steps is not None and num_steps > _MAX_STEPS:
+            raise ValueError(f"num_steps must be at most {_MAX_STEPS} where remember is given, got {num_steps}")
         served = steps_served(self.remember.refresh, steps, step, num_steps)
         records = tuple(dict.fromkeys(value_at(rule, at, num_steps) for at in served))
         return Layer(kind, now, dense, tail, records, recalls=not dense)
@@ -219,7 +223,7 @@ class VMoBAConfig:
             TypeError: if ``path`` is neither a str nor a Path.
             UserError: a ``ValueError``, if the name has another suffix or the file cannot be written.
         """
-        with new_file(_path(path), ".json", "a config is JSON") as draft:
+        with new_file(checked_path(path), ".json", "a config is JSON") as draft:
             draft.write_text(self.to_json() + "\n")
 
     @classmethod
@@ -230,17 +234,12 @@ class VMoBAConfig:
             TypeError: if ``path`` is neither a str nor a Path.
             UserError: a ``ValueError``, if the file cannot be read or holds no config.
         """
+        path = checked_path(path)
         try:
-            text = _path(path).read_text()
+            text = path.read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {path} ({one_line(error)}): name a file of VMoBAConfig.save") from error
         try:
             return cls.from_json(text)
         except (TypeError, ValueError) as error:
             raise UserError(f"{path} is no VMoBAConfig ({one_line(error)}): mend it") from error
-
-
-def _path(path: Any) -> Path:
-    if not isinstance(path, str | Path):
-        raise TypeError(f"path must be a str or a Path, got {path!r}")
-    return Path(path)

@@ -178,6 +178,9 @@ def models_of(pipe_or_model: Any) -> dict[str, nn.Module]:
     if isinstance(pipe_or_model, nn.Module):
         return {"model": unwrap(pipe_or_model)}
     found = {name: getattr(pipe_or_model, name, None) for name in _COMPONENTS}
+    for name, model in found.items():
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"pipe_or_model must have a model as {name}, got {type(model).__name__}")
     models = {name: unwrap(model) for name, model in found.items() if model is not None}
     if not models:
         raise TypeError(

@@ -5,9 +5,7 @@ A run's memory belongs to a thread and a model: threads, copies and pickles of a
 """
 
 import dataclasses
-import logging
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,36 +13,16 @@ from torch import Tensor
 
 from vmoba_flex.call import Dispatch
 from vmoba_flex.inputs import check_query_key, under_autocast
+from vmoba_flex.layer import Layer
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.remember import Remember
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection.choose import keep_each
 from vmoba_flex.selection.kept import Selection
-
-_LOG = logging.getLogger(__name__)
+from vmoba_flex.told import Told
 
 # The name that a pipeline gives a pass, and which pass of that name it is within the step.
 Pass = tuple[str | None, int]
-
-
-class Told:
-    """What has been logged of a model: each reason, and each line about what ran, is logged once."""
-
-    def __init__(self) -> None:
-        self.reasons: set[str] = set()
-        self.lines: set[str] = set()
-
-    def inform(self, line: Callable[[], str]) -> None:
-        """Logs what ran, the first time; ``line`` is called only where that is logged."""
-        if _LOG.isEnabledFor(logging.INFO) and (words := line()) not in self.lines:
-            self.lines.add(words)
-            _LOG.info("%s", words)
-
-    def tell(self, reason: str, *details: Any) -> None:
-        """Logs a warning, the first time."""
-        if reason not in self.reasons:
-            self.reasons.add(reason)
-            _LOG.warning(reason, *details)
 
 
 class RunMemory:
@@ -125,6 +103,20 @@ class LayerMemory:
         self.kept.clear()
         self.too_large.clear()
         self.why = "nothing is remembered"
+
+    def records_of(self, layer: Layer) -> tuple[Rule, ...]:
+        """The rules by which a layer chooses from exact masses now: also one that is missing, if it may choose anew."""
+        may_choose = layer.recalls and not layer.records and self.run.remember.refresh is not None
+        lost = layer.rule not in self.kept and layer.rule not in self.too_large
+        return (layer.rule,) if may_choose and lost else layer.records
+
+    def choice(
+        self, rule: Rule, records: tuple[Rule, ...], dense: bool, query: Tensor, key: Tensor, partition: BlockPartition,
+        dispatch: Dispatch,
+    ) -> Selection | None:  # fmt: skip
+        """What a layer attends that is not dense: what it chose just now, or keeps; None if neither fits."""
+        chosen = self.record(records, query, key, partition, dispatch) if records else {}
+        return None if dense else chosen.get(rule) or self.recall(rule, query, partition)
 
     @torch.no_grad()
     def record(
