@@ -23,7 +23,7 @@ pytest.importorskip("diffusers")
 import diffusers
 
 from tests.test_fidelity import CALL, EVERYTHING, SPARSE, prompt, wan_pipeline
-from tests.video_models import FAMILIES, Family, each_family, run
+from tests.video_models import FAMILIES, TEXT_DIM, Family, each_family, run
 from vmoba_flex import VMoBAConfig, apply_vmoba, compare
 from vmoba_flex.cli import main
 from vmoba_flex.compare_command import config_of
@@ -208,6 +208,32 @@ def test_configs_by_name():
     assert config_of("wan2.2-a14b:fast", pipe)[1] == VMoBAConfig.preset("wan2.2-a14b", "fast")
     assert config_of("fast", DemoPipeline()) == ("fast", VMoBAConfig.fast())
     assert config_of("paper", pipe)[1] == VMoBAConfig.paper("inference")
+
+
+def test_the_command_on_a_folder_of_diffusers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A tiny pipeline with all its parts; by the command it gives the videos that it gives itself."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "cat": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    pipe = wan_pipeline()
+    pipe.register_modules(
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>"),
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(vocab_size=4, d_model=TEXT_DIM, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+        ).eval(),
+    )
+    folder, out = tmp_path / "model", tmp_path / "out"
+    pipe.save_pretrained(folder)
+    SPARSE.save(tmp_path / "mine.json")
+    options = [f"{name}={value}" for name, value in CALL.items()]
+    command = ["compare", str(folder), "--prompt", "a cat", "--config", str(tmp_path / "mine.json"), "--set", *options]
+    assert main([*command, "--output", str(out)]) == 0
+    assert "mine" in capsys.readouterr().out
+    found = compare(pipe, {"mine": SPARSE}, prompts="a cat", call=CALL, output=tmp_path / "own", progress=False)
+    psnr = json.loads((out / "results.json").read_text())["summary"][1]["psnr"]
+    assert psnr == pytest.approx(found.summary()[1].psnr, abs=0.01)
 
 
 def test_the_command_on_the_model_that_ships(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -32,16 +32,16 @@ def run_compare(arguments: argparse.Namespace) -> str:
             raise UserError("there is no prompt: give --prompt TEXT, or --prompts FILE with one a line")
         prompts = [DEMO_PROMPT]
     call = read_arguments(arguments.set or (), arguments.image, arguments.video)
-    pipe = load_pipeline(
-        arguments.model,
-        dtype=arguments.dtype,
-        offload=arguments.offload,
-        lora=arguments.lora or (),
-        pipeline=arguments.pipeline,
-    )
-    configs = dict(config_of(name, pipe) for name in arguments.config or NAMED)
     options: dict[str, Any] = {"seeds": arguments.seeds, "call": call, "output": arguments.output, "fps": arguments.fps}
     try:
+        pipe = load_pipeline(
+            arguments.model,
+            dtype=arguments.dtype,
+            offload=arguments.offload,
+            lora=arguments.lora or (),
+            pipeline=arguments.pipeline,
+        )
+        configs = dict(config_of(name, pipe) for name in arguments.config or NAMED)
         found = compare(pipe, configs, prompts=prompts, **options)
     except (TypeError, ValueError) as error:
         raise UserError(one_line(error)) from error
