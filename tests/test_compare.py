@@ -3,7 +3,9 @@
 # pyright: reportPrivateImportUsage=false
 import html.parser
 import json
+import os
 import re
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +23,7 @@ pytest.importorskip("diffusers")
 import diffusers
 
 from tests.test_fidelity import CALL, EVERYTHING, SPARSE, prompt, wan_pipeline
-from tests.video_models import FAMILIES, Family, each_family, run
+from tests.video_models import FAMILIES, TEXT_DIM, Family, each_family, run
 from vmoba_flex import VMoBAConfig, apply_vmoba, compare
 from vmoba_flex.cli import main
 from vmoba_flex.compare_command import config_of
@@ -208,6 +210,32 @@ def test_configs_by_name():
     assert config_of("paper", pipe)[1] == VMoBAConfig.paper("inference")
 
 
+def test_the_command_on_a_folder_of_diffusers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A tiny pipeline with all its parts; by the command it gives the videos that it gives itself."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "cat": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    pipe = wan_pipeline()
+    pipe.register_modules(
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>"),
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(vocab_size=4, d_model=TEXT_DIM, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+        ).eval(),
+    )
+    folder, out = tmp_path / "model", tmp_path / "out"
+    pipe.save_pretrained(folder)
+    SPARSE.save(tmp_path / "mine.json")
+    options = [f"{name}={value}" for name, value in CALL.items()]
+    command = ["compare", str(folder), "--prompt", "a cat", "--config", str(tmp_path / "mine.json"), "--set", *options]
+    assert main([*command, "--output", str(out)]) == 0
+    assert "mine" in capsys.readouterr().out
+    found = compare(pipe, {"mine": SPARSE}, prompts="a cat", call=CALL, output=tmp_path / "own", progress=False)
+    psnr = json.loads((out / "results.json").read_text())["summary"][1]["psnr"]
+    assert psnr == pytest.approx(found.summary()[1].psnr, abs=0.01)
+
+
 def test_the_command_on_the_model_that_ships(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     SPARSE.save(tmp_path / "mine.json")
     words = f"compare demo --config {tmp_path / 'mine.json'} fast --seeds 0 1 --output {tmp_path / 'out'} --set {SMALL}"
@@ -265,4 +293,23 @@ def test_out_of_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(MODULE, "run_denoise", fail)
     assert main(["compare", "demo", "--output", str(tmp_path / "out")]) == 2
     assert "error: out of memory (CUDA out of memory" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["denoises"]
+
+
+def test_ctrl_c_leaves_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    real, done = denoise.run_denoise, []
+
+    def interrupt(*arguments: Any, **options: Any) -> Any:
+        if done:
+            os.kill(os.getpid(), signal.SIGINT)
+        done.append(real(*arguments, **options))
+        return done[-1]
+
+    monkeypatch.setattr(MODULE, "run_denoise", interrupt)
+    assert main(f"compare demo --output {tmp_path / 'out'} --set {SMALL}".split()) == 130
+    assert capsys.readouterr().err.splitlines()[-1].strip() == "vmoba-flex: stopped by SIGINT"
+    assert len(done) == 1
+    assert [path.suffix for path in (tmp_path / "out" / "denoises").iterdir()] == [".safetensors"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["denoises"]

@@ -2,6 +2,9 @@
 
 # pyright: reportPrivateImportUsage=false
 import dataclasses
+import importlib.machinery
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from vmoba_flex.fidelity import Store, nearness, run_denoise
 from vmoba_flex.fidelity.identity import identity_of, key_of
 from vmoba_flex.insight.measure import sample_rows
 
+measure: Any = sys.modules["vmoba_flex.fidelity.nearness"]  # its folder's name for it is the function
 STEPS = 4
 SPARSE = VMoBAConfig(*BLOCKS, TopK(2), dense_steps=1)
 EVERYTHING = VMoBAConfig(*BLOCKS, TopK(density=1.0))
@@ -184,3 +188,27 @@ def test_nearness_is_what_the_definitions_say():
     assert nearness([small], [small]).ssim is None and nearness([small], [small]).psnr == 100
     with pytest.raises(ValueError, match="videos must have one size"):
         nearness([small], [small[:, :4]])
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_lpips_where_it_is_installed(loads: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """By a stand-in with the package's interface: it is no dependency, and loads weights from the network."""
+
+    class LPIPS(torch.nn.Module):
+        def __init__(self, net: str, verbose: bool) -> None:
+            super().__init__()
+            if not loads:
+                raise OSError("no network")
+
+        def forward(self, first: Tensor, second: Tensor, normalize: bool) -> Tensor:
+            return (first - second).abs().mean()[None, None, None, None]
+
+    package: Any = types.ModuleType("lpips")
+    package.__spec__, package.LPIPS = importlib.machinery.ModuleSpec("lpips", None), LPIPS
+    monkeypatch.setitem(sys.modules, "lpips", package)
+    measure._learned.cache_clear()
+    videos = torch.zeros(2, 12, 12, 3, dtype=torch.uint8), torch.full((2, 12, 12, 3), 51, dtype=torch.uint8)
+    near = nearness(*([video] for video in videos))
+    measure._learned.cache_clear()
+    assert near.lpips == (pytest.approx(0.2) if loads else None)
+    assert ("no LPIPS: no network" in caplog.text) == (not loads)

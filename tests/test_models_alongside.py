@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.ao.quantization import quantize_dynamic
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
@@ -96,6 +97,40 @@ def test_changes_to_the_model(family: Family, change: str, order: str):
     with reference(stock, family, layers_of(GRID, TopK(2))):
         expected = run(stock, inputs)
     handle = both(model, SPARSE, CHANGES[change], order)
+    assert_close(run(model, inputs), expected)
+    handle.remove()
+    assert_close(run(model, inputs), run(stock, inputs))
+
+
+def quantize_by_torch(layer: nn.Module) -> None:
+    """To packed weights in 16 bit, which are no parameters: in 8 bit it would round activations, too."""
+    quantize_dynamic(layer, {nn.Linear}, dtype=torch.float16, inplace=True)
+
+
+def quantize_by_torchao(layer: nn.Module) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
+
+
+QUANTIZED: dict[str, Callable[[nn.Module], None]] = {"torch": quantize_by_torch, "torchao": quantize_by_torchao}
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["wan2.1", "hunyuan"])
+@pytest.mark.parametrize("library", QUANTIZED)
+def test_quantized_weights(library: str, name: str):
+    family = FAMILIES[name]
+    inputs = family.inputs()
+    stock, model = family.build(), family.build()
+    for one in (stock, model):
+        for layer in family.layers(one):
+            QUANTIZED[library](layer)
+        query = family.attentions(one)[0].to_q
+        assert type(query) is not nn.Linear or type(query.weight) is not nn.Parameter
+    with reference(stock, family, layers_of(GRID, TopK(2))):
+        expected = run(stock, inputs)
+    handle = apply_vmoba(model, SPARSE)
     assert_close(run(model, inputs), expected)
     handle.remove()
     assert_close(run(model, inputs), run(stock, inputs))

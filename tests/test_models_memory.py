@@ -17,6 +17,7 @@ pytest.importorskip("diffusers")
 
 import diffusers
 
+from tests.test_pipelines import SCHEDULERS, sample, wan_pipeline
 from tests.video_models import (
     BLOCKS,
     FAMILIES,
@@ -30,7 +31,8 @@ from tests.video_models import (
 )
 from vmoba_flex import BySteps, Remember, Tail, Threshold, TopK, vmoba_attention, vmoba_selection
 from vmoba_flex.config import VMoBAConfig
-from vmoba_flex.models import apply_vmoba
+from vmoba_flex.models import VMoBAHandle, apply_vmoba
+from vmoba_flex.models.steps import counted_step
 from vmoba_flex.selection.exact_gate import exact_gate
 
 WAN = FAMILIES["wan2.1"]
@@ -199,6 +201,44 @@ def test_caches_next_to_remembered_choices(cache: str, name: str, dense_steps: i
     assert any(apart) and calls.count(2) < calls.count(0) + 1 < 7  # the cache did skip
     assert len(spelled.kept) == (3 if dense_steps == 3 else 1 if cache == "first block cache" else 0)
     assert any("nothing is kept for step" in line for line in told_of(caplog)) == (dense_steps == 2)
+
+
+def test_cache_dit_next_to_remembered_choices(caplog: pytest.LogCaptureFixture):
+    """The same through a pipeline; the cache is enabled after VMoBA and before it."""
+    cache_dit = pytest.importorskip("cache_dit")
+    config = dataclasses.replace(KEPT, dense_steps=2)
+
+    def enable(pipe: Any) -> None:
+        wanted = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": 2, "max_cached_steps": 3}
+        cache_dit.enable_cache(pipe, cache_config=cache_dit.DBCacheConfig(residual_diff_threshold=0.5, **wanted))
+
+    pipe, stock = wan_pipeline(SCHEDULERS["UniPC"]()), wan_pipeline(SCHEDULERS["UniPC"]())
+    spelled = Spelled(WAN, config)
+    stock.transformer, of_passes = spelled.model, VMoBAHandle.of(spelled.model).states()["model"]
+
+    def follow(*_: Any) -> None:
+        step = counted_step(stock)
+        assert step is not None
+        (spelled.step, spelled.num_steps), spelled.name = step, str(of_passes.now.context)
+
+    spelled.model.register_forward_pre_hook(follow)
+    apply_vmoba(pipe, config)
+    enable(pipe)
+    enable(stock)
+    calls: list[int] = []
+    for i, attention in enumerate(WAN.attentions(pipe.transformer)):
+        attention.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
+    output = sample(pipe)
+    assert torch.allclose(output, sample(stock), rtol=1e-4, atol=1e-4)
+    assert calls.count(0) == 2 * 8 and calls.count(2) == 2 * (8 - 3)
+    plain = wan_pipeline(SCHEDULERS["UniPC"]())
+    apply_vmoba(plain, config)
+    assert not torch.allclose(output, sample(plain), rtol=1e-3, atol=1e-3)
+    other = wan_pipeline(SCHEDULERS["UniPC"]())
+    enable(other)
+    apply_vmoba(other, config)
+    assert torch.equal(sample(other), output)
+    assert not told_of(caplog)  # the dense steps are this cache's warm-up
 
 
 @torch.no_grad()

@@ -26,11 +26,11 @@ def run_compare(arguments: argparse.Namespace) -> str:
     """Denoises under full attention and configs, writes the report, and returns the table."""
     check_extra("compare", "av", "matplotlib", "numpy", "safetensors", "torchmetrics", "tqdm")
     check_movies()
-    prompts, call, pipe = load_requested(arguments)
-    configs = dict(config_of(name, pipe) for name in arguments.config or NAMED)
-    options: dict[str, Any] = {"seeds": arguments.seeds, "call": call, "output": arguments.output, "fps": arguments.fps}
     with mendable(arguments.output):
-        found = compare(pipe, configs, prompts=prompts, **options)
+        prompts, call, pipe = load_requested(arguments)
+        configs = dict(config_of(name, pipe) for name in arguments.config or NAMED)
+        options: dict[str, Any] = {"seeds": arguments.seeds, "call": call, "output": arguments.output}
+        found = compare(pipe, configs, prompts=prompts, fps=arguments.fps, **options)
     return f"{found.table()}\nPSNR and SSIM: to full attention's videos.\nPage: {arguments.output / PAGE}"
 
 

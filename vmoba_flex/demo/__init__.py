@@ -8,6 +8,7 @@
     tailed.py      which layers have a tail, and what it keeps
     story.py       what the picture tells
     picture.py     story -> one PNG, drawn with canvas.py
+    pipeline.py    the same model as a pipeline, for `vmoba-flex compare demo`
 
 It needs the extra `demo` (av, matplotlib, numpy, safetensors, tqdm), which is imported where it is used.
 """

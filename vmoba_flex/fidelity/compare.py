@@ -86,7 +86,9 @@ def compare(
                 near = None if config is None else nearness(reference.runs(), stored.runs())
                 runs.append(Run(name, words_of(prompt), seed, stored, near))
                 bar.end()
-        found = Comparison(type(pipe).__name__, {name: repr(one) for name, one in call.items()}, named, tuple(runs))
+        found = Comparison(
+            type(pipe).__name__, {name: f"{one!r:.200}" for name, one in call.items()}, named, tuple(runs)
+        )
         write_report(found, Path(output), fps, bar)
     return found
 

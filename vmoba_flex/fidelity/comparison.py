@@ -100,13 +100,17 @@ class Comparison:
 
     def table(self) -> str:
         """The summary as text."""
-        lines = [f"{'':<16}{'PSNR dB':>16}{'SSIM':>16}{'s/step':>9}{'s':>9}{'speed-up':>10}{'density':>9}"]
-        lines.insert(0, f"{'':<16}{'mean    worst':>16}{'mean   worst':>16}")
-        lines[0], lines[1] = lines[1], lines[0]
-        for one in self.summary():
+        rows = self.summary()
+        wide = 2 + max(len(one.name) for one in rows)
+        lines = [
+            f"{'':<{wide}}{'PSNR dB':>16}{'SSIM':>16}{'s/step':>9}{'s':>9}{'speed-up':>10}{'density':>9}",
+            f"{'':<{wide}}{'mean    worst':>16}{'mean   worst':>16}",
+        ]
+        for one in rows:
             near = _two(one.psnr, one.worst_psnr, ".2f", 8) + _two(one.ssim, one.worst_ssim, ".4f", 8)
             step = "-" if one.step_seconds is None else f"{one.step_seconds:.3f}"
-            lines.append(f"{one.name:<16}{near}{step:>9}{one.seconds:>9.2f}{one.speed_up:>9.2f}x{one.density:>9.3f}")
+            cost = f"{step:>9}{one.seconds:>9.2f}{one.speed_up:>9.2f}x{one.density:>9.3f}"
+            lines.append(f"{one.name:<{wide}}{near}{cost}")
         return "\n".join(lines)
 
     def to_json(self) -> str:

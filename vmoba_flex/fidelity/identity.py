@@ -75,10 +75,12 @@ def _sample(weight: Tensor) -> list[float] | None:
     if weight.is_meta or not weight.numel():
         return None
     places = torch.linspace(0, weight.numel() - 1, min(_SAMPLES, weight.numel()), dtype=torch.float64).long()
-    try:
-        return weight.detach().flatten()[places.to(weight.device)].double().tolist()
-    except (NotImplementedError, RuntimeError, TypeError):  # packed by a library for quantized weights
-        return None
+    for plain in (lambda: weight.detach(), lambda: weight.detach().dequantize()):
+        try:
+            return plain().flatten()[places.to(weight.device)].double().tolist()
+        except (NotImplementedError, RuntimeError, TypeError):  # packed by a library for quantized weights
+            continue
+    return None
 
 
 def _of_value(value: Any) -> Iterator[str]:
