@@ -14,8 +14,8 @@ def run_tune(arguments: argparse.Namespace) -> str:
     """Finds settings, writes them and what was tried, and returns the report."""
     check_extra("compare", "av", "matplotlib", "numpy", "safetensors", "torchmetrics", "tqdm")
     base = None if arguments.config is None else VMoBAConfig.load(arguments.config)
-    prompts, call, pipe = load_requested(arguments)
     with mendable(arguments.output):
+        prompts, call, pipe = load_requested(arguments)
         tuned = tune(
             pipe, prompts=prompts, seeds=arguments.seeds, fidelity=arguments.fidelity, speed_up=arguments.speed_up,
             base=base, call=call, folder=arguments.output / "denoises", progress=_say,

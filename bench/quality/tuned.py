@@ -46,10 +46,8 @@ def main() -> None:
         return Trials(pipe, base, prompts, seeds, call, store, lambda words: print(words, flush=True))
 
     wanted = trials(SEEN, SEEN_SEEDS).attempt(PAPER, 0.0, None).worst
-    options: dict[str, Any] = {"prompts": SEEN, "seeds": SEEN_SEEDS, "base": base, "call": call}
-    tuned = tune(
-        pipe, fidelity=wanted, folder=arguments.folder, progress=lambda words: print(words, flush=True), **options
-    )
+    options: dict[str, Any] = {"seeds": SEEN_SEEDS, "base": base, "call": call, "folder": arguments.folder}
+    tuned = tune(pipe, prompts=SEEN, fidelity=wanted, progress=lambda words: print(words, flush=True), **options)
     print(report(tuned), flush=True)
     clips: list[Prompt] = [{"prompt": "bunny", "first_frame": 32}]
     clips += [{"prompt": file, "first_frame": int(first)} for file, first in arguments.clip]
@@ -62,7 +60,8 @@ def main() -> None:
             f"{name}: {one.cost:.3f} of the pairs, unseen worst {one.worst:.2f} dB, {[round(x, 2) for x in one.psnr]}"
         )
     facts = {"wanted": wanted, "seen": tuned.best.psnr, "rows": rows, "steps": arguments.steps, "call": call}
-    facts |= {"clips": [str(clip) for clip, _ in product(clips, UNSEEN_SEEDS)], "settings": len(tuned.trials)}
+    windows = [("bunny", 32), *((Path(file).name, int(first)) for file, first in arguments.clip)]
+    facts |= {"unseen": list(product(windows, UNSEEN_SEEDS)), "settings": len(tuned.trials)}
     facts |= {"torch": torch.__version__, "machine": platform.machine()}
     with new_file(arguments.output, ".json", "results are JSON") as draft:
         draft.write_text(json.dumps(facts, indent=1) + "\n")

@@ -85,11 +85,10 @@ def cheapest(
     for dense, family in product(_dense_shares(num_steps), families):
         rungs = [dataclasses.replace(family, dense=dense, density=i) for i in range(len(DENSITIES))]
         rungs = [one for one in rungs if pays(one)]
-        low, high = -1, len(rungs)  # the last that reaches, the first that does not
         # If the most faithful of those that pay fails, so do the others.
         if not rungs or not test(rungs[0]):
             continue
-        low = 0
+        low, high = 0, len(rungs)  # the last that reaches, the first that does not
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if test(rungs[middle]) else (low, middle)
