@@ -7,6 +7,7 @@ from typing import Literal, Self, cast, get_args
 from torch import Tensor
 
 from vmoba_flex.checks import check_choice, check_ids, check_int, check_share
+from vmoba_flex.partition import BlockPartition
 
 Pool = Literal["query", "block", "head", "global"]
 Normalize = Literal["minmax", "softmax"]
@@ -196,8 +197,19 @@ class Threshold:
 Rule = TopK | Threshold
 
 
-def check_rule_fits(rule: Rule, num_blocks: int) -> None:
-    """Raises ``ValueError`` unless ``rule`` fits a partition of ``num_blocks`` blocks."""
+def among(rule: Rule, num_blocks: int) -> Rule:
+    """The rule where only the first ``num_blocks`` blocks may be chosen: all of them, if ``k`` is more."""
+    always = tuple([block for block in rule.always if block < num_blocks])
+    if isinstance(rule, TopK) and rule.k is not None and rule.k > num_blocks:
+        return dataclasses.replace(rule, k=num_blocks, always=always)
+    return rule if always == rule.always else dataclasses.replace(rule, always=always)
+
+
+def check_rule_fits(rule: Rule, partition: BlockPartition) -> None:
+    """Raises ``ValueError`` unless ``rule`` fits a partition. Any fits a causal one, where it chooses among a few."""
+    if partition.causal_frames is not None:
+        return
+    num_blocks = partition.num_blocks
     if isinstance(rule, TopK):
         rule.blocks_per_query(num_blocks)
     if rule.always and rule.always[-1] >= num_blocks:

@@ -56,8 +56,9 @@ def slot_lists(selected: Tensor, slots: Slots) -> SlotLists:
 
 
 def slot_mask(
-    selected: Tensor, slots: Slots, slot_valid: Tensor | None = None, known: SlotLists | None = None
-) -> BlockMask:
+    selected: Tensor, slots: Slots, slot_valid: Tensor | None = None, known: SlotLists | None = None,
+    query_slots: int | None = None,
+) -> BlockMask:  # fmt: skip
     """Builds the mask in which all slots of a tile attend the keys of the groups that the tile chose.
 
     A padding slot attends what its tile attends, so that its output is finite, and no slot attends a padding one.
@@ -68,9 +69,10 @@ def slot_mask(
         slot_valid: bool ``(B, slots)``: False at slots that nobody attends, the padding ones among them; only these if
             None.
         known: ``slot_lists`` of the choice, without ``slot_valid``.
+        query_slots: how many slots of other queries the tiles are of; None if they are those of the keys.
 
     Returns:
-        A ``BlockMask`` of shape ``(B, H, slots, slots)`` whose ``mask_mod`` says everything by itself.
+        A ``BlockMask`` of shape ``(B, H, query slots, slots)`` whose ``mask_mod`` says everything by itself.
     """
     chosen = pair_lookup(selected) if known is None else word_lookup(known.words)
     group, tile_size = slots.slot_group, slots.tile_size
@@ -81,7 +83,7 @@ def slot_mask(
         there = key_group >= 0 if live is None else live[b, kv_idx]
         return there & chosen(b, h, q_idx // tile_size, key_group)
 
-    lengths = (len(group), len(group))
+    lengths = (query_slots or len(group), len(group))
     if known is not None:
         return BlockMask(lengths, *known.lists, BLOCK_SIZE=(tile_size, tile_size), mask_mod=mask_mod)
     return block_mask_from_tiles(slot_tile_map(selected, slots, slot_valid), mask_mod, lengths, (tile_size, tile_size))

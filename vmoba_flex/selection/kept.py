@@ -101,7 +101,7 @@ class Selection:
         check_bits("selected", selected, torch.bool, partition, choice)
         if rule is not None:
             check_rule(rule)
-            check_rule_fits(rule, partition.num_blocks)
+            check_rule_fits(rule, partition)
         partition = partition.constant()
         with _kept_mode():
             bounds = bounds_of(selected, partition, choice, rule)
@@ -143,7 +143,7 @@ class Selection:
 
         Raises:
             TypeError: if an argument has a wrong type.
-            ValueError: if ``backend`` is neither, or the rows have no bound.
+            ValueError: if ``backend`` is neither, the rows have no bound, or the partition is causal.
         """
         if not isinstance(query, Tensor):
             raise TypeError(f"query must be a tensor, got {_what(query)}")

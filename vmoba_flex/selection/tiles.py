@@ -5,39 +5,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from block_masks import Slots, to_slots
-from vmoba_flex.groups import block_slots
-from vmoba_flex.part import Part
+from block_masks.plans.rows import TILE
+from vmoba_flex.groups import block_slots, first_block, query_slots
+from vmoba_flex.part import Part, Queries
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule
+from vmoba_flex.pieces import pieces_of
+from vmoba_flex.rules import Rule, among
 from vmoba_flex.selection.scores import ranked, tile_scores
 from vmoba_flex.selection.select import select
 
 
 @torch.no_grad()
 def choose_tiles(
-    query_slots: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, slots: Slots, part: Part | None = None
-) -> Tensor:
+    of_slots: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, slots: Slots, part: Part | None = None,
+    queries: Queries | None = None,
+) -> Tensor:  # fmt: skip
     """Chooses what the queries of each tile attend.
 
     Args:
-        query_slots: ``(B, H, slots, D)``, zero in padding slots.
+        of_slots: queries ``(B, H, slots, D)``, zero in padding slots.
         key: ``(B, key heads, S, D)`` in raster order.
         partition: the blocks.
         rule: chooses them.
-        slots: of this partition.
+        slots: of the queries.
         part: the heads of the call on this rank; None for all.
+        queries: which these are, if the slots are those of ``query_slots``; None for all.
 
     Returns:
-        bool ``(B, H, tiles, G)``; prefix and suffix, if any, are the last group and the last tiles.
+        bool ``(B, H, tiles, G)``; prefix and suffix, if any, are the last group, and the last tiles of all queries.
     """
-    scores = tile_scores(query_slots, key, partition, rule.gate, slots)
-    own = slots.tile_group[: scores.shape[2], None] == torch.arange(partition.num_blocks, device=key.device)
+    scores = tile_scores(of_slots, key, partition, rule.gate, slots, queries is None)
+    of_tile = slots.tile_group[: scores.shape[2], None]
+    if queries is not None:
+        of_tile = of_tile + first_block(partition, queries)
+    own = of_tile == torch.arange(partition.num_blocks, device=key.device)
     chosen = select(ranked(scores, partition, rule, key.shape[-1]), own, rule, part)
     text_tiles = len(slots.tile_group) - scores.shape[2]
-    return F.pad(chosen, (0, int(text_tiles > 0), 0, text_tiles), value=True)
+    return F.pad(chosen, (0, int(partition.prefix + partition.suffix > 0), 0, text_tiles), value=True)
 
 
-def choose_by_tiles(query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule) -> Tensor:
+def choose_by_tiles(query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, tile_size: int = TILE) -> Tensor:
     """Chooses what the queries of each tile of the video attend.
 
     Args:
@@ -45,11 +52,22 @@ def choose_by_tiles(query: Tensor, key: Tensor, partition: BlockPartition, rule:
         key: ``(B, key heads, S, D)``.
         partition: the blocks.
         rule: chooses them.
+        tile_size: queries in a tile.
 
     Returns:
         bool ``(B, H, video tiles, N)``.
     """
-    slots = block_slots(partition, query.device)
-    chosen = choose_tiles(to_slots(query.detach(), slots), key.detach(), partition, rule, slots)
-    text_tiles = -(-(partition.prefix + partition.suffix) // slots.tile_size)
-    return chosen[:, :, : chosen.shape[2] - text_tiles, : partition.num_blocks]
+    query, key, blocks = query.detach(), key.detach(), partition.num_blocks
+    if partition.causal_frames is None:
+        slots = block_slots(partition, query.device, tile_size)
+        chosen = choose_tiles(to_slots(query, slots), key, partition, rule, slots)
+        text_tiles = -(-(partition.prefix + partition.suffix) // slots.tile_size)
+        return chosen[:, :, : chosen.shape[2] - text_tiles, :blocks]
+    of_pieces = []  # the tiles of a chunk stand together, since its blocks do
+    for piece in pieces_of(partition, Queries.of(partition)):
+        past, here = piece.partition, piece.queries
+        slots = query_slots(past, here, query.device, tile_size)
+        own = to_slots(query.narrow(2, partition.prefix + here.first, here.video), slots)
+        chosen = choose_tiles(own, piece.keys(key), past, among(rule, past.num_blocks), slots, None, here)
+        of_pieces.append(F.pad(chosen[..., : past.num_blocks], (0, blocks - past.num_blocks)))
+    return torch.cat(of_pieces, 2)
