@@ -24,6 +24,7 @@ from tests.paths import (
     full_mask,
     low_precision,
     through_attention,
+    untraced_flex_attention,
 )
 from tests.strategies import Problem, causal_partitions, problems
 from tests.test_tail import assert_equals_reference, tailed, upstream_of
@@ -36,6 +37,7 @@ from vmoba_flex import (
     reference,
     reference_gates,
     vmoba_attention,
+    vmoba_mask,
     vmoba_selection,
 )
 from vmoba_flex.call import Call
@@ -303,7 +305,9 @@ def test_stats_are_shares_of_what_may_be_chosen(problem: Problem, dispatch: str)
 @given(tailed(causal=True), st.sampled_from(("tiles", "packed")))
 def test_a_kept_choice_attends_the_same(problem: Problem, dispatch: str):
     kept = vmoba_selection(problem.query, problem.key, problem.partition, problem.rule, as_bits=True)
-    torch.testing.assert_close(attend(problem, dispatch=dispatch, selection=kept), attend(problem, dispatch=dispatch))
+    expected, stats = attend(problem, dispatch=dispatch, return_stats=True)
+    torch.testing.assert_close(attend(problem, dispatch=dispatch, selection=kept), expected)
+    assert torch.equal(kept.density(), stats.density)
 
 
 @pytest.mark.parametrize(
@@ -392,6 +396,27 @@ def test_auto_counts_the_queries_that_there_are():
         )
         picked = [choose_dispatch(x, all_of_them, all_of_them, partition, TopK(9)) for x in (few, all_of_them)]
     assert picked == ["dense", "packed"]
+
+
+@pytest.mark.parametrize("dispatch", ["tiles", "packed"])
+def test_a_choice_of_ones_own_attends_no_later_chunk(dispatch: Any):
+    query, key, value = torch.randn(3, 1, 2, 24, 8, generator=torch.Generator().manual_seed(0))
+    kept = Selection.of(torch.ones(1, 2, 24, PARTITION.num_blocks, dtype=torch.bool), PARTITION)
+    output = vmoba_attention(query, key, value, PARTITION, None, selection=kept, dispatch=dispatch)
+    dense = vmoba_attention(query, key, value, PARTITION, TopK(1), dispatch="dense")
+    torch.testing.assert_close(output, dense)
+    mask = vmoba_mask(query, key, PARTITION, None, selection=kept)
+    torch.testing.assert_close(untraced_flex_attention(query, key, value, block_mask=mask), dense)
+    with pytest.raises(ValueError, match="selected must hold at least one block for each query"):
+        Selection.of(kept.selected().roll(2, -1) & ~kept.selected(), PARTITION)
+
+
+def test_more_blocks_than_may_be_chosen_are_all_of_them():
+    query, key, value = torch.randn(3, 1, 2, 24, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"k must lie in 1..num_blocks = 1..3, got 5"):
+        vmoba_attention(query, key, value, dataclasses.replace(PARTITION, causal_frames=None), TopK(5))
+    output = vmoba_attention(query, key, value, PARTITION, TopK(5, always=(9,)))
+    torch.testing.assert_close(output, vmoba_attention(query, key, value, PARTITION, TopK(1), dispatch="dense"))
 
 
 def test_bad_selections():

@@ -20,7 +20,7 @@ from vmoba_flex.inputs import (
 )
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.pieces import queries_of_frames
-from vmoba_flex.rules import Rule
+from vmoba_flex.rules import Rule, among
 from vmoba_flex.selection.kept import Selection, one_of
 from vmoba_flex.stats import Attended, AttentionStats
 from vmoba_flex.tail import Tail
@@ -223,7 +223,8 @@ def attend(
         choice = kept.choice if dispatch == "auto" else "tile" if dispatch == "shared" else "token"
         kept.check(query, partition, choice, f"dispatch={dispatch!r}")
     check_value(value, query, key)
-    call = call._replace(partition=partition, scale=check_scale(call.scale))
+    given = call.rule if isinstance(call.rule, Selection) else among(call.rule, partition.num_blocks)
+    call = call._replace(partition=partition, rule=given, scale=check_scale(call.scale))
     check_positive("max_row_bytes", call.max_row_bytes)
     check_text_lengths(call.text_lengths, query, call.partition)
     if call.tail is not None:

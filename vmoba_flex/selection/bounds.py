@@ -12,7 +12,7 @@ from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.pieces import pieces_of
 from vmoba_flex.rules import Rule, TopK, among
-from vmoba_flex.selection.bits import Choice
+from vmoba_flex.selection.bits import Choice, allowed
 
 
 class Bounds(NamedTuple):
@@ -152,6 +152,7 @@ def _read(selected: Tensor, partition: BlockPartition, choice: Choice) -> Bounds
         return UNBOUNDED
     needed = torch.zeros((), dtype=torch.int64, device=selected.device)
     if choice == "token":
+        selected = allowed(selected, partition)
         queries, text = selected.sum(2), partition.prefix + partition.suffix
         tiles = (queries + (text + TILE - 1)) // TILE
         needed = tiles.sum(2).max() + (-(-partition.num_tokens // TILE) if text else 0)

@@ -19,7 +19,7 @@ from vmoba_flex.inputs import check_rule
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, check_rule_fits
-from vmoba_flex.selection.bits import Choice, check_bits, of_tokens, pack_bits, unpack_bits
+from vmoba_flex.selection.bits import Choice, allowed, check_bits, density_of, of_tokens, pack_bits, unpack_bits
 from vmoba_flex.selection.bounds import UNBOUNDED, Bounds, bounds_of
 from vmoba_flex.selection.files import read, write
 from vmoba_flex.selection.plan import Plan, plan_packed, plan_shared
@@ -88,7 +88,7 @@ class Selection:
         Args:
             selected: bool ``(B, H, R, N)``: for ``"token"`` R video tokens in raster order; for ``"tile"`` the query
                 tiles of the first block, of the second and so on: ``ceil(tokens of the block / 128)`` each.
-            partition: the blocks.
+            partition: the blocks; if it is causal, later chunks are not attended, whatever is chosen.
             choice: what chose.
             rule: what it was chosen by, if by a rule: it bounds density and rows. Otherwise, or if the rule bounds no
                 rows, numbers are read from the device, once.
@@ -117,7 +117,7 @@ class Selection:
             bool ``(B, H, S, N)`` in raster order; block by block in memory.
         """
         rows = self._rows(part)
-        return rows if self.choice == "token" else of_tokens(rows, self.partition)
+        return allowed(rows if self.choice == "token" else of_tokens(rows, self.partition), self.partition)
 
     def tiles(self, part: Part | None = None) -> Tensor:
         """What each query tile of ``"shared"`` attends: bool ``(B, H, tiles, G)``, prefix and suffix included."""
@@ -126,7 +126,7 @@ class Selection:
 
     def density(self) -> Tensor:
         """The share of the (query, block) pairs of each sample and head that are attended, float32 ``(B, H)``."""
-        return self.selected().double().mean((2, 3)).float()
+        return density_of(self.selected(), self.partition)
 
     def planned(
         self, query: Tensor, backend: Literal["triton", "flash"] = "triton", *, max_row_bytes: int = MAX_ROW_BYTES
