@@ -28,6 +28,9 @@ class TopK:
     A pool with R queries keeps ``k * R`` pairs. Own blocks and those of ``always`` count, rank first, and are kept even
     if they are more. Ties go to the lower block id, then the lower query index, then the lower head.
 
+    In a partition with ``causal_frames``, a pool holds the queries of one chunk, and N counts the blocks up to the
+    chunk's end, which they may choose: all of them where ``k`` is more, and those of ``always`` that are among them.
+
     The gate scores each block for each query. All gates but ``"mean"`` give the logarithm of the attention mass that
     the query has on the block, exact or estimated. None sees prefix, suffix or the ``scale`` of a call; in place of the
     latter stands ``s = 1 / sqrt(D)``.
@@ -124,8 +127,8 @@ class Threshold:
     """Keeps the best pairs of a pool until they hold a share of its weight (arXiv 2506.23858, Sec. 3).
 
     Own blocks and those of ``always`` are kept. The others follow, best first, until the kept weight reaches ``tau``
-    times the pool's total (plus 1e-6). ``normalize`` says what a pair weighs. Ties go as in ``TopK``. A pool with a NaN
-    or infinite score keeps everything.
+    times the pool's total (plus 1e-6). ``normalize`` says what a pair weighs. Ties go, and pools of a causal partition
+    are, as in ``TopK``. A pool with a NaN or infinite score keeps everything.
 
     ``"minmax"``, the paper's: the weights are the gate's scores, scaled to [0, 1] by the pool's minimum and maximum.
     Most pairs then weigh about a half, so that tau is nearly a fixed quantile for any attention: random scores give a

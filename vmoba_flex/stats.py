@@ -185,5 +185,5 @@ def _stats_of_pieces(pieces: tuple[Attended, ...]) -> AttentionStats:
 
 def _mean(x: list[Tensor], weights: list[int]) -> Tensor:
     """The weighted mean, float32."""
-    weight = torch.tensor(weights, dtype=torch.float64, device=x[0].device)
-    return (torch.stack(x, -1).double() @ weight / weight.sum()).float()
+    weighted = [each.double() * weight for each, weight in zip(x, weights, strict=True)]
+    return (torch.stack(weighted).sum(0) / sum(weights)).float()
