@@ -291,7 +291,7 @@ X = torch.zeros(1, 4, 24, 8)
         ({"value": X[:, :2]}, ValueError, r"value must have shape \(1, 4, 24, 8\) .* got \(1, 2, 24, 8\)"),
         ({"value": X.half()}, TypeError, "value must have query's dtype torch.float32, got torch.float16"),
         ({"value": X[0]}, ValueError, "value must have 4 dims"),
-        ({"value": None}, TypeError, "value must be a tensor, got NoneType"),
+        ({"value": None}, TypeError, "value must be a float16, .* tensor, got NoneType"),
         ({"value": X.to("meta")}, ValueError, "value must be on query's device cpu, got meta"),
         (
             {"key": X[:, :2], "value": X[:, :2]},

@@ -25,6 +25,12 @@ def test_the_last_entry_that_has_started_holds(changes: BySteps[int], num_steps:
         assert (same, hash(same), repr(same)) == (changes, hash(changes), repr(changes))
 
 
+@pytest.mark.parametrize(("step", "num_steps"), [(-1, 4), (4, 4), (True, 4), (0.5, 4), (0, 0), (0, "4"), (0, 1.5)])
+def test_steps_out_of_range_are_refused(step: Any, num_steps: Any):
+    with pytest.raises((TypeError, ValueError), match=r"^(step|num_steps) must .*, got (-1|4|True|0.5|0|'4'|1.5)$"):
+        BySteps({0: "a", 0.5: "b"}).at(step, num_steps)
+
+
 def test_steps_need_no_total():
     changes = BySteps({0.0: "a", 2: "b"})
     assert [changes.at(step) for step in range(4)] == ["a", "a", "b", "b"]
@@ -34,19 +40,31 @@ def test_steps_need_no_total():
 @pytest.mark.parametrize(
     ("entries", "error", "message"),
     [
-        ({}, ValueError, "BySteps must have 0 as its first start, got {}"),
-        ({1: "a"}, ValueError, "BySteps must have 0 as its first start, got {1: 'a'}"),
-        ({0: "a", 4: "b", 2: "c"}, ValueError, r"BySteps must have steps that rise, .*, got \[0, 4, 2\]"),
-        ({0: "a", 0.5: "b", 0.25: "c"}, ValueError, r"BySteps must have .* shares that rise, got \[0.5, 0.25\]"),
-        ([(0, "a"), (0, "b")], ValueError, r"BySteps must have steps that rise, .*, got \[0, 0\]"),
-        ({0: "a", 1.0: "b"}, ValueError, r"a start of BySteps must be .* a share in \[0, 1\) \(float\), got 1.0"),
-        ({0: "a", float("nan"): "b"}, ValueError, "a start of BySteps must be .*, got nan"),
-        ({-1: "a"}, ValueError, "a start of BySteps must be .*, got -1"),
-        ({0: "a", True: "b"}, TypeError, r"a start of BySteps must be a step \(int\) or a share \(float\), got True"),
-        ({"0": "a"}, TypeError, "a start of BySteps must be a step .*, got '0'"),
-        ("0a", TypeError, "BySteps must have a mapping from start to value, got '0a'"),
-        ([0, 1], TypeError, r"BySteps must have a mapping from start to value, got \[0, 1\]"),
-        (3, TypeError, "BySteps must have a mapping from start to value, got 3"),
+        ({}, ValueError, "entries of BySteps must have 0 as their first start, got {}"),
+        ({1: "a"}, ValueError, "entries of BySteps must have 0 as their first start, got {1: 'a'}"),
+        ({0: "a", 4: "b", 2: "c"}, ValueError, r"entries of BySteps must have steps that rise, .*, got \[0, 4, 2\]"),
+        (
+            {0: "a", 0.5: "b", 0.25: "c"},
+            ValueError,
+            r"entries .* must have .* shares that rise, got \[0.5, 0.25\]",
+        ),
+        ([(0, "a"), (0, "b")], ValueError, r"entries of BySteps must have steps that rise, .*, got \[0, 0\]"),
+        (
+            {0: "a", 1.0: "b"},
+            ValueError,
+            r"a start in entries .* must be .* a share in \[0, 1\) \(float\), got 1.0",
+        ),
+        ({0: "a", float("nan"): "b"}, ValueError, "a start in entries .* must be .*, got nan"),
+        ({-1: "a"}, ValueError, "a start in entries .* must be .*, got -1"),
+        (
+            {0: "a", True: "b"},
+            TypeError,
+            r"a start in entries .* must be a step \(int\) or a share \(float\), got True",
+        ),
+        ({"0": "a"}, TypeError, "a start in entries .* must be a step .*, got '0'"),
+        ("0a", TypeError, "entries of BySteps must be a mapping from start to value, got '0a'"),
+        ([0, 1], TypeError, r"entries of BySteps must be a mapping from start to value, got \[0, 1\]"),
+        (3, TypeError, "entries of BySteps must be a mapping from start to value, got 3"),
     ],
 )
 def test_bad_entries(entries: Any, error: type[Exception], message: str):

@@ -115,7 +115,10 @@ def test_an_error_ends_a_capture():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"layers": [-1]}, ValueError, "layers must be at least 0, got -1"),
+        ({"layers": [-1]}, ValueError, "layers must lie in 0..num_layers - 1 = 0..2, got -1"),
+        ({"layers": [0, 3]}, ValueError, "layers must lie in 0..num_layers - 1 = 0..2, got 3"),
+        ({"layers": 0}, TypeError, "layers must hold ints, got 0"),
+        ({"steps": "0"}, TypeError, "steps must hold ints, got '0'"),
         ({"steps": [0.5]}, TypeError, "steps must be an int, got 0.5"),
         ({"heads": 0}, ValueError, "heads must be at least 1, got 0"),
         ({"max_bytes": 1.5}, TypeError, "max_bytes must be an int, got 1.5"),

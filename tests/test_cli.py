@@ -1,5 +1,6 @@
 """The command line as a process: options that exclude one another, signals, outputs that cannot be written, help."""
 
+import contextlib
 import os
 import re
 import signal
@@ -9,12 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.test_insight import CONFIG, record
-from vmoba_flex import __version__, rules
+from vmoba_flex import __version__, cli, rules
 from vmoba_flex.arguments import parse
 from vmoba_flex.cli import main
 from vmoba_flex.insight import save
+from vmoba_flex.user_error import UserError
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "vmoba_flex.cli"]
@@ -124,6 +128,72 @@ def test_a_closed_stdout_is_one_line(here: Path):
     result = subprocess.run(script, shell=True, text=True, env=ENVIRONMENT, stderr=subprocess.PIPE)
     assert result.returncode == 2
     assert result.stderr == "vmoba-flex: error: cannot write the report (stdout is closed): give it a place to go\n"
+
+
+def written(metadata: str) -> None:
+    """A file of records with this text for what it says of them."""
+    save_file({"a": torch.zeros(1)}, "bad.safetensors", {"vmoba_flex": metadata})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words", "message"),
+    [
+        ('{"version": 1, "records": []}', "inspect bad.safetensors", "bad.safetensors holds no records"),
+        ('{"version": 1, "records": []}', "calibrate bad.safetensors --recall 0.5", "bad.safetensors holds no records"),
+        ("[" * 10**5, "inspect bad.safetensors", "bad.safetensors holds records that do not fit together"),
+        ("null", "inspect bad.safetensors", "bad.safetensors holds records that do not fit together"),
+        ("", f"inspect ok.safetensors --tail {10**30}", f"cell must be below 2**31, got {10**30}"),
+        ("", f"inspect ok.safetensors --seed {10**30}", "seed must lie in -2**63..2**63 - 1"),
+        (
+            "",
+            "inspect ok.safetensors --json ok.safetensors/a.json",
+            "cannot write ok.safetensors/a.json (Not a directory)",
+        ),
+        ("", f"inspect ok.safetensors --json {'a' * 300}.json", "(File name too long)"),
+        ("", "inspect ok.safetensors --json .json", "so its name must end in .json, got .json"),
+    ],
+)
+def test_odd_files_and_numbers_are_one_line(
+    here: Path, metadata: str, words: str, message: str, capsys: pytest.CaptureFixture[str]
+):
+    written(metadata)
+    before = set(here.iterdir())
+    assert main(words.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vmoba-flex: error: ") and message in line
+    assert set(here.iterdir()) == before
+
+
+def test_a_report_that_the_encoding_lacks_letters_for_is_written(here: Path):
+    (here / "é").mkdir()
+    words = ["calibrate", "ok.safetensors", "--recall", "0.5", "--output", "é/ü.json"]
+    result = subprocess.run([*COMMAND, *words], env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert result.returncode == 0 and b"Config: \\xe9/\\xfc.json" in result.stdout and (here / "é" / "ü.json").exists()
+
+
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"])
+def test_the_exit_code_does_not_need_stderr(here: Path, redirection: str):
+    script = f"{' '.join(COMMAND)} inspect ok.safetensors --tau 0.5 --density 0.5 {redirection}"
+    assert subprocess.run(script, shell=True, env=ENVIRONMENT).returncode == 2
+
+
+@pytest.mark.parametrize("then", [ImportError("half loaded"), UserError("no file"), None])
+def test_a_signal_that_was_swallowed_still_counts(
+    here: Path, then: Exception | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def command(_: object) -> str:
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        if then is not None:
+            raise then
+        signal.raise_signal(signal.SIGTERM)  # at once, as a process group sends: files are being deleted
+        monkeypatch.setattr(cli, "_SECONDS_TO_DELETE", 0.0)
+        signal.raise_signal(signal.SIGINT)
+        return "never"
+
+    monkeypatch.setattr(cli, "_command", lambda _: command)
+    assert main(["inspect", "ok.safetensors"]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "vmoba-flex: stopped by SIGTERM\n"
 
 
 def wait_for(done, process: subprocess.Popen[str]) -> None:

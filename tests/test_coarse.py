@@ -199,10 +199,11 @@ def test_too_many_coarse_keys_for_a_gpu_are_refused_at_the_door(path: str):
         lse = torch.empty(1, 1, queries, device="cuda")
         selected = torch.ones(1, 1, queries, 1, dtype=torch.bool, device="cuda")
         slots = plan_slots(torch.zeros(keys, dtype=torch.int64, device="cuda"), [keys], 64)
+        one_each = plan_slots(torch.zeros(queries, dtype=torch.int64, device="cuda"), [queries], 1)
         calls = {
             "packed": lambda: attend_packed(query, key, key, selected, slots, backend="triton", coarse=coarse),
             "merge": lambda: merge_coarse_keys(query, query, lse, coarse, selected, 1.0),
-            "slots": lambda: attend_slots(query, key, key, selected, slots, 1.0, coarse=coarse),
+            "slots": lambda: attend_slots(query, query, query, selected, one_each, 1.0, coarse=coarse),
         }
         with pytest.raises(ValueError, match=r"coarse must keep rows .* got 1048576 \* 2049"):
             calls[path]()

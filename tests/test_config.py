@@ -12,9 +12,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.strategies import configs
-from vmoba_flex import BySteps, Remember, Tail, Threshold, TopK
+from vmoba_flex import BySteps, Remember, Tail, Threshold, TopK, presets
 from vmoba_flex.approx_blocks import _even_sides
 from vmoba_flex.config import KINDS, ApproxBlocks, Layer, VMoBAConfig
+from vmoba_flex.models.table import ADAPTERS
 from vmoba_flex.remember import steps_served
 
 RULE = Threshold(0.25)
@@ -279,6 +280,27 @@ def test_paper_settings(grid: tuple[int, int, int], blocks: object, counts: tupl
     assert [about.partition(kind, grid) for kind in KINDS] == [training.partition(kind, grid) for kind in KINDS]
 
 
+@pytest.mark.parametrize("model", presets.NAMES)
+def test_presets_are_what_they_say(model: str):
+    for speed, mean in (("faithful", 0.25), ("balanced", 0.125), ("fast", 0.083)):
+        config = VMoBAConfig.preset(model, speed, (21, 30, 52))
+        layers = [config.layer(0, 30, step, 48) for step in range(48)]
+        assert [layer.dense for layer in layers] == [True] * 12 + [False] * 36
+        densities = [layer.rule.density for layer in layers[12:] if isinstance(layer.rule, TopK)]
+        assert sum(densities) / 36 == pytest.approx(mean, abs=1e-3)
+        assert {layer.tail for layer in layers} == {Tail()}
+        assert config.cycle == (("spatial",) if "2DModel" in model else KINDS)
+        # An expert that begins sparse chooses once, and never again.
+        refresh = config.remember and config.remember.refresh
+        assert (refresh is not None and refresh > 48) == (model == "wan2.2-a14b")
+        assert VMoBAConfig.from_json(config.to_json()) == config
+    assert VMoBAConfig.preset("wan2.1-14b", "fast") == VMoBAConfig.fast()
+
+
+def test_presets_know_each_class_of_diffusers_that_takes_vmoba():
+    assert {name for name in presets.NAMES if "Transformer" in name} == set(ADAPTERS)
+
+
 @pytest.mark.parametrize("grid", [None, (21, 45, 80)])
 def test_fast_remembers_what_a_dense_quarter_finds(grid: tuple[int, int, int] | None):
     fast, paper = VMoBAConfig.fast(grid), VMoBAConfig.paper("inference", grid)
@@ -341,6 +363,9 @@ def test_paper_settings_at_other_grids(grid: tuple[int, int, int] | None):
         (lambda: VMoBAConfig.paper("test"), ValueError, "setting must be one of .*'inference'.*, got 'test'"),
         (lambda: VMoBAConfig.paper("training", (1, 2)), ValueError, r"grid must have 3 sizes, got \(1, 2\)"),
         (lambda: VMoBAConfig.fast((1, 2)), ValueError, r"grid must have 3 sizes, got \(1, 2\)"),
+        (lambda: VMoBAConfig.preset("wan", "fast"), ValueError, r"model must be one of \('wan2.1-1.3b', .*, got 'wan'"),
+        (lambda: VMoBAConfig.preset("mochi", "slow"), ValueError, r"speed must be one of \('faithful', .*, got 'slow'"),
+        (lambda: VMoBAConfig.preset("mochi", "fast", (1, 2)), ValueError, r"grid must have 3 sizes, got \(1, 2\)"),
         (lambda: Remember(0), ValueError, "refresh must be at least 1, got 0"),
         (lambda: Remember(on="disk"), ValueError, "on must be one of .*, got 'disk'"),
         (lambda: Remember(max_bytes=0.5), TypeError, "max_bytes must be an int, got 0.5"),

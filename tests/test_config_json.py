@@ -123,11 +123,19 @@ def test_json_takes_defaults():
             r'rule must be {"by_steps": \[\[start, value\], ...\]} where it changes by steps, got',
         ),
         (own(rule={"by_steps": [[0, 2]]}), ValueError, "rule from 0 must be an object with .*, got 2"),
-        (own(rule={"by_steps": [["0", {"k": 2}]]}), TypeError, "a start of BySteps must be a step .*, got '0'"),
+        (
+            own(rule={"by_steps": [["0", {"k": 2}]]}),
+            TypeError,
+            "rule: a start in entries .* must be a step .*, got '0'",
+        ),
         (own(rule=[{"k": 2}, {"k": 2, "l": 3}]), ValueError, "rule of layer 1 must have keys of .*, got 'l': 3"),
         (own(remember=3), ValueError, "remember must be an object, got 3"),
         (own(remember={"every": 2}), ValueError, "remember must have keys of .*'refresh'.*, got 'every': 2"),
-        (own(tail={"by_steps": []}), ValueError, r"BySteps must have 0 as its first start, got \[\]"),
+        (
+            own(tail={"by_steps": []}),
+            ValueError,
+            r"tail: entries of BySteps must have 0 as their first start, got \[\]",
+        ),
         (own(rule={"spatial": {"k": 2}, "tau": 1}), ValueError, "rule of 'tau' must be an object .*, got 1"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -11,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from block_masks.launching import architecture
 from block_masks.plans.rows import TILE
 from vmoba_flex import BlockPartition, Tail, Threshold, TopK, vmoba_attention, vmoba_selection
-from vmoba_flex.dispatch.choose import choose_backend, choose_dispatch, dense_seconds, packed_share
+from vmoba_flex.call import Call
+from vmoba_flex.dispatch.choose import choose, choose_backend, choose_dispatch, dense_seconds, packed_share
 from vmoba_flex.groups import with_text
 from vmoba_flex.part import Queries
 from vmoba_flex.rules import POOLS, Pool, Rule
@@ -29,7 +31,7 @@ def pick(
     options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": gradients} | changes
     with FakeTensorMode():
         query = torch.empty(1, heads, tokens, 128, **options)
-        return choose_dispatch(query, query, query, partition, rule, tail)
+        return choose_dispatch(query, query, query, partition, rule, tail)[0]
 
 
 @pytest.mark.parametrize("gradients", [False, True])
@@ -84,7 +86,7 @@ def test_float64_takes_no_named_backend():
     partition = BlockPartition((1, 8, 8), (1, 4, 4))
     with FakeTensorMode():
         query = torch.empty(1, 2, 64, 8, dtype=torch.float64, device="cuda")
-        assert choose_backend("auto", "packed", query, query, query, partition) == "eager"
+        assert choose_backend("auto", "packed", query, query, query, partition) == ("eager", "")
         for backend in ("triton", "flash"):
             with pytest.raises(
                 ValueError, match=r"backend must be 'auto' for dispatch='packed' and dtype torch\.float64"
@@ -98,7 +100,7 @@ def test_flash_where_it_saves_more_than_its_launches_cost(dispatch: str):
         partition = BlockPartition((1, 1, tokens), (1, 1, -(-tokens // 48)))
         with FakeTensorMode(), mock.patch("vmoba_flex.dispatch.choose._flash_cannot_run", return_value=None):
             query = torch.empty(1, 12, tokens, 128, device="cuda", dtype=torch.bfloat16, requires_grad=gradients)
-            return choose_backend(backend, dispatch, query, query, query, partition)
+            return choose_backend(backend, dispatch, query, query, query, partition)[0]
 
     for gradients in (False, True):
         assert taken(13_440, gradients=gradients) == "triton"
@@ -113,7 +115,7 @@ def test_flash_takes_padding_but_for_shared_in_float16():
         partition = BlockPartition((1, 1, 55_296), (1, 1, 1152), suffix=256)
         with FakeTensorMode(), mock.patch("vmoba_flex.dispatch.choose._flash_cannot_run", return_value=None):
             query = torch.empty(1, 12, partition.num_tokens, 128, device="cuda", dtype=dtype)
-            return choose_backend(backend, dispatch, query, query, query, partition, padded=True)
+            return choose_backend(backend, dispatch, query, query, query, partition, padded=True)[0]
 
     for dispatch, dtype in (("packed", torch.bfloat16), ("packed", torch.float16), ("shared", torch.bfloat16)):
         assert taken(dispatch, dtype) == "flash"
@@ -156,11 +158,38 @@ def test_full_attention_on_gpus_older_than_the_kernels(caplog: pytest.LogCapture
     ):
         query = torch.empty(1, 12, 110_592, 128, device="cuda", dtype=torch.float16)
         for _ in range(2):
-            assert choose_dispatch(query, query, query, partition, TopK(9)) == "dense"
-        assert choose_backend("auto", "dense", query, query, query, partition) == "triton"
+            assert choose_dispatch(query, query, query, partition, TopK(9))[0] == "dense"
+        assert choose_backend("auto", "dense", query, query, query, partition) == ("triton", "")
         with pytest.raises(ValueError, match=r"compute capability 8.0 .* unless dispatch='dense', got a T4 with 7.5"):
             choose_backend("auto", "packed", query, query, query, partition)
     assert caplog.text.count("full attention: the device must have") == 1
+
+
+@pytest.mark.parametrize(
+    ("case", "expected", "words"),
+    [
+        ({"tokens": 110_592}, ("packed", "flash"), ""),
+        ({"tokens": 2048}, ("dense", "triton"), "too few tokens"),
+        ({"tokens": 110_592, "rule": TopK(48)}, ("dense", "triton"), "the rule allows too many pairs"),
+        ({"tokens": 110_592, "dtype": torch.float64}, ("tiles", "triton"), "no kernels for float64"),
+        ({"tokens": 110_592, "refusal": "it is not installed"}, ("packed", "triton"), "no FlashAttention-4: it is not"),
+        ({"tokens": 110_592, "rule": Threshold(0.25), "compiled": True}, ("tiles", "triton"), "give it max_density"),
+        ({"tokens": 2048, "compiled": True}, ("dense", "triton"), "full attention is estimated to be faster"),
+        ({"tokens": 2048, "dispatch": "packed"}, ("packed", "triton"), ""),
+    ],
+)
+def test_what_runs_comes_with_its_reason(case: dict[str, Any], expected: tuple[str, str], words: str):
+    tokens, refusal = case["tokens"], case.get("refusal")
+    call = Call(BlockPartition((1, 1, tokens), (1, 1, -(-tokens // 48))), case.get("rule", CAPPED))
+    with (
+        FakeTensorMode(),
+        mock.patch("vmoba_flex.dispatch.choose._flash_cannot_run", return_value=refusal),
+        mock.patch("torch.compiler.is_compiling", return_value=case.get("compiled", False)),
+    ):
+        query = torch.empty(1, 12, tokens, 128, device="cuda", dtype=case.get("dtype", torch.bfloat16))
+        chosen = choose(query, query, query, call, case.get("dispatch", "auto"), "auto")
+    assert (chosen.dispatch, chosen.backend) == expected
+    assert words in chosen.why and bool(words) == bool(chosen.why)
 
 
 @pytest.mark.parametrize(

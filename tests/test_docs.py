@@ -24,6 +24,7 @@ from tests.test_bench import ROOT
 from vmoba_flex import BlockPartition, Threshold
 from vmoba_flex.dispatch.choose import choose_backend, choose_dispatch
 
+MARKDOWN = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "bench" / "NOTES.md"]
 PICTURES = ROOT / "docs" / "pictures"
 # Whatever asks the network anyway finds nobody there.
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
@@ -89,8 +90,8 @@ def _changes_over(heads: int, gradients: bool, to: str) -> int:
         with FakeTensorMode(), mock.patch("vmoba_flex.dispatch.choose._flash_cannot_run", return_value=None):
             x = torch.empty(1, heads, tokens, 128, device="cuda", dtype=torch.bfloat16, requires_grad=gradients)
             if to == "packed":
-                return choose_dispatch(x, x, x, partition, Threshold(0.25, max_density=0.25))
-            return choose_backend("auto", "packed", x, x, x, partition)
+                return choose_dispatch(x, x, x, partition, Threshold(0.25, max_density=0.25))[0]
+            return choose_backend("auto", "packed", x, x, x, partition)[0]
 
     return 10 * bisect.bisect_left(range(10_000), True, key=lambda tens: tens > 0 and taken(10 * tens) == to)
 
@@ -109,14 +110,23 @@ def test_pictures_are_what_the_script_draws(tmp_path: Path):
     assert drawn.tobytes() == kept.tobytes()
 
 
+@pytest.mark.parametrize("path", [*MARKDOWN], ids=lambda path: str(path.relative_to(ROOT)))
+def test_tables_name_their_columns_and_words_stay_whole(path: Path):
+    text = path.read_text()
+    headers = re.findall(r"^(\|.*\|)\n\|[ :|-]+\|$", text, re.MULTILINE)
+    assert not [header for header in headers if re.search(r"\| *\|", header)]
+    assert not re.findall(r"^.*[a-z]-$", text, re.MULTILINE)  # the site would put a space after the hyphen
+
+
 class _Loads(html.parser.HTMLParser):
-    """What a page makes a browser load, its anchors, and its blocks of highlighted Python."""
+    """What a page makes a browser load, its anchors, its Python, and how many values each function returns."""
 
     def __init__(self) -> None:
         super().__init__()
         self.loaded: list[str] = []
         self.anchors: set[str] = set()
         self.highlighted = 0
+        self.returns: list[int] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
@@ -138,7 +148,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, _Loads]:
     built = {}
     for path in folder.rglob("*.html"):
         built[path.parent.relative_to(folder).as_posix()] = page = _Loads()
-        page.feed(path.read_text())
+        page.feed(text := path.read_text())
+        page.returns = [part.count("<li") for part in re.findall(r"Returns:</span>.*?</ul>", text, re.DOTALL)]
     return built
 
 
@@ -157,6 +168,11 @@ def test_every_public_name_is_in_the_reference(site: dict[str, _Loads], package:
     top = package.partition(".")[0]
     documented = {anchor.rpartition(".")[2] for anchor in anchors if anchor.startswith(f"{top}.")}
     assert set(importlib.import_module(package).__all__) - {"__version__"} <= documented
+
+
+def test_a_text_of_several_lines_is_one_value(site: dict[str, _Loads]):
+    found = [count for name, page in site.items() if name.startswith("api/") for count in page.returns]
+    assert len(found) > 15 and set(found) == {1}
 
 
 def test_fences_of_python_are_highlighted(site: dict[str, _Loads]):

@@ -34,13 +34,15 @@ def marked(mark: str) -> list[Any]:
 
 
 def needs(code: str) -> None:
-    """Skips an example on diffusers where that is not installed."""
-    if re.search(r"^(from|import) diffusers\b", code, re.MULTILINE):
-        pytest.importorskip("diffusers")
+    """Skips an example on a package that is not installed."""
+    for package in ("diffusers", "fastvideo"):
+        if re.search(rf"^(from|import) {package}\b", code, re.MULTILINE):
+            pytest.importorskip(package)
 
 
 @pytest.mark.parametrize("code", marked("python"))
-def test_examples_run(code: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
+def test_examples_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
+    monkeypatch.chdir(tmp_path)  # for files that they write
     monkeypatch.setattr(adapters, "_ADAPTERS", dict(adapters._ADAPTERS))  # what an example registers stays in it
     needs(code)
     # Classes and Dynamo look their module up by name, and Dynamo remembers it: one of its own for each example.

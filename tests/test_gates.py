@@ -321,7 +321,7 @@ Q, K = tensors(PARTITION)
         ((Q, K.half(), PARTITION), {}, TypeError, "key must have query's dtype torch.float32, got torch.float16"),
         ((Q[:, :3], K, PARTITION), {}, ValueError, "key heads must divide query heads 3, got 2"),
         ((Q, K, PARTITION), {"scale": math.inf}, ValueError, "scale must be finite, got inf"),
-        ((Q, K, PARTITION), {"text_lengths": [1, 2]}, TypeError, "text_lengths must be an int64 tensor or None"),
+        ((Q, K, PARTITION), {"text_lengths": [1, 2]}, TypeError, "text_lengths must be an int64 tensor, got list"),
         ((Q, K, PARTITION), {"text_lengths": torch.tensor([1])}, ValueError, r"text_lengths must have shape \(2,\)"),
     ],
 )  # fmt: skip

@@ -411,7 +411,7 @@ def test_flash_is_taken_where_it_is_installed(dispatch: str, head_dim: int, dtyp
     partition = BlockPartition((4, 16, 16), (2, 8, 8))
     size = 1, 2, partition.num_tokens, head_dim
     query = torch.randn(size, device="cuda", dtype=dtype, requires_grad=gradients)
-    assert choose_backend("auto", dispatch, query, query, query, partition) == "flash"
+    assert choose_backend("auto", dispatch, query, query, query, partition) == ("flash", "")
 
 
 @pytest.mark.parametrize("dispatch", ["tiles", "packed", "shared"])

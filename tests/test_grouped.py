@@ -82,8 +82,8 @@ def test_only_the_first_keys_of_a_group_are_valid(call: Call):
 @pytest.mark.parametrize(
     ("changed", "options", "error", "message"),
     [
-        ({"query": 3}, {}, TypeError, "query must be a tensor, got int"),
-        ({"query": torch.zeros(4, 60, 8)}, {}, ValueError, r"query must have 4 dims, got shape \(4, 60, 8\)"),
+        ({"query": 3}, {}, TypeError, "query must be a float16, .* tensor, got int"),
+        ({"query": torch.zeros(4, 60, 8)}, {}, ValueError, r"query must have 4 dims .* got shape \(4, 60, 8\)"),
         ({"query": torch.zeros(2, 4, 60, 8, dtype=torch.int32)}, {}, TypeError, "query must be a float16, .*int32"),
         ({"key": torch.zeros(2, 2, 175, 8).double()}, {}, TypeError, "key must have query's dtype torch.float32"),
         ({"key": torch.zeros(2, 3, 175, 8)}, {}, ValueError, "key heads must divide query's 4 heads, got 3"),
@@ -95,10 +95,10 @@ def test_only_the_first_keys_of_a_group_are_valid(call: Call):
         ({}, {"backend": "tritn"}, ValueError, "backend must be one of .* got 'tritn'"),
         ({}, {"backend": "triton"}, ValueError, "backend must be 'auto' or 'eager' .* got 'triton'"),
         ({}, {"backend": "flash"}, ValueError, "backend must be 'auto' or 'eager' .* got 'flash'"),
-        ({}, {"group_lengths": torch.ones(2, 3)}, TypeError, "group_lengths must be an int32 tensor or None"),
+        ({}, {"group_lengths": torch.ones(2, 3)}, TypeError, "group_lengths must be an int32 tensor"),
         ({}, {"group_lengths": torch.ones(4, 3).int()}, ValueError, r"group_lengths must have shape \(2, 3\)"),
         ({}, {"query_group": torch.zeros(59).long()}, ValueError, r"query_group must have shape \(60,\)"),
-        ({}, {"query_group": [0] * 60}, TypeError, "query_group must be an int64 tensor or None"),
+        ({}, {"query_group": [0] * 60}, TypeError, "query_group must be an int64 tensor"),
     ],
 )
 def test_bad_calls(call: Call, changed: Any, options: Any, error: type[Exception], message: str):
@@ -112,11 +112,11 @@ def test_bad_calls(call: Call, changed: Any, options: Any, error: type[Exception
         ([0, 1], [1, 1], 4, TypeError, "key_group must be an int64 tensor, got list"),
         (torch.tensor([0, 1]).int(), [1, 1], 4, TypeError, "key_group must be an int64 tensor, got torch.int32"),
         (torch.tensor([[0, 1]]), [1, 1], 4, ValueError, r"key_group must have 1 dim \(keys,\)"),
-        (torch.tensor([0, 1]), [2, 0], 4, ValueError, r"group_sizes must be at least 1 everywhere, got \[2, 0\]"),
-        (torch.tensor([0, 1]), [1.0, 1], 4, TypeError, "group_sizes must hold ints"),
+        (torch.tensor([0, 1]), [2, 0], 4, ValueError, "group_sizes must be at least 1, got 0"),
+        (torch.tensor([0, 1]), [1.0, 1], 4, TypeError, "group_sizes must be an int, got 1.0"),
         (torch.tensor([0, 1]), [1, 2], 4, ValueError, "group_sizes must sum to the 2 keys"),
         (torch.tensor([0, 1, 1]), [2, 1], 4, ValueError, r"group_sizes must be the \[1, 2\] of key_group"),
-        (torch.tensor([0, 1]), [1, 1], 0, ValueError, r"tile_size must be at least 1 everywhere, got \[0\]"),
+        (torch.tensor([0, 1]), [1, 1], 0, ValueError, "tile_size must be at least 1, got 0"),
     ],
 )
 def test_bad_groups(group: Any, sizes: Any, tile_size: Any, error: type[Exception], message: str):

@@ -23,14 +23,15 @@ MAX_LINES = 250
 ORDER = {
     "block_masks": ["checks", "precision", "launching", "plans", "masks", "attention", "block_masks"],
     "vmoba_flex": [
-        *("reference_gates", "reference_selection", "reference", "version", "user_error"),
+        *("reference_gates", "reference_selection", "reference", "version", "user_error", "told"),
         *("checks", "reorder", "axis", "block_order", "partition", "approx_blocks", "tail", "cell_kernels", "cells"),
         *("cell_slot_kernels", "cell_slots", "rules", "warmup"),
         *("part", "pieces", "groups", "inputs", "collectives"),
         *("selection", "call", "mask", "flex_inputs", "stats", "dispatch", "distributed", "attention"),
-        *("paper", "dense_schedule", "by_steps", "remember", "fast", "layer", "config_fields", "config_json", "config"),
-        *("module", "models", "vmoba_flex"),
-        *("insight", "demo", "arguments", "cli"),
+        *("paper", "dense_schedule", "by_steps", "remember", "presets", "layer"),
+        *("config_fields", "config_json", "config"),
+        *("module", "models", "hosts", "vmoba_flex"),
+        *("insight", "demo", "fidelity", "arguments", "cli"),
     ],
 }
 
@@ -100,11 +101,13 @@ def test_block_masks_imports_torch_only(path: Path):
     assert imported(path) <= {"torch", "block_masks"} | kernels_of(path)
 
 
-# What needs more than torch: models of diffusers, and the extras.
+# What needs more than torch: models of diffusers, hosts, and the extras.
 OTHERS = {
+    "hosts": {"fastvideo", "vllm_omni"},
     "models": {"diffusers"},
     "insight": {"matplotlib", "numpy", "safetensors"},
     "demo": {"av", "matplotlib", "numpy", "safetensors", "tqdm"},
+    "fidelity": {"av", "diffusers", "matplotlib", "numpy", "safetensors", "torchmetrics", "tqdm"},
 }
 
 

@@ -212,16 +212,25 @@ def test_dense_layers_from_the_end_need_the_number_of_layers():
         ({"kind": "cubes"}, ValueError, "kind must be one of"),
         ({"layer": -1}, ValueError, "layer must be at least 0, got -1"),
         ({"layer": 3, "num_layers": 3}, ValueError, "layer must lie in 0..num_layers - 1 = 0..2, got 3"),
+        ({"heads": (0, 0)}, ValueError, r"heads must name the 2 heads of query, got \(0, 0\)"),
         ({"heads": (0, 1, 2)}, ValueError, r"heads must name the 2 heads of query, got \(0, 1, 2\)"),
         ({"text_length": 1}, ValueError, "text_length must lie in 0..prefix"),
         ({"key": torch.zeros(1, 192, 16)}, ValueError, "key must have query's shape"),
         ({"query": torch.zeros(2, 5, 16)}, ValueError, r"query must have grid \+ prefix"),
-        ({"query": None}, TypeError, "query and key must be tensors"),
+        ({"query": None}, TypeError, "query must be a float16, .* tensor, got NoneType"),
     ],
 )
 def test_bad_records(facts, error, message):
     with pytest.raises(error, match=message):
         dataclasses.replace(record(), **facts)
+
+
+def test_records_that_share_memory_survive_a_file(tmp_path):
+    one = record()
+    same = dataclasses.replace(one, key=one.query, layer=1)
+    save([one, same, one], tmp_path / "a.safetensors")
+    for saved, again in zip([one, same, one], load(tmp_path / "a.safetensors"), strict=True):
+        assert torch.equal(saved.query, again.query) and torch.equal(saved.key, again.key)
 
 
 def test_nothing_is_saved_of_nothing(tmp_path):
@@ -396,7 +405,7 @@ def test_calibrate_knows_what_auto_takes(
     with FakeTensorMode():
         shape = (1, max(heads) + 1, partition.num_tokens, 128)
         q, k, v = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for _ in range(3))
-        auto = choose_dispatch(q, k, v, partition, rule, tail)
+        auto, _ = choose_dispatch(q, k, v, partition, rule, tail)
     assert _auto_is_packed(one, partition, rule, tail) == (auto == "packed")
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,20 @@ def test_files_that_hold_none(tmp_path: Path):
     torch.save({"bits": torch.zeros(3)}, tmp_path / "other.pt")
     torch.save({"version": 2}, tmp_path / "new.pt")
     (tmp_path / "text.pt").write_text("no tensors")
-    for name in ("other.pt", "new.pt", "text.pt", "none.pt"):
+    kept(problem()).save(tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt")
+    bounds = [
+        (math.nan, [], None),
+        (1.0, ["x"], None),
+        (1.0, [], "x"),
+        (1.0, [1, 0], None),
+        (1.0, [], 0),
+        (2.0, [], None),
+        (),
+    ]
+    for i, wrong in enumerate(bounds):
+        torch.save(whole | {"bounds": wrong}, tmp_path / f"bounds{i}.pt")
+    for name in ("other.pt", "new.pt", "text.pt", "none.pt", *(f"bounds{i}.pt" for i in range(len(bounds)))):
         with pytest.raises(UserError, match=rf"{name} holds no Selection \("):
             Selection.load(tmp_path / name)
 
@@ -192,7 +206,7 @@ def test_stale_selections_are_refused():
             vmoba_mask(*tensors, PARTITION, rule, selection=other)
     with pytest.raises(ValueError, match="backend must be one of"):
         selection.planned(one.query, "eager")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match=r"selection must be a Selection or None, got torch\.bool: Selection\.of makes"):
+    with pytest.raises(TypeError, match=r"selection must be a Selection or None, got Tensor: Selection\.of makes"):
         call(one, selection.selected())  # pyright: ignore[reportArgumentType]
 
 
@@ -214,14 +228,14 @@ def test_bad_values_of_selections_are_named():
         (ValueError, r"selected must have shape \(B, H, 8, 8\)", lambda: Selection.of(selected, PARTITION, "tile")),
         (ValueError, "selected must hold at least one block", lambda: Selection.of(nothing, PARTITION)),
         (ValueError, r"bits must have shape \(B, H, 1, 168\)", lambda: Selection(bits[..., 1:], PARTITION)),
-        (TypeError, "recall must be a tensor or None", lambda: Selection(bits, PARTITION, recall=0.9)),  # pyright: ignore[reportArgumentType]
+        (TypeError, "recall must be a float16, .* tensor, got float", lambda: Selection(bits, PARTITION, recall=0.9)),  # pyright: ignore[reportArgumentType]
         (
             ValueError,
-            r"recall must have shape \(2, 4\), got \(4,\)",
+            r"recall must have 2 dims \(B, H\), got shape \(4,\)",
             lambda: Selection.of(selected, PARTITION, recall=torch.ones(4)),
         ),
         (TypeError, "bounds must be Bounds, got float", lambda: Selection(bits, PARTITION, bounds=0.5)),  # pyright: ignore[reportArgumentType]
-        (TypeError, "query must be a tensor, got str", lambda: kept(problem()).planned("flash")),  # pyright: ignore[reportArgumentType]
+        (TypeError, "query must be a float16, .* tensor, got str", lambda: kept(problem()).planned("flash")),  # pyright: ignore[reportArgumentType]
         (TypeError, "as_bits must be a bool", lambda: vmoba_selection(*[bits] * 2, PARTITION, TopK(1), as_bits=1)),  # pyright: ignore[reportArgumentType, reportCallIssue]
     ]
     for error, message, make in cases:

@@ -29,7 +29,7 @@ def first(of: Machine, gradients: bool) -> int:
         def pick(tokens: int) -> str:
             query = torch.empty(1, 12, tokens, 128, device="cuda", dtype=torch.bfloat16, requires_grad=gradients)
             partition = BlockPartition((1, 1, tokens), (1, 1, -(-tokens // 48)))
-            return choose_dispatch(query, query, query, partition, TopK(9), machine=of)
+            return choose_dispatch(query, query, query, partition, TopK(9), machine=of)[0]
 
         picked = [pick(1000 * thousands) for thousands in range(2, 80)]
     start = picked.index("packed")

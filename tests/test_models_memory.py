@@ -29,6 +29,7 @@ from tests.video_models import (
 from vmoba_flex import BySteps, Remember, Tail, Threshold, TopK, vmoba_attention, vmoba_selection
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.models import apply_vmoba
+from vmoba_flex.selection.exact_gate import exact_gate
 
 WAN = FAMILIES["wan2.1"]
 KEPT = dataclasses.replace(SPARSE, dense_steps=1, remember=Remember())
@@ -123,6 +124,32 @@ def test_sparse_steps_attend_what_was_chosen(name: str, compiled: bool, changes:
             assert_close(output, run(spelled.model, inputs))
         assert (handle.summary().count("  remembered  ") == 3) == (not config.layer(0, 3, step, 6).dense)
     assert bytes_kept(handle) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("config", "recording"),
+    [
+        (FALLING, [1]),  # for three rules that follow
+        (dataclasses.replace(FALLING, dispatch="shared"), [1]),
+        (dataclasses.replace(KEPT, remember=Remember(refresh=3, max_bytes=1)), [0, 4]),  # nothing fits
+    ],
+)
+def test_masses_are_made_once_for_all_rules_of_a_layer(
+    config: VMoBAConfig, recording: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    steps = []
+
+    def counted(*inputs: Any) -> Tensor:
+        steps.append(step)
+        return exact_gate(*inputs)
+
+    monkeypatch.setattr("vmoba_flex.selection.scores.exact_gate", counted)
+    model = WAN.build()
+    handle = apply_vmoba(model, config)
+    for step in range(6):
+        steps_of(handle, model, [step], 8)
+    assert steps == [step for step in recording for _ in range(3)]  # of three layers
 
 
 @torch.no_grad()

@@ -304,7 +304,7 @@ X = torch.zeros(1, 4, 25, 8)
     [
         (X[0], X, PARTITION, TopK(1), ValueError, r"query must have 4 dims \(B, H, S, D\), got shape \(4, 25, 8\)"),
         (X, X[0], PARTITION, TopK(1), ValueError, "key must have 4 dims"),
-        ("x", X, PARTITION, TopK(1), TypeError, "query must be a tensor, got str"),
+        ("x", X, PARTITION, TopK(1), TypeError, "query must be a float16, .* tensor, got str"),
         (X.long(), X.long(), PARTITION, TopK(1), TypeError, "query must be a float16, .* tensor, got torch.int64"),
         (X, X.half(), PARTITION, TopK(1), TypeError, "key must have query's dtype torch.float32, got torch.float16"),
         (X, X.to("meta"), PARTITION, TopK(1), ValueError, "key must be on query's device cpu, got meta"),

@@ -36,7 +36,7 @@ from vmoba_flex import (
     vmoba_inputs,
     vmoba_selection,
 )
-from vmoba_flex.cells import cell_groups, cell_means
+from vmoba_flex.cells import cell_groups, cell_means, plain_means, plain_spread
 from vmoba_flex.tail import Cells
 
 PATHS = pytest.mark.parametrize("path", SPARSE_PATHS)
@@ -419,3 +419,11 @@ def test_cells_too_small_for_the_kernels_are_refused_at_the_door(dispatch: Any):
         query = torch.empty(1, 1, partition.num_tokens, 8, device="cuda", dtype=torch.bfloat16)
         with pytest.raises(ValueError, match=r"tail must keep rows .* got 1048576 \* 8192: let each coarse key stand"):
             vmoba_attention(query, query, query, partition, TopK(1), dispatch=dispatch, tail=Tail((1, 1, 2)))
+
+
+def test_plain_means_read_nothing_from_the_device():
+    cells = Cells(BlockPartition((3, 4, 5), (2, 2, 3), prefix=1), (2, 1, 2))
+    with FakeTensorMode():  # which has no values to read
+        means = plain_means(torch.empty(1, 1, 61, 8, dtype=torch.float64), cells)
+        assert means.shape[2] == cells.total
+        assert plain_spread(means, cells).shape[2] == 61

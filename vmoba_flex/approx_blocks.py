@@ -8,7 +8,7 @@ import math
 from block_masks.launching.constant import constant_size, constant_when_compiled
 from vmoba_flex.checks import check_positive
 
-_MAX_TOKENS = 2**31
+MAX_TOKENS = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ApproxBlocks:
 
     def __post_init__(self) -> None:
         check_positive("count", self.count)
-        if self.count >= _MAX_TOKENS:
+        if self.count >= MAX_TOKENS:
             raise ValueError(f"count must be below 2**31, got {self.count}")
 
 
@@ -56,7 +56,7 @@ def approx_block(count: int, grid: tuple[int, int, int], axes: tuple[int, ...]) 
         ValueError: if the grid has 2**31 tokens or more.
     """
     frames, height, width = map(constant_size, grid)
-    if frames * height * width >= _MAX_TOKENS:
+    if frames * height * width >= MAX_TOKENS:
         raise ValueError(f"grid must have fewer than 2**31 tokens, got {grid}")
     return _constant(constant_size(count), (frames, height, width), axes)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vmoba_flex.call import BACKENDS, DISPATCHES, MAX_ROW_BYTES, Backend, Call, Dispatch
 from vmoba_flex.checks import check_bool, check_choice, check_positive
-from vmoba_flex.dispatch.choose import choose_backend, choose_dispatch
+from vmoba_flex.dispatch.choose import choose
 from vmoba_flex.dispatch.one_device import attend_here, check_pieces, check_whole
 from vmoba_flex.inputs import (
     check_query_key,
@@ -127,8 +127,9 @@ def vmoba_attention(
         return_lse: also return the natural log-sum-exp of each query's scores, without a gradient; with a group, not
             inside ``torch.compile``.
         max_row_bytes: memory for the rows of ``"packed"``, which works on at least one head at a time.
-        text_lengths: int64 ``(B,)``, in 0..prefix + suffix (not checked): how many of a sample's prefix and suffix
-            tokens, prefix first, are valid. Nobody attends the others, which are padding with meaningless outputs.
+        text_lengths: int64 ``(B,)``, in 0..prefix + suffix (checked on a CPU only): how many of a sample's prefix and
+            suffix tokens, prefix first, are valid. Nobody attends the others, which are padding with meaningless
+            outputs.
         tail: how skipped blocks take part; by default they do not. Not for ``"dense"``, which skips none.
         selection: what was chosen before, instead of a rule: by tokens for ``"packed"`` and ``"tiles"``, by tiles for
             ``"shared"``, which ``"auto"`` then takes.
@@ -240,7 +241,6 @@ def attend(
         from vmoba_flex.distributed.attend import attend_across
 
         return attend_across(query, key, value, call, dispatch, backend, layout, balance)
-    if dispatch == "auto":
-        dispatch = choose_dispatch(query, key, value, call.partition, call.rule, call.tail)
-    chosen = choose_backend(backend, dispatch, query, key, value, call.partition, call.text_lengths is not None)
-    return attend_here(query, key, value, call, dispatch, chosen)
+    chosen = choose(query, key, value, call, dispatch, backend)
+    attended = attend_here(query, key, value, call, chosen.dispatch, chosen.backend)
+    return attended._replace(chosen=chosen)

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from vmoba_flex.checks import check_number, is_int
+from vmoba_flex.checks import check_count, check_number, check_positive, is_int
 from vmoba_flex.dense_schedule import is_within
 
 T = TypeVar("T")
@@ -40,14 +40,14 @@ class BySteps(Generic[T]):
         if not isinstance(self.entries, Mapping | tuple | list) or any(
             not isinstance(entry, tuple | list) or len(entry) != 2 for entry in entries
         ):
-            raise TypeError(f"BySteps must have a mapping from start to value, got {self.entries!r}")
+            raise TypeError(f"entries of BySteps must be a mapping from start to value, got {self.entries!r}")
         pairs = tuple((_checked_start(start), value) for start, value in entries)
         if not pairs or pairs[0][0] != 0:
-            raise ValueError(f"BySteps must have 0 as its first start, got {self.entries!r}")
+            raise ValueError(f"entries of BySteps must have 0 as their first start, got {self.entries!r}")
         for kind in (int, float):
             starts = [start for start, _ in pairs if isinstance(start, kind)]
             if any(later <= start for start, later in itertools.pairwise(starts)):
-                raise ValueError(f"BySteps must have steps that rise, and shares that rise, got {starts}")
+                raise ValueError(f"entries of BySteps must have steps that rise, and shares that rise, got {starts}")
         object.__setattr__(self, "entries", pairs)
 
     @property
@@ -67,12 +67,16 @@ class BySteps(Generic[T]):
             num_steps: denoising steps in all. Needed where a start is a share above 0.
 
         Raises:
-            ValueError: if one that is needed is None.
+            TypeError: if one is not an int.
+            ValueError: if one that is needed is None, or one is out of range.
         """
         if step is None:
             raise ValueError(f"step must be given where a setting changes by steps, {self!r}, got None")
         if num_steps is None and any(isinstance(start, float) for start, _ in self.pairs):
             raise ValueError(f"num_steps must be given where a setting changes at a share of them, {self!r}, got None")
+        if num_steps is not None:
+            check_positive("num_steps", num_steps)
+        check_count("step", step, num_steps, "num_steps")
         started = [i for i, (start, _) in enumerate(self.pairs) if not is_within(step, start, num_steps or 1)]
         return started[-1]
 
@@ -102,7 +106,8 @@ def value_at(setting: T | BySteps[T], step: int | None, num_steps: int | None) -
 
 
 def _checked_start(start: Any) -> int | float:
-    number = start if is_int(start) else check_number("a start of BySteps", start, "a step (int) or a share (float)")
+    name = "a start in entries of BySteps"
+    number = start if is_int(start) else check_number(name, start, "a step (int) or a share (float)")
     if number < 0 or (isinstance(number, float) and not number < 1):
-        raise ValueError(f"a start of BySteps must be a step (int) or a share in [0, 1) (float), got {start!r}")
+        raise ValueError(f"{name} must be a step (int) or a share in [0, 1) (float), got {start!r}")
     return number if number else 0  # 0.0 needs no number of steps

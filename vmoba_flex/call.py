@@ -19,6 +19,21 @@ DISPATCHES: tuple[Dispatch, ...] = get_args(Dispatch)
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
+class Chosen(NamedTuple):
+    """What a call runs.
+
+    Attributes:
+        dispatch: any but ``"auto"``.
+        backend: of its kernels; ``"dense"`` takes torch's own.
+        why: the reason, where ``"auto"`` did not take what saves time at larger sizes or on other machines; else empty.
+            Inside a graph it has no numbers, because sizes may be symbolic.
+    """
+
+    dispatch: Dispatch
+    backend: ChosenBackend
+    why: str = ""
+
+
 class Call(NamedTuple):
     """The arguments that are the same for every dispatch and backend; see ``vmoba_attention``.
 

@@ -3,7 +3,6 @@
 Shapes: ``B`` batch, ``H`` key heads, ``S`` tokens, ``C`` cells, ``D`` head dim.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
 import torch
 import triton
 import triton.language as tl

@@ -79,14 +79,12 @@ def _cell_groups(like: Tensor, partition: list[int], cell: list[int]) -> list[Te
         from vmoba_flex import cell_kernels
 
         return cell_kernels.cell_groups(cells, like.device)
-    sizes = [torch.bincount(ids) for ids in _axis_cells(cells, like.device)]
-    tokens = sizes[0][:, None, None] * sizes[1][:, None] * sizes[2]
     t, y, x = (
         _axis_blocks(axis, cell, like.device) for axis, cell in zip(cells.partition.axes, cells.cell, strict=True)
     )
     _, blocks_y, blocks_x = cells.partition.cells
     group = (t[:, None, None] * blocks_y + y[:, None]) * blocks_x + x
-    return [tokens.flatten().to(_accumulator(like)).log(), group.flatten()]
+    return [_tokens(cells, like.device).to(_accumulator(like)).log(), group.flatten()]
 
 
 @_cell_groups.register_fake
@@ -193,7 +191,9 @@ def _axis_blocks(axis: Axis, cell: int, device: torch.device) -> Tensor:
 
 def _tokens(cells: Cells, device: torch.device) -> Tensor:
     """Tokens in each cell, int64 ``(C,)``."""
-    t, y, x = (torch.bincount(ids) for ids in _axis_cells(cells, device))
+    places = zip(_axis_cells(cells, device), cells.grid, strict=True)
+    # bincount would read from a GPU how many cells there are.
+    t, y, x = (ids.new_zeros(size).index_add_(0, ids, torch.ones_like(ids)) for ids, size in places)
     return (t[:, None, None] * y[:, None] * x).flatten()
 
 

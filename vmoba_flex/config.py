@@ -8,28 +8,19 @@ from typing import Any, Self
 from vmoba_flex import config_json
 from vmoba_flex.approx_blocks import ApproxBlocks
 from vmoba_flex.by_steps import BySteps, value_at
-from vmoba_flex.call import BACKENDS, DISPATCHES, Backend, Dispatch
+from vmoba_flex.call import Backend, Dispatch
 from vmoba_flex.checks import check_choice, check_count, check_positive
-from vmoba_flex.config_fields import (
-    KINDS,
-    Rules,
-    block_on,
-    check_remember,
-    check_tails,
-    checked_cycle,
-    checked_rules,
-    checked_sizes,
-    rule_of_layer,
-    rules_of_layers,
-)
-from vmoba_flex.dense_schedule import checked_layers, checked_steps, is_dense_layer, is_dense_step
-from vmoba_flex.fast import fast_arguments
+from vmoba_flex.config_fields import KINDS, Rules, block_on, checked_fields, rule_of_layer, rules_of_layers
+from vmoba_flex.dense_schedule import is_dense_layer, is_dense_step
 from vmoba_flex.layer import Layer
 from vmoba_flex.paper import Setting, paper_arguments
 from vmoba_flex.partition import BlockPartition
+from vmoba_flex.presets import Speed, preset_arguments, speed_arguments
 from vmoba_flex.remember import Remember, steps_served
 from vmoba_flex.tail import Tail
-from vmoba_flex.user_error import UserError, new_file, one_line
+from vmoba_flex.user_error import UserError, checked_path, new_file, one_line
+
+_MAX_STEPS = 100_000  # which are looked at one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,19 +70,8 @@ class VMoBAConfig:
     remember: Remember | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.temporal, ApproxBlocks):
-            check_positive("temporal", self.temporal)
-        # Lists are welcome (JSON has them), but a frozen object must be hashable.
-        object.__setattr__(self, "spatial", checked_sizes("spatial", self.spatial, 2))
-        object.__setattr__(self, "spatiotemporal", checked_sizes("spatiotemporal", self.spatiotemporal, 3))
-        object.__setattr__(self, "cycle", checked_cycle(self.cycle))
-        object.__setattr__(self, "rule", checked_rules(self.rule, self.cycle))
-        object.__setattr__(self, "dense_layers", checked_layers(self.dense_layers))
-        object.__setattr__(self, "dense_steps", checked_steps(self.dense_steps))
-        check_choice("dispatch", self.dispatch, DISPATCHES)
-        check_choice("backend", self.backend, BACKENDS)
-        check_tails(self.tail, self.dispatch)
-        check_remember(self.remember, self.dispatch, self.dense_steps)
+        for name, value in checked_fields(self).items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def paper(cls, setting: Setting, grid: tuple[int, int, int] | None = None) -> Self:
@@ -128,7 +108,28 @@ class VMoBAConfig:
             TypeError: if ``grid`` has a wrong type.
             ValueError: if ``grid`` is not three sizes of at least 1.
         """
-        return cls(**fast_arguments(grid))
+        return cls(**speed_arguments("fast", grid))
+
+    @classmethod
+    def preset(cls, model: str, speed: Speed, grid: tuple[int, int, int] | None = None) -> Self:
+        """Settings for inference without training, by model and speed.
+
+        They rest on the model's structure (images, two experts, the paper's blocks at Wan's grids) and on the study of
+        a small model (docs/quality.md); they were not measured on these weights. ``vmoba-flex compare`` shows what they
+        do to your videos, and ``vmoba-flex tune`` finds settings by it. The values may change from version to version.
+
+        Args:
+            model: a model, such as ``"wan2.1-14b"``, or the class of its transformer, such as
+                ``"WanTransformer3DModel"``.
+            speed: all with a dense first quarter, a tail and remembered choices: ``"faithful"`` has density 0.25, the
+                paper's, and ``"balanced"`` 0.125; ``"fast"`` is ``fast``, whose densities fall.
+            grid: as in ``paper``, whose block shapes it has.
+
+        Raises:
+            TypeError: if ``grid`` has a wrong type.
+            ValueError: if ``model`` or ``speed`` is unknown, or ``grid`` is not three sizes of at least 1.
+        """
+        return cls(**preset_arguments(model, speed, grid))
 
     @property
     def needs_step(self) -> bool:
@@ -166,6 +167,8 @@ class VMoBAConfig:
         now, tail = value_at(rule, step, num_steps), value_at(self.tail, step, num_steps)
         if self.remember is None or always:
             return Layer(kind, now, dense, tail)
+        if num_steps is not None and num_steps > _MAX_STEPS:
+            raise ValueError(f"num_steps must be at most {_MAX_STEPS} where remember is given, got {num_steps}")
         served = steps_served(self.remember.refresh, steps, step, num_steps)
         records = tuple(dict.fromkeys(value_at(rule, at, num_steps) for at in served))
         return Layer(kind, now, dense, tail, records, recalls=not dense)
@@ -220,7 +223,7 @@ class VMoBAConfig:
             TypeError: if ``path`` is neither a str nor a Path.
             UserError: a ``ValueError``, if the name has another suffix or the file cannot be written.
         """
-        with new_file(_path(path), ".json", "a config is JSON") as draft:
+        with new_file(checked_path(path), ".json", "a config is JSON") as draft:
             draft.write_text(self.to_json() + "\n")
 
     @classmethod
@@ -231,17 +234,12 @@ class VMoBAConfig:
             TypeError: if ``path`` is neither a str nor a Path.
             UserError: a ``ValueError``, if the file cannot be read or holds no config.
         """
+        path = checked_path(path)
         try:
-            text = _path(path).read_text()
+            text = path.read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {path} ({one_line(error)}): name a file of VMoBAConfig.save") from error
         try:
             return cls.from_json(text)
         except (TypeError, ValueError) as error:
             raise UserError(f"{path} is no VMoBAConfig ({one_line(error)}): mend it") from error
-
-
-def _path(path: Any) -> Path:
-    if not isinstance(path, str | Path):
-        raise TypeError(f"path must be a str or a Path, got {path!r}")
-    return Path(path)

@@ -5,7 +5,9 @@ from typing import Any
 
 from vmoba_flex.approx_blocks import ApproxBlocks, approx_block
 from vmoba_flex.by_steps import BySteps, values_of
-from vmoba_flex.checks import check_positive
+from vmoba_flex.call import BACKENDS, DISPATCHES
+from vmoba_flex.checks import check_choice, check_positive
+from vmoba_flex.dense_schedule import checked_layers, checked_steps
 from vmoba_flex.remember import Remember
 from vmoba_flex.rules import Rule, Threshold, TopK
 from vmoba_flex.tail import Tail
@@ -40,6 +42,30 @@ class RulePerKind(Mapping[str, LayerRule]):
 
     def __repr__(self) -> str:
         return repr(self._rules)
+
+
+def checked_fields(config: Any) -> dict[str, Any]:
+    """Checked fields of a ``VMoBAConfig``, as it keeps them: lists are welcome, but a frozen object must be hashable.
+
+    Raises:
+        TypeError: if a field has a wrong type.
+        ValueError: if a field is out of range.
+    """
+    if not isinstance(config.temporal, ApproxBlocks):
+        check_positive("temporal", config.temporal)
+    cycle, steps = checked_cycle(config.cycle), checked_steps(config.dense_steps)
+    check_choice("dispatch", config.dispatch, DISPATCHES)
+    check_choice("backend", config.backend, BACKENDS)
+    check_tails(config.tail, config.dispatch)
+    check_remember(config.remember, config.dispatch, steps)
+    return {
+        "spatial": checked_sizes("spatial", config.spatial, 2),
+        "spatiotemporal": checked_sizes("spatiotemporal", config.spatiotemporal, 3),
+        "cycle": cycle,
+        "rule": checked_rules(config.rule, cycle),
+        "dense_layers": checked_layers(config.dense_layers),
+        "dense_steps": steps,
+    }
 
 
 def checked_sizes(name: str, value: Any, length: int) -> Any:

@@ -55,7 +55,7 @@ def load(text: str) -> dict[str, Any]:
         raise ValueError(f"text must be JSON that is not nested as deeply, got {text[:40]!r}") from None
     if not isinstance(data, dict):
         raise ValueError(f"text must be a JSON object, got {text[:40]!r}")
-    if "version" not in data and not data.keys().isdisjoint(_FASTVIDEO):
+    if "version" not in data and not data.keys().isdisjoint(FASTVIDEO):
         return _fastvideo(data)
     return _own(data)
 
@@ -107,10 +107,7 @@ def _own(data: dict[str, Any]) -> dict[str, Any]:
 def _approx_blocks(name: str, data: dict[str, Any]) -> ApproxBlocks:
     if len(data) != 1 or data.keys().isdisjoint(("approx_blocks", "about_blocks")):  # the second: before version 0.2
         raise ValueError(f'{name} must be sizes or {{"approx_blocks": count}}, got {data}')
-    try:
-        return ApproxBlocks(*data.values())
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
+    return _made(name, ApproxBlocks, *data.values())
 
 
 def _by_steps(name: str, data: Any, one: Callable[[str, Any], T]) -> T | BySteps[T]:
@@ -120,14 +117,24 @@ def _by_steps(name: str, data: Any, one: Callable[[str, Any], T]) -> T | BySteps
     entries = data["by_steps"]
     if len(data) > 1 or not isinstance(entries, list) or any(not _is_pair(entry) for entry in entries):
         raise ValueError(f'{name} must be {{"by_steps": [[start, value], ...]}} where it changes by steps, got {data}')
-    return BySteps([(start, one(f"{name} from {start}", value)) for start, value in entries])
+    values = [(start, one(f"{name} from {start}", value)) for start, value in entries]
+    made: Any = _made(name, BySteps, values)  # a type checker cannot tell its T
+    return made
+
+
+def _made(name: str, cls: Callable[..., T], *values: Any, **fields: Any) -> T:
+    """An object of a config; errors tell which key it is of."""
+    try:
+        return cls(*values, **fields)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _remember(data: Any) -> Remember:
     if not isinstance(data, dict):
         raise ValueError(f"remember must be an object, got {data!r}")
     _check_keys("remember", data, tuple(field.name for field in dataclasses.fields(Remember)))
-    return Remember(**data)
+    return _made("remember", Remember, **data)
 
 
 def _is_pair(entry: Any) -> bool:
@@ -135,7 +142,7 @@ def _is_pair(entry: Any) -> bool:
 
 
 def _tail(name: str, data: Any) -> Tail | None:
-    return None if data is None else Tail(data)
+    return None if data is None else _made(name, Tail, data)
 
 
 def _rule(name: str, data: Any) -> Rule:
@@ -143,7 +150,7 @@ def _rule(name: str, data: Any) -> Rule:
         raise ValueError(f"{name} must be an object with 'tau', or with 'k' or 'density', got {data!r}")
     rule = Threshold if "tau" in data else TopK
     _check_keys(name, data, tuple(field.name for field in dataclasses.fields(rule)))
-    return rule(**data)
+    return _made(name, rule, **data)
 
 
 def _check_keys(name: str, data: dict[str, Any], known: tuple[str, ...]) -> None:
@@ -187,7 +194,7 @@ _SHARE = (
 )
 
 # Key: FastVideo's default (None: it has none), what the value must be, and a test of that.
-_FASTVIDEO: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {
+FASTVIDEO: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {
     "temporal_chunk_size": (None, *_COUNT),
     "spatial_chunk_size": (None, "a list of 2 ints of at least 1 (height, width)", _sizes(2)),
     "st_chunk_size": (None, "a list of 3 ints of at least 1 (frames, height, width)", _sizes(3)),
@@ -206,9 +213,9 @@ _FASTVIDEO: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {
 
 
 def _fastvideo(data: dict[str, Any]) -> dict[str, Any]:
-    _check_keys("FastVideo's VMoBA JSON", data, tuple(_FASTVIDEO))
-    values = {key: data.get(key, default) for key, (default, _, _) in _FASTVIDEO.items()}
-    for key, (_, rule, is_valid) in _FASTVIDEO.items():
+    _check_keys("FastVideo's VMoBA JSON", data, tuple(FASTVIDEO))
+    values = {key: data.get(key, default) for key, (default, _, _) in FASTVIDEO.items()}
+    for key, (_, rule, is_valid) in FASTVIDEO.items():
         if not is_valid(values[key]):
             raise ValueError(f"{key} must be {rule}, got {values[key]!r}")
     kinds = {"temporal": "temporal", "spatial": "spatial", "spatiotemporal": "st"}

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from block_masks.attention.coarse_steps import check_coarse_size
+from block_masks.checks import check_shape, check_tensor
+from block_masks.launching.transforms import can_read
 from vmoba_flex.checks import check_number
 from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK, check_rule_fits
 from vmoba_flex.tail import Cells, Tail
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_query_key(
@@ -95,6 +95,12 @@ def check_rule(rule: Any) -> None:
         raise TypeError(f"rule must be a TopK or a Threshold, got {type(rule).__name__}")
 
 
+def check_device(name: str, device: Any) -> None:
+    """Raises ``TypeError`` unless ``device`` is one, or the name of one."""
+    if not isinstance(device, torch.device | str):
+        raise TypeError(f"{name} must be a torch.device or a str, got {device!r}")
+
+
 def check_value(value: Tensor, query: Tensor, key: Tensor) -> None:
     """Raises ``TypeError`` or ``ValueError`` unless ``value`` goes with ``query`` and ``key``."""
     _check_tensor("value", value)
@@ -118,18 +124,18 @@ def scale_of(scale: float | None, query: Tensor) -> float:
 
 
 def check_text_lengths(text_lengths: Any, query: Tensor, partition: BlockPartition) -> None:
-    """Raises ``TypeError`` or ``ValueError`` unless ``text_lengths`` is None or fits; its values are not read."""
+    """Raises ``TypeError`` or ``ValueError`` unless ``text_lengths`` is None or fits; values are read on a CPU only."""
     if text_lengths is None:
         return
-    if not isinstance(text_lengths, Tensor) or text_lengths.dtype != torch.int64:
-        given = text_lengths.dtype if isinstance(text_lengths, Tensor) else type(text_lengths).__name__
-        raise TypeError(f"text_lengths must be an int64 tensor or None, got {given}")
-    if text_lengths.shape != query.shape[:1]:
-        raise ValueError(f"text_lengths must have shape ({query.shape[0]},), got {tuple(text_lengths.shape)}")
+    check_tensor("text_lengths", text_lengths, "int64", ("B",))
+    check_shape("text_lengths", text_lengths, (query.shape[0],), "query")
     if text_lengths.device != query.device:
         raise ValueError(f"text_lengths must be on query's device {query.device}, got {text_lengths.device}")
-    if not partition.prefix + partition.suffix:
+    text = partition.prefix + partition.suffix
+    if not text:
         raise ValueError("text_lengths must be None for a partition without prefix and suffix, got a tensor")
+    if can_read(text_lengths) and not 0 <= int(text_lengths.min()) <= int(text_lengths.max()) <= text:
+        raise ValueError(f"text_lengths must lie in 0..prefix + suffix = 0..{text}, got {text_lengths.tolist()}")
 
 
 def check_tail(tail: Any, partition: BlockPartition) -> None:
@@ -162,17 +168,9 @@ def under_autocast(*tensors: Any) -> tuple[Any, ...]:
 
 
 def _check_tensor(name: str, x: Any) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if hasattr(x, "to_local"):
         raise TypeError(f"{name} must be a plain tensor, got a {type(x).__name__}: pass its to_local()")
-    if x.layout != torch.strided or x.is_nested:
-        kind = "a nested tensor" if x.is_nested else x.layout
-        raise TypeError(f"{name} must be a dense tensor (torch.strided), got {kind}")
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be a float16, bfloat16, float32 or float64 tensor, got {x.dtype}")
-    if x.dim() != 4:
-        raise ValueError(f"{name} must have 4 dims (B, H, S, D), got shape {tuple(x.shape)}")
+    check_tensor(name, x, "float", ("B", "H", "S", "D"))
 
 
 def _check_like_query(name: str, x: Tensor, query: Tensor, expected: tuple[int, ...]) -> None:

@@ -6,7 +6,7 @@ from typing import Literal, Self, cast, get_args
 
 from torch import Tensor
 
-from vmoba_flex.checks import check_choice, check_ids, check_int, check_share
+from vmoba_flex.checks import check_choice, check_count, check_ids, check_int, check_positive, check_share
 from vmoba_flex.partition import BlockPartition
 
 Pool = Literal["query", "block", "head", "global"]
@@ -108,8 +108,10 @@ class TopK:
         """Blocks per query out of ``num_blocks``.
 
         Raises:
-            ValueError: if ``k`` exceeds ``num_blocks``.
+            TypeError: if ``num_blocks`` is not an int.
+            ValueError: if it is below 1, or ``k`` exceeds it.
         """
+        check_positive("num_blocks", num_blocks)
         if self.density is not None:
             return max(1, math.floor(self.density * num_blocks + 0.5))
         assert self.k is not None  # __post_init__
@@ -119,6 +121,7 @@ class TopK:
 
     def max_pairs(self, pool_pairs: int, num_blocks: int) -> int:
         """Pairs that a pool of ``pool_pairs`` keeps, own pairs and those of ``always`` included."""
+        check_count("pool_pairs", pool_pairs)
         return self.blocks_per_query(num_blocks) * (pool_pairs // num_blocks)
 
 
@@ -194,6 +197,8 @@ class Threshold:
 
     def max_pairs(self, pool_pairs: int, num_blocks: int) -> int | None:
         """Pairs that a pool of ``pool_pairs`` may keep, own pairs and those of ``always`` included; None for no cap."""
+        check_count("pool_pairs", pool_pairs)
+        check_positive("num_blocks", num_blocks)
         return None if self.max_density is None else math.floor(self.max_density * pool_pairs + 0.5)
 
 

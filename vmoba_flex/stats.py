@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from block_masks import Slots, group_tiles, slot_tile_map, valid_slots
-from vmoba_flex.call import Call
+from vmoba_flex.call import Call, Chosen
 from vmoba_flex.groups import block_slots, key_groups, valid_keys
 from vmoba_flex.mask import selection_tiles
 from vmoba_flex.part import Part, Queries
@@ -53,6 +53,7 @@ class Attended(NamedTuple):
             With neither, the call attended everything.
         part: the part of the call on this rank; None for all.
         pieces: what a causal call attended, chunk by chunk; it has the choices.
+        chosen: what ran, and why.
     """
 
     output: Tensor
@@ -64,6 +65,7 @@ class Attended(NamedTuple):
     tile_choice: tuple[Tensor, Slots] | None = None
     part: Part | None = None
     pieces: tuple["Attended", ...] = ()
+    chosen: Chosen | None = None
 
     def stats(self) -> AttentionStats:
         """The stats of all heads. All ranks that share the call must call this."""
@@ -147,7 +149,7 @@ def shared_stats(
     """Stats of what each tile of ``slots`` attends, bool ``(B, H, tiles, G)``."""
     pairs = _shared_pairs(selected, slots, partition)
     of_keys = slots if queries is None else block_slots(partition, selected.device, slots.tile_size)
-    tiles = slot_tile_map(selected, of_keys, valid_slots(of_keys, key_valid)).some
+    tiles = slot_tile_map(selected, of_keys, valid_slots(of_keys, key_valid), len(slots.slot_key)).some
     return AttentionStats(
         _share(pairs, _all_pairs(partition, queries)), tiles.float().mean((-2, -1)), pairs, torch.zeros_like(pairs)
     )

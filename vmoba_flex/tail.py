@@ -5,8 +5,8 @@ import math
 from typing import Self
 
 from block_masks.launching.constant import constant_size
-from vmoba_flex.approx_blocks import approx_block
-from vmoba_flex.checks import check_positive, check_sizes, is_int
+from vmoba_flex.approx_blocks import MAX_TOKENS, approx_block
+from vmoba_flex.checks import check_positive, check_sizes
 from vmoba_flex.partition import BlockPartition
 
 Sizes = tuple[int, int, int]
@@ -31,7 +31,7 @@ class Tail:
 
     Raises:
         TypeError: if ``cell`` is neither an int nor three ints.
-        ValueError: if a size is below 1.
+        ValueError: if a size is below 1, or a number of tokens is 2**31 or more.
 
     Example:
         >>> from vmoba_flex import BlockPartition, Tail
@@ -42,19 +42,24 @@ class Tail:
     cell: int | Sizes = 64
 
     def __post_init__(self) -> None:
-        if is_int(self.cell):
-            check_positive("cell", self.cell)
-        elif not isinstance(self.cell, tuple | list):
+        if isinstance(self.cell, tuple | list):
+            object.__setattr__(self, "cell", check_sizes("cell", self.cell))
+        elif isinstance(self.cell, bool) or not isinstance(self.cell, int):
             raise TypeError(f"cell must be an int or a tuple of 3 ints, got {self.cell!r}")
         else:
-            object.__setattr__(self, "cell", check_sizes("cell", self.cell))
+            check_positive("cell", self.cell)
+            if self.cell >= MAX_TOKENS:
+                raise ValueError(f"cell must be below 2**31, got {self.cell}")
 
     def cell_of(self, partition: BlockPartition) -> Sizes:
         """Tokens of a cell ``(ct, ch, cw)`` in the blocks of a partition.
 
         Raises:
+            TypeError: if ``partition`` is no ``BlockPartition``.
             ValueError: if the cell is larger than a block.
         """
+        if not isinstance(partition, BlockPartition):
+            raise TypeError(f"partition must be a BlockPartition, got {type(partition).__name__}")
         if isinstance(self.cell, tuple):
             if any(cell > side for cell, side in zip(self.cell, partition.block, strict=True)):
                 raise ValueError(

@@ -4,8 +4,9 @@ import importlib.util
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
@@ -15,6 +16,13 @@ class UserError(ValueError):
 def one_line(error: BaseException) -> str:
     """An error's message without line breaks."""
     return " ".join(str(error).split())
+
+
+def checked_path(path: Any) -> Path:
+    """The path; raises ``TypeError`` unless it is a str or a ``Path``."""
+    if not isinstance(path, str | Path):
+        raise TypeError(f"path must be a str or a Path, got {path!r}")
+    return Path(path)
 
 
 def check_extra(extra: str, *modules: str) -> None:
@@ -41,7 +49,7 @@ def new_file(path: Path, suffix: str, what: str) -> Iterator[Path]:
     """
     if path.suffix.lower() != suffix:
         raise UserError(f"{what}, so its name must end in {suffix}, got {path}")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"cannot write {path}, which is a folder: name a file")
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -56,4 +64,5 @@ def new_file(path: Path, suffix: str, what: str) -> Iterator[Path]:
             f"cannot write {path} ({error.strerror}): name a file in a folder that you can write"
         ) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # what could not be made is not there
+            draft.unlink()

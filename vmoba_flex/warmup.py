@@ -43,7 +43,7 @@ class Warmup:
     def at(self, step: int) -> float:
         """The share of the way, 0 to 1, that is done at a training step, counted from 0."""
         check_count("step", step)
-        return min(1.0, max(0.0, (step - self.dense_steps) / self.steps))
+        return min(max(step - self.dense_steps, 0), self.steps) / self.steps
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

@@ -4,7 +4,6 @@ Both work with the merged output and log-sum-exp of each query: ``p = exp(score 
 row in its query, so neither the rows' outputs nor their log-sum-exps are needed again.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
 import triton
 import triton.language as tl
 

@@ -1,6 +1,5 @@
 """Triton kernel of attention over packed rows: each tile of rows runs a plain dense loop over its group's slots."""
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
 import triton
 import triton.language as tl
 

@@ -6,7 +6,6 @@ of a row in its query, so neither the rows' outputs nor their log-sum-exps are n
 owns what it writes, and two runs give the same bits.
 """
 
-# pyright: reportMissingImports=false
 import functools
 from typing import Literal
 

@@ -8,10 +8,13 @@ from torch import Tensor
 
 from block_masks.attention import coarse_steps, row_steps
 from block_masks.attention.coarse_steps import CoarseKeys, check_coarse_size
+from block_masks.attention.packed_checks import check_coarse, check_like_query
 from block_masks.attention.plain import plain_merge
+from block_masks.checks import check_device, check_finite, check_is, check_positive, check_shape, check_tensor
 from block_masks.launching.autograd import differentiable_grads
 from block_masks.launching.device import on_device
 from block_masks.launching.transforms import in_transform
+from block_masks.precision import accumulator
 
 
 def merge_coarse_keys(
@@ -32,13 +35,36 @@ def merge_coarse_keys(
         The output, differentiable in all floating inputs, and the log-sum-exp, without a gradient.
 
     Raises:
-        ValueError: on a GPU, if there are more coarse keys than kernels index.
+        TypeError: if an argument has a wrong type or dtype.
+        ValueError: if shapes, devices or values do not fit; on a GPU, if there are more coarse keys than kernels index.
     """
+    _check(query, output, lse, coarse, selected, scale, together)
     if query.is_cuda:
         check_coarse_size("coarse", query.shape[0] * query.shape[1], selected.shape[2], len(coarse.bias))
     if in_transform(query, output, lse, *coarse):
         return _plain(query, output, lse, *coarse, selected, scale, together)
     return _merge(query, output, lse, *coarse, selected, scale, together)
+
+
+def _check(query: Any, output: Any, lse: Any, coarse: Any, selected: Any, scale: Any, together: Any) -> None:
+    check_like_query(query, {"output": output})
+    check_shape("output", output, (*query.shape[:3], output.shape[3]), "query")
+    check_tensor("lse", lse, "float", ("B", "H", "S"))
+    check_shape("lse", lse, tuple(query.shape[:3]), "query")
+    check_device("lse", lse, query)
+    if lse.dtype != accumulator(query):
+        raise TypeError(f"lse must be {accumulator(query)} for query's {query.dtype}, got {lse.dtype}")
+    check_finite("scale", scale)
+    check_positive("together", together)
+    check_tensor("selected", selected, "bool", ("B", "H", "rows", "G"))
+    check_device("selected", selected, query)
+    rows = -(-query.shape[2] // together)
+    check_shape("selected", selected, (*query.shape[:2], rows, selected.shape[3]), "query and together")
+    check_is("coarse", coarse, CoarseKeys)
+    heads = coarse.key.shape[0] // query.shape[0] if isinstance(coarse.key, Tensor) else 0
+    check_coarse(coarse, query, heads, output.shape[3], selected.shape[3])
+    if not heads or query.shape[1] % heads:
+        raise ValueError(f"coarse.key must have heads that divide query's {query.shape[1]}, got {heads} a sample")
 
 
 @torch.library.custom_op("block_masks::merge_coarse_keys", mutates_args=())

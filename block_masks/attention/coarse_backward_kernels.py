@@ -3,7 +3,6 @@
 No atomics: gradients of coarse keys are summed over parts of the queries, then over the parts in a fixed order.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
 import triton
 import triton.language as tl
 

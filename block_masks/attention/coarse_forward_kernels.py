@@ -8,7 +8,6 @@ in the word's lower half, the others in its upper half, where key ``c`` is bit `
 Shapes: ``H`` heads of all samples, ``S`` queries, ``C`` coarse keys, ``G`` groups, ``W = ceil(C / 64)`` words.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
 import triton
 import triton.language as tl
 

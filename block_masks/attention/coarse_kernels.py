@@ -3,7 +3,6 @@
 Shapes: ``H`` heads of all samples, ``S`` queries, ``C`` coarse keys, ``G`` groups, ``W = ceil(C / 64)`` words.
 """
 
-# pyright: reportMissingImports=false
 import functools
 from typing import Literal
 

@@ -6,7 +6,6 @@ Its private ``_flash_attn_fwd`` and ``_flash_attn_bwd`` are called here and nowh
 output and log-sum-exp of each row for backward, which would run the rows again where the merged ones already do.
 """
 
-# pyright: reportMissingImports=false
 import functools
 
 import torch

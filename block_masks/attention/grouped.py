@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from block_masks.attention.coarse_steps import MAX_KERNEL_DIM, CoarseKeys, check_coarse_size
-from block_masks.attention.packed_checks import check_packed, check_plan
+from block_masks.attention.packed_checks import check_coarse, check_packed, check_plan
 from block_masks.attention.plain import plain_rows
 from block_masks.attention.row_attention import Room, attend_rows
-from block_masks.checks import check_positive
+from block_masks.checks import check_finite, check_positive
 from block_masks.launching.constant import constant_when_compiled
 from block_masks.launching.transforms import in_transform
 from block_masks.plans.rows import RowPlan
@@ -111,13 +111,12 @@ def attend_packed(
         (torch.Size([1, 2, 300, 16]), torch.Size([1, 2, 300]))
     """
     check_packed(query, key, value, selected, slots, group_lengths, query_group)
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
-        raise TypeError(f"scale must be a number or None, got {scale!r}")
+    if scale is not None:
+        check_finite("scale", scale, "a number or None")
     check_positive("max_row_bytes", max_row_bytes)
-    if bound is not None and not isinstance(bound, RowBound):
-        raise TypeError(f"bound must be a RowBound or None, got {bound!r}")
-    if coarse is not None and not isinstance(coarse, CoarseKeys):
-        raise TypeError(f"coarse must be CoarseKeys or None, got {type(coarse).__name__}")
+    if bound is not None:
+        _check_row_bound(bound, query.shape[1])
+    check_coarse(coarse, query, key.shape[1], value.shape[3], selected.shape[3])
     if coarse is not None and query_group is not None:
         raise ValueError("coarse must be None with query_group: a coarse key of a later group would not be masked")
     if plan is not None:
@@ -163,6 +162,15 @@ def rooms_of(bound: RowBound, heads: int, max_rows: int, tile_size: int, backend
         fitting = max([n for n in sizes if n == bound.heads or n // bound.heads * rows <= max_rows])
         rooms.append(Room(fitting, fitting // bound.heads * bound.row_tiles))
     return rooms[0], rooms[1]
+
+
+def _check_row_bound(bound: Any, heads: int) -> None:
+    if not isinstance(bound, RowBound):
+        raise TypeError(f"bound must be a RowBound or None, got {bound!r}")
+    check_positive("row_tiles of bound", bound.row_tiles)
+    check_positive("heads of bound", bound.heads)
+    if heads % bound.heads:
+        raise ValueError(f"heads of bound must divide query's {heads} heads, got {bound}")
 
 
 def _check_bound(selected: Tensor, tile_size: int, bound: RowBound) -> None:

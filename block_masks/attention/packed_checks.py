@@ -1,61 +1,104 @@
-"""Checks of the arguments of ``attend_packed``, before any kernel runs."""
+"""Checks of the arguments of attention, before any kernel runs.
+
+Shapes: ``B`` batch, ``H`` heads, ``S`` queries, ``G`` groups, ``C`` coarse keys, ``D`` head dim.
+"""
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from block_masks.attention.coarse_steps import CoarseKeys
+from block_masks.checks import check_device, check_is, check_shape, check_tensor
+from block_masks.launching.transforms import can_read
 from block_masks.plans.rows import RowPlan
 from block_masks.plans.slots import Slots
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+def check_like_query(query: Any, others: dict[str, Any]) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless all are ``(B, H, ., .)``, of one dtype and on one device.
+
+    Args:
+        query: of the call.
+        others: its other tensors, by name.
+    """
+    check_tensor("query", query, "float", ("B", "H", "S", "D"))
+    for name, x in others.items():
+        check_tensor(name, x, "float", ("B", "H", "S", "D"))
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
+        check_device(name, x, query)
+
+
+def check_choices(selected: Any, query: Tensor, rows: int, slots: Slots) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless ``selected`` is bool ``(B, H, rows, G)`` of a call."""
+    check_tensor("selected", selected, "bool", ("B", "H", "S", "G"))
+    check_device("selected", selected, query)
+    check_shape("selected", selected, (*query.shape[:2], rows, len(slots.group_sizes)), "query and slots")
 
 
 def check_packed(
     query: Any, key: Any, value: Any, selected: Any, slots: Any, group_lengths: Any, query_group: Any
 ) -> None:
     """Raises ``TypeError`` or ``ValueError`` unless tensors and slots are those of one call."""
-    for name, x in (("query", query), ("key", key), ("value", value), ("selected", selected)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.dim() != 4:
-            raise ValueError(f"{name} must have 4 dims, got shape {tuple(x.shape)}")
-        if x.device != query.device:
-            raise ValueError(f"{name} must be on query's device {query.device}, got {x.device}")
-    if not isinstance(slots, Slots):
-        raise TypeError(f"slots must be Slots, from plan_slots, got {type(slots).__name__}")
-    if query.dtype not in _DTYPES:
-        raise TypeError(f"query must be a float16, bfloat16, float32 or float64 tensor, got {query.dtype}")
-    for name, x in (("key", key), ("value", value)):
-        if x.dtype != query.dtype:
-            raise TypeError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
-    if selected.dtype != torch.bool:
-        raise TypeError(f"selected must be a bool tensor, got {selected.dtype}")
+    check_like_query(query, {"key": key, "value": value})
+    check_is("slots", slots, Slots, "plan_slots")
     batch, heads, queries, dim = query.shape
-    keys, groups = len(slots.key_slot), len(slots.group_sizes)
+    keys = len(slots.key_slot)
     if not key.shape[1] or heads % key.shape[1]:
         raise ValueError(f"key heads must divide query's {heads} heads, got {key.shape[1]}")
-    expected = {
-        "key": (key, (batch, key.shape[1], keys, dim)),
-        "value": (value, (batch, key.shape[1], keys, value.shape[3])),
-        "selected": (selected, (batch, heads, queries, groups)),
-    }
-    vectors = {"group_lengths": (group_lengths, torch.int32), "query_group": (query_group, torch.int64)}
-    for name, (x, dtype) in vectors.items():
-        if x is None:
-            continue
-        if not isinstance(x, Tensor) or x.dtype != dtype:
-            raise TypeError(f"{name} must be an {str(dtype)[6:]} tensor or None, got {getattr(x, 'dtype', x)!r}")
-        expected[name] = x, (batch, groups) if name == "group_lengths" else (queries,)
-    for name, (x, shape) in expected.items():
-        if tuple(x.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape} to go with query and slots, got {tuple(x.shape)}")
+    check_shape("key", key, (batch, key.shape[1], keys, dim), "query and slots")
+    check_shape("value", value, (batch, key.shape[1], keys, value.shape[3]), "query, key and slots")
+    check_choices(selected, query, queries, slots)
+    check_lengths(group_lengths, query, slots)
+    if query_group is not None:
+        check_tensor("query_group", query_group, "int64", ("S",))
+        check_device("query_group", query_group, query)
+        check_shape("query_group", query_group, (queries,), "query")
+
+
+def check_lengths(group_lengths: Any, query: Tensor, slots: Slots) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless ``group_lengths`` is None or int32 ``(B, G)`` of a call."""
+    if group_lengths is None:
+        return
+    check_tensor("group_lengths", group_lengths, "int32", ("B", "G"))
+    check_device("group_lengths", group_lengths, query)
+    check_shape("group_lengths", group_lengths, (query.shape[0], len(slots.group_sizes)), "query and slots")
+    if can_read(group_lengths) and not ((group_lengths >= 0) & (group_lengths <= slots.group_lengths)).all():
+        raise ValueError(f"group_lengths must lie in 0..{slots.group_sizes}, got {group_lengths.tolist()}")
+
+
+def check_coarse(coarse: Any, query: Tensor, key_heads: int, value_dim: int, groups: int) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless ``coarse`` is None or the coarse keys of a call.
+
+    Args:
+        coarse: what was given.
+        query: ``(B, H, S, D)``.
+        key_heads: of a sample.
+        value_dim: the last dim of value.
+        groups: G.
+    """
+    if coarse is None:
+        return
+    check_is("coarse", coarse, CoarseKeys)
+    check_tensor("coarse.group", coarse.group, "int64", ("C",))
+    check_tensor("coarse.bias", coarse.bias, "float", ("C",))
+    count, heads = len(coarse.group), query.shape[0] * key_heads
+    check_shape("coarse.bias", coarse.bias, (count,), "coarse.group")
+    for name, dim in (("key", query.shape[3]), ("value", value_dim)):
+        x = getattr(coarse, name)
+        check_tensor(f"coarse.{name}", x, "float", ("B * key heads", "C", "D"))
+        if x.dtype != query.dtype:
+            raise TypeError(f"coarse.{name} must have query's dtype {query.dtype}, got {x.dtype}")
+        check_shape(f"coarse.{name}", x, (heads, count, dim), "query, key and coarse.group")
+    for name, x in coarse._asdict().items():
+        check_device(f"coarse.{name}", x, query)
+    if can_read(coarse.group) and count and not 0 <= int(coarse.group.min()) <= int(coarse.group.max()) < groups:
+        raise ValueError(f"coarse.group must lie in 0..G - 1 = 0..{groups - 1}, got {coarse.group.tolist()}")
 
 
 def check_plan(plan: Any, query: Tensor, slots: Slots, group_lengths: Any, query_group: Any) -> None:
     """Raises ``TypeError`` or ``ValueError`` unless ``plan`` can be one of the rows of a call."""
-    if not isinstance(plan, RowPlan):
-        raise TypeError(f"plan must be a RowPlan or None, got {type(plan).__name__}")
+    check_is("plan", plan, RowPlan, "plan_rows, or None")
     for name, x in (("group_lengths", group_lengths), ("query_group", query_group)):
         if x is not None:
             raise ValueError(f"plan must be None with {name}, which changes what is attended, got a RowPlan")

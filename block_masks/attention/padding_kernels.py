@@ -1,6 +1,5 @@
 """Triton forms of taking padding slots out of attention, loaded on first use on a CUDA device."""
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
 import torch
 import triton
 import triton.language as tl

@@ -4,7 +4,6 @@ All are bound by memory: each program moves a few rows of ``D`` values and the i
 since rows times ``D`` may pass 2**31.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
 import torch
 import triton
 import triton.language as tl

@@ -26,10 +26,13 @@ import torch
 from torch import Tensor
 
 from block_masks.attention.coarse_steps import CoarseKeys, check_coarse_size
+from block_masks.attention.packed_checks import check_choices, check_coarse, check_lengths, check_like_query
 from block_masks.attention.plain import plain_slots
+from block_masks.checks import check_finite, check_is, check_shape, check_tensor
 from block_masks.launching.autograd import grad_of, save_of
 from block_masks.launching.device import on_device
 from block_masks.launching.transforms import in_transform
+from block_masks.masks.slot_mask import check_slot_choice
 from block_masks.masks.tile_map import tile_lists
 from block_masks.plans.slots import SLOT_TENSORS, Slots, ValidSlots
 
@@ -70,10 +73,25 @@ def attend_slots(
         gradients may not be finite.
 
     Raises:
-        ValueError: if the dtype is float16, in which ``exp(-lse)`` overflows, and a group is no whole number of tiles
-            or ``group_lengths`` is given; if lists are given with these; on a GPU, if there are more coarse keys than
-            kernels index.
+        TypeError: if an argument has a wrong type or dtype.
+        ValueError: if shapes or devices do not fit; if the dtype is float16, in which ``exp(-lse)`` overflows, and a
+            group is no whole number of tiles or ``group_lengths`` is given; if lists are given with these; on a
+            GPU, if there are more coarse keys than kernels index.
     """
+    check_like_query(query, {"key": key, "value": value})
+    check_is("slots", slots, Slots, "plan_slots")
+    shape = (*query.shape[:2], len(slots.slot_key))
+    check_shape("query", query, (*shape, query.shape[3]), "slots")
+    check_shape("key", key, tuple(query.shape), "query")
+    check_shape("value", value, (*shape, value.shape[3]), "query")
+    check_choices(selected, query, len(slots.tile_group), slots)
+    check_finite("scale", scale)
+    check_lengths(group_lengths, query, slots)
+    check_coarse(coarse, query, query.shape[1], value.shape[3], selected.shape[3])
+    if lists is not None:
+        check_is("lists", lists, tuple, "key_lists, or None")
+        for x in lists:
+            check_tensor("lists", x, "int32")
     if lists is not None and group_lengths is not None:
         raise ValueError("lists must be None with group_lengths, which change what is attended, got tensors")
     if query.dtype == torch.float16 and not slots.whole:
@@ -91,7 +109,17 @@ def attend_slots(
 
 
 def key_lists(selected: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
-    """The tiles of keys that each tile of slots attends, counted and listed; see ``tile_lists``."""
+    """The tiles of keys that each tile of slots attends, counted and listed; see ``tile_lists``.
+
+    Args:
+        selected: bool ``(B, H, tiles, G)``: which groups each tile of slots attends.
+        slots: of these tiles and groups.
+
+    Raises:
+        TypeError: if an argument has a wrong type or dtype.
+        ValueError: if shapes do not fit.
+    """
+    check_slot_choice(selected, slots)
     return tile_lists(_key_tiles(selected, slots))
 
 

@@ -32,6 +32,11 @@ def transformed(*tensors: Tensor | None) -> bool:
     return _in_torch_func() or (not torch.compiler.is_compiling() and any(map(_is_dual, tensors)))
 
 
+def can_read(x: Tensor) -> bool:
+    """Whether a check may look at the values of a tensor: on a CPU, outside of graphs and transforms."""
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling() and not _in_torch_func()
+
+
 @functools.cache
 def log_plain(reason: str) -> None:
     """Logs each reason once."""

@@ -7,43 +7,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from block_masks.checks import check_positive
+from block_masks.checks import check_device, check_shape, check_tensor, check_tile_size
+from block_masks.launching.transforms import can_read
 from block_masks.masks.pairs import pair_lookup
 from block_masks.masks.realize import realize
 from block_masks.masks.tile_map import TileMap, block_mask_from_tiles
 
-_MAX_TILE = 2**16  # far more than any kernel takes; the last tile is padded to it
-
 
 def _check(selected: Any, key_group: Any, tile_size: Any, key_valid: Any) -> None:
-    for name, x in (("selected", selected), ("key_group", key_group)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if selected.dtype != torch.bool:
-        raise TypeError(f"selected must be a bool tensor, got {selected.dtype}")
-    if key_group.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"key_group must be an int32 or int64 tensor, got {key_group.dtype}")
-    if selected.dim() != 4:
-        raise ValueError(f"selected must have 4 dims (B, H, queries, G), got shape {tuple(selected.shape)}")
-    if key_group.dim() != 1:
-        raise ValueError(f"key_group must have 1 dim (keys,), got shape {tuple(key_group.shape)}")
-    if key_group.device != selected.device:
-        raise ValueError(f"key_group must be on selected's device {selected.device}, got {key_group.device}")
-    check_positive("tile_size", tile_size)
-    if tile_size > _MAX_TILE:
-        raise ValueError(f"tile_size must be at most {_MAX_TILE}, got {tile_size}")
+    check_tensor("selected", selected, "bool", ("B", "H", "queries", "G"))
+    check_tensor("key_group", key_group, "int", ("keys",))
+    check_device("key_group", key_group, selected, "selected's")
+    check_tile_size(tile_size)
     if not selected.numel() or not key_group.numel():
         raise ValueError(
             f"selected and key_group must not be empty, got shapes {tuple(selected.shape)} and {tuple(key_group.shape)}"
         )
+    groups = selected.shape[-1]
+    if can_read(key_group) and not 0 <= int(key_group.min()) <= int(key_group.max()) < groups:
+        raise ValueError(f"key_group must lie in 0..G - 1 = 0..{groups - 1}, got {key_group.tolist()}")
     if key_valid is None:
         return
-    if not isinstance(key_valid, Tensor) or key_valid.dtype != torch.bool:
-        given = key_valid.dtype if isinstance(key_valid, Tensor) else type(key_valid).__name__
-        raise TypeError(f"key_valid must be a bool tensor or None, got {given}")
-    expected = (selected.shape[0], key_group.shape[0])
-    if tuple(key_valid.shape) != expected:
-        raise ValueError(f"key_valid must have shape {expected}, got {tuple(key_valid.shape)}")
+    check_tensor("key_valid", key_valid, "bool", ("B", "keys"))
+    check_shape("key_valid", key_valid, (selected.shape[0], key_group.shape[0]), "selected and key_group")
+    check_device("key_valid", key_valid, selected, "selected's")
 
 
 def group_tiles(selected: Tensor, key_group: Tensor, tile_size: int = 128, key_valid: Tensor | None = None) -> TileMap:
@@ -99,10 +86,9 @@ def group_mask(
         A ``BlockMask`` of shape ``(B, H, queries, keys)`` whose ``mask_mod`` says everything by itself.
 
     Raises:
-        TypeError: if ``selected`` is not bool, ``key_group`` not an integer tensor, or
-            ``tile_size`` not an int.
-        ValueError: if a rank, device or ``tile_size`` does not fit, or ``selected`` is too large to index, see
-            ``pair_lookup``.
+        TypeError: if ``selected`` is not bool, ``key_group`` not an integer tensor, or ``tile_size`` not an int.
+        ValueError: if a shape, device or ``tile_size`` does not fit, or ``selected`` is too large to index, see
+            ``pair_lookup``; on a CPU also if a group is out of range.
     """
     tiles = group_tiles(selected, key_group, tile_size, key_valid)
     chosen = pair_lookup(selected)

@@ -1,6 +1,5 @@
 """The Triton kernel that lists the tiles of a map, loaded on first use on a CUDA device."""
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
 import torch
 import triton
 import triton.language as tl

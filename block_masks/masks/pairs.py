@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from block_masks.checks import check_tensor
+
 WORD_BITS = 64
 
 PairLookup = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -21,16 +23,19 @@ def pack_bits(selected: Tensor) -> Tensor:
 
     Returns:
         int64 ``(..., ceil(G / 64))``; unused bits are 0.
+
+    Raises:
+        TypeError: if ``selected`` is no dense bool tensor.
+        ValueError: if it has no dim.
     """
     _check(selected)
     return _pack_bits(selected)
 
 
 def _check(selected: Any) -> None:
-    if not isinstance(selected, Tensor):
-        raise TypeError(f"selected must be a bool tensor, got {type(selected).__name__}")
-    if selected.dtype != torch.bool:
-        raise TypeError(f"selected must be a bool tensor, got {selected.dtype}")
+    check_tensor("selected", selected, "bool")
+    if not selected.dim() or not selected.shape[-1]:
+        raise ValueError(f"selected must have at least one group in its last dim, got shape {tuple(selected.shape)}")
 
 
 # Opaque to Inductor, which on torch 2.11 cannot read the sum of bytes as words.
@@ -59,9 +64,11 @@ def pair_lookup(selected: Tensor) -> PairLookup:
         selected: bool ``(B, H, S, G)``.
 
     Raises:
-        ValueError: if the words would have 2**31 entries or more, which compiled kernels index wrongly.
+        TypeError: if ``selected`` is no dense bool tensor.
+        ValueError: if it has another number of dims, or the words would have 2**31 entries or more, which compiled
+            kernels index wrongly.
     """
-    _check(selected)
+    check_tensor("selected", selected, "bool", ("B", "H", "S", "G"))
     *rows, groups = selected.shape
     num_words = math.prod(rows) * -(-groups // WORD_BITS)
     if num_words >= 2**31:

@@ -9,6 +9,8 @@ its result is a buffer in memory.
 import torch
 from torch import Tensor
 
+from block_masks.checks import check_tensor
+
 
 @torch.library.custom_op("block_masks::realize", mutates_args=())
 def _realize(x: Tensor) -> Tensor:
@@ -27,5 +29,9 @@ def realize(x: Tensor) -> Tensor:
 
     Args:
         x: any tensor that needs no gradient.
+
+    Raises:
+        TypeError: if ``x`` is no dense tensor.
     """
+    check_tensor("x", x)
     return _realize(x) if torch.compiler.is_compiling() else x.contiguous()

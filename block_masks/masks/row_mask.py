@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from block_masks.checks import check_is
 from block_masks.plans.rows import RowPlan
 from block_masks.plans.section import sections_of
 from block_masks.plans.slots import Slots
@@ -20,7 +21,17 @@ def row_mask(plan: RowPlan, slots: Slots, section: int = 0) -> BlockMask:
     Returns:
         A ``BlockMask`` of shape ``(1, 1, rows, heads of the section * slots)`` whose ``mask_mod`` says
         everything by itself. Padding rows attend what their tile attends.
+
+    Raises:
+        TypeError: if an argument has a wrong type.
+        ValueError: if there is no such section.
     """
+    check_is("plan", plan, RowPlan, "plan_rows")
+    check_is("slots", slots, Slots, "plan_slots")
+    if isinstance(section, bool) or not isinstance(section, int):
+        raise TypeError(f"section must be an int, got {section!r}")
+    if not 0 <= section < len(plan.row_pool):
+        raise ValueError(f"section must lie in 0..{len(plan.row_pool) - 1}, got {section}")
     rows = sections_of(plan, slots, None)[section]
     tile, groups, heads, head_slots = plan.tile_size, rows.groups, rows.heads, len(slots.slot_key)
     device = plan.row_pool.device

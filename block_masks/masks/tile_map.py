@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from block_masks.checks import check_is, check_positive, check_tensor
 from block_masks.launching.device import on_device
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -37,7 +38,14 @@ def tile_lists(tiles: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         counts, int32 ``(..., rows)``, and columns, int32 ``(..., rows, columns)``, both contiguous.
+
+    Raises:
+        TypeError: if ``tiles`` is no dense bool tensor.
+        ValueError: if it has fewer than two dims.
     """
+    check_tensor("tiles", tiles, "bool")
+    if tiles.dim() < 2:
+        raise ValueError(f"tiles must have at least 2 dims (rows, columns), got shape {tuple(tiles.shape)}")
     return _tile_lists(tiles)
 
 
@@ -82,7 +90,19 @@ def block_mask_from_tiles(
 
     Returns:
         A ``BlockMask`` of shape ``(B, H, *lengths)``.
+
+    Raises:
+        TypeError: if an argument has a wrong type.
+        ValueError: if a length or size is below 1.
     """
+    check_is("tiles", tiles, TileMap)
+    if not callable(mask_mod):
+        raise TypeError(f"mask_mod must be a function, got {type(mask_mod).__name__}")
+    for name, pair in (("lengths", lengths), ("tile_size", tile_size)):
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise TypeError(f"{name} must be a tuple of 2 ints, got {pair!r}")
+        for each in pair:
+            check_positive(name, each)
     return BlockMask(lengths, *map_lists(tiles), BLOCK_SIZE=tile_size, mask_mod=mask_mod)
 
 

@@ -3,7 +3,6 @@
 Bound by memory. Offsets are int64, since rows times ``D`` may pass 2**31.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
 import triton
 import triton.language as tl
 from torch import Tensor

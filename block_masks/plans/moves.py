@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from block_masks.checks import check_is, check_shape, check_tensor
 from block_masks.launching.device import on_device
 from block_masks.launching.transforms import in_transform
 from block_masks.plans.slots import Slots, ValidSlots
@@ -20,15 +21,33 @@ def to_slots(x: Tensor, slots: Slots, valid: ValidSlots | None = None) -> Tensor
 
     Returns:
         ``(B, H, slots, D)``, zero in padding slots and in slots of padding keys.
+
+    Raises:
+        TypeError: if an argument has a wrong type.
+        ValueError: if ``x`` is not of as many keys.
     """
+    check_is("slots", slots, Slots, "plan_slots")
+    _check("x", x, len(slots.key_slot), "keys")
     if valid is not None:
         return _gather_slots(x, valid.slot_key(slots), valid.key_slot(slots))
     return x if slots.in_place else _gather_slots(x, slots.slot_key, slots.key_slot)
 
 
 def from_slots(x: Tensor, slots: Slots) -> Tensor:
-    """Slots ``(B, H, slots, D)`` as tokens ``(B, H, keys, D)`` again. Differentiable."""
+    """Slots ``(B, H, slots, D)`` as tokens ``(B, H, keys, D)`` again. Differentiable.
+
+    Raises:
+        TypeError: if an argument has a wrong type.
+        ValueError: if ``x`` is not of as many slots.
+    """
+    check_is("slots", slots, Slots, "plan_slots")
+    _check("x", x, len(slots.slot_key), "slots")
     return x if slots.in_place else _gather_slots(x, slots.key_slot, slots.slot_key)
+
+
+def _check(name: str, x: Any, length: int, what: str) -> None:
+    check_tensor(name, x, dims=("B", "H", what, "D"))
+    check_shape(name, x, (*x.shape[:2], length, x.shape[3]), "slots")
 
 
 def _gather_slots(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:

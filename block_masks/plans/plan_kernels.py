@@ -1,6 +1,5 @@
 """Triton forms of the plans of packed rows and slots, loaded on first use on a CUDA device."""
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
 import torch
 import triton
 import triton.language as tl

@@ -15,6 +15,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from block_masks.checks import check_positive, check_tensor, check_tile_size
+
 TILE = 128
 
 
@@ -76,10 +78,23 @@ def plan_rows(selected: Tensor, row_tiles: int, heads: int | None = None, tile_s
             ``ceil(queries that chose the group / tile_size)``. Pairs beyond it have no row, so it must be a bound.
         heads: heads in a section, a divisor of H; all by default.
         tile_size: rows in a tile.
+
+    Raises:
+        TypeError: if an argument has a wrong type or dtype.
+        ValueError: if ``selected`` has no head, no group or another number of dims, a number is below 1, or ``heads``
+            does not divide H.
     """
-    heads = heads or selected.shape[0]
+    check_tensor("selected", selected, "bool", ("H", "S", "G"))
+    if not selected.shape[0] or not selected.shape[2]:
+        raise ValueError(f"selected must have heads and groups, got shape {tuple(selected.shape)}")
+    check_positive("row_tiles", row_tiles)
+    check_tile_size(tile_size)
+    together = selected.shape[0] if heads is None else heads
+    check_positive("heads", together)
+    if selected.shape[0] % together:
+        raise ValueError(f"heads must divide selected's {selected.shape[0]} heads, got {together}")
     plan = _plan_on_gpu if selected.is_cuda else _plan
-    return RowPlan(*plan(selected, row_tiles, heads, tile_size), tile_size=tile_size)
+    return RowPlan(*plan(selected, row_tiles, together, tile_size), tile_size=tile_size)
 
 
 def _plan(selected: Tensor, row_tiles: int, heads: int, tile_size: int) -> list[Tensor]:

@@ -12,7 +12,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from block_masks.checks import check_bool, check_positive, check_tensor, check_tile_size
 from block_masks.launching.device import on_device
+from block_masks.launching.transforms import can_read
 from block_masks.plans.rows import TILE, plan_rows
 
 
@@ -138,25 +140,29 @@ def plan_slots(key_group: Tensor, group_sizes: list[int], tile_size: int = TILE,
             ``key_group``. On a GPU its values are not read.
     """
     _check_groups(key_group, group_sizes, tile_size)
+    check_bool("sorted_keys", sorted_keys)
     tiles = sum(-(-size // tile_size) for size in group_sizes)
     tensors = _plan_slots(key_group, len(group_sizes), tiles, tile_size)
     return Slots(*tensors, tile_size=tile_size, group_sizes=tuple(group_sizes), sorted_keys=sorted_keys)
 
 
 def _check_groups(key_group: Any, group_sizes: Any, tile_size: Any) -> None:
-    if not isinstance(key_group, Tensor) or key_group.dtype != torch.int64:
-        given = key_group.dtype if isinstance(key_group, Tensor) else type(key_group).__name__
-        raise TypeError(f"key_group must be an int64 tensor, got {given}")
-    if key_group.dim() != 1:
-        raise ValueError(f"key_group must have 1 dim (keys,), got shape {tuple(key_group.shape)}")
-    for name, sizes in (("group_sizes", group_sizes), ("tile_size", [tile_size])):
-        if not isinstance(sizes, list | tuple) or any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
-            raise TypeError(f"{name} must hold ints, got {sizes!r}")
-        if not sizes or min(sizes) < 1:
-            raise ValueError(f"{name} must be at least 1 everywhere, got {sizes!r}")
+    check_tensor("key_group", key_group, "int64", ("keys",))
+    check_tile_size(tile_size)
+    if not isinstance(group_sizes, list | tuple):
+        raise TypeError(f"group_sizes must be a list of ints, got {group_sizes!r}")
+    if not group_sizes:
+        raise ValueError("group_sizes must have at least one size, got none")
+    for size in group_sizes:
+        check_positive("group_sizes", size)
     if sum(group_sizes) != len(key_group):
         raise ValueError(f"group_sizes must sum to the {len(key_group)} keys of key_group, got {list(group_sizes)}")
-    if key_group.device.type == "cpu" and not torch.compiler.is_compiling():
+    if can_read(key_group):
+        groups = len(group_sizes)
+        if not 0 <= int(key_group.min()) <= int(key_group.max()) < groups:
+            raise ValueError(
+                f"key_group must lie in 0..G - 1 = 0..{groups - 1} by group_sizes, got {key_group.tolist()}"
+            )
         found = key_group.bincount(minlength=len(group_sizes)).tolist()
         if found != list(group_sizes):
             raise ValueError(f"group_sizes must be the {found} of key_group, got {list(group_sizes)}")

@@ -10,7 +10,7 @@ from torch import Tensor
 from block_masks.launching import architecture
 from block_masks.launching.constant import constant_when_compiled
 from block_masks.plans.rows import TILE
-from vmoba_flex.call import Backend, ChosenBackend, Dispatch
+from vmoba_flex.call import Backend, Call, Chosen, ChosenBackend, Dispatch
 from vmoba_flex.dispatch.compiled import has_flex_kernel
 from vmoba_flex.dispatch.machine import HOPPER, Machine, machine_of
 from vmoba_flex.groups import group_sizes
@@ -27,6 +27,18 @@ _LOG = logging.getLogger(__name__)
 _EXACT_GATE = 0.75
 
 
+def choose(
+    query: Tensor, key: Tensor, value: Tensor, call: Call, dispatch: Dispatch, backend: Backend, ranks: int = 1
+) -> Chosen:
+    """What a call runs, and why where it is not what was asked for; see ``choose_dispatch`` and ``choose_backend``."""
+    why = ""
+    if dispatch == "auto":
+        dispatch, why = choose_dispatch(query, key, value, call.partition, call.rule, call.tail, ranks)
+    padded = call.text_lengths is not None
+    chosen, refusal = choose_backend(backend, dispatch, query, key, value, call.partition, padded, ranks)
+    return Chosen(dispatch, chosen, why or refusal)
+
+
 def choose_dispatch(
     query: Tensor,
     key: Tensor,
@@ -36,8 +48,8 @@ def choose_dispatch(
     tail: Tail | None = None,
     ranks: int = 1,
     machine: Machine | None = None,
-) -> Literal["tiles", "packed", "shared", "dense"]:
-    """What ``dispatch="auto"`` runs; see ``vmoba_attention``.
+) -> tuple[Literal["tiles", "packed", "shared", "dense"], str]:
+    """What ``dispatch="auto"`` runs, and why if it is slower than ``"packed"`` elsewhere; see ``vmoba_attention``.
 
     Args:
         query: ``(B, H, S, D)``.
@@ -50,27 +62,32 @@ def choose_dispatch(
         machine: whose times count; None for those of query's device.
 
     Returns:
-        ``"tiles"``, ``"packed"`` or ``"dense"``; ``"shared"`` for what query tiles chose.
+        ``"tiles"``, ``"packed"`` or ``"dense"``; ``"shared"`` for what query tiles chose. Then ``Chosen.why``.
     """
     if isinstance(rule, Selection):
         if rule.choice == "tile":
-            return "shared"
+            return "shared", ""
         unbounded = rule.bounds.rows is None
     else:
         unbounded = isinstance(rule, Threshold) and rule.max_density is None
     compiled = torch.compiler.is_compiling()
     if not query.is_cuda:
         # FlexAttention's kernel for CPUs is the fastest, where it runs.
-        return "tiles" if compiled and (unbounded or has_flex_kernel(query, key, value)) else "packed"
+        return "tiles" if compiled and (unbounded or has_flex_kernel(query, key, value)) else "packed", ""
     if query.dtype == torch.float64 or max(query.shape[-1], value.shape[-1]) > 256:
-        return "tiles"
-    if _no_kernels(query.device.index or 0):
-        return "dense"
+        return "tiles", "packed has no kernels for float64 and head dims above 256"
+    if reason := _no_kernels(query.device.index or 0):
+        return "dense", reason
     machine = machine or machine_of(query.device, ranks)
     dense, backward = _dense_seconds(query, key, value, partition, machine, ranks)
-    if not packed_wins(dense / ranks, backward, rule, partition, tail, machine):
-        return "dense"
-    return "tiles" if unbounded and compiled else "packed"
+    dense /= ranks
+    if not packed_wins(dense, backward, rule, partition, tail, machine):
+        if compiled:
+            return "dense", "full attention is estimated to be faster"
+        return "dense", _slower(dense, backward, rule, partition, tail, machine)
+    if unbounded and compiled:
+        return "tiles", "the rule bounds no pairs for a graph: give it max_density"
+    return "packed", ""
 
 
 @functools.cache
@@ -79,11 +96,21 @@ def _log_dense(reason: str) -> None:
 
 
 @constant_when_compiled
-def _no_kernels(index: int) -> bool:
-    """Whether a GPU is too old for the kernels, so that ``"auto"`` is full attention whatever the rule; logged once."""
+def _no_kernels(index: int) -> str | None:
+    """Why a GPU is too old for the kernels, so that ``"auto"`` is full attention whatever the rule; logged once."""
     if reason := architecture.refusal(index):
         _log_dense(reason)
-    return reason is not None
+    return reason
+
+
+def _slower(
+    dense: float, backward: bool, rule: Rule | Selection, partition: BlockPartition, tail: Tail | None, machine: Machine
+) -> str:
+    """Why ``"packed"`` does not win, in words."""
+    share, launches = packed_share(rule, partition, tail, backward, machine), machine.launches[int(backward)]
+    packed = max(launches, share * dense)
+    words = f"full attention takes {1e3 * dense:.2g} ms here, packed {1e3 * packed:.2g} ms, as estimated"
+    return f"{words}: {'too few tokens' if share < 1 else 'the rule allows too many pairs'}"
 
 
 def _dense_seconds(
@@ -146,8 +173,8 @@ def choose_backend(
     partition: BlockPartition,
     padded: bool = False,
     ranks: int = 1,
-) -> ChosenBackend:
-    """The backend that a dispatch runs on.
+) -> tuple[ChosenBackend, str]:
+    """The backend that a dispatch runs on, and why it is not FlashAttention-4 where that would be faster.
 
     Args:
         backend: as in ``vmoba_attention``.
@@ -165,23 +192,23 @@ def choose_backend(
     if not query.is_cuda:
         if backend != "auto":
             raise ValueError(f"backend must be 'auto' on device {query.device}, got {backend!r}")
-        return "eager"
+        return "eager", ""
     if dispatch == "packed" and query.dtype == torch.float64:
         if backend != "auto":
             raise ValueError(f"backend must be 'auto' for dispatch='packed' and dtype torch.float64, got {backend!r}")
-        return "eager"
+        return "eager", ""
     if dispatch != "dense" and (reason := architecture.refusal(query.device.index or 0)):
         raise ValueError(reason)
     if backend == "triton" or (backend == "auto" and dispatch not in ("packed", "shared")):
-        return "triton"
+        return "triton", ""
     machine = machine_of(query.device, ranks)
     dense, backward = _dense_seconds(query, key, value, partition, machine, ranks)
     if backend == "auto" and dense < machine.flash_from[int(backward)]:
-        return "triton"
+        return "triton", ""
     refusal = _flash_refusal(dispatch, query, key, value, partition, padded, backward)
     if backend == "flash" and refusal:
         raise ValueError(f"backend must be 'auto' or 'triton' here, got 'flash': {refusal}")
-    return "triton" if refusal else "flash"
+    return ("triton", f"no FlashAttention-4: {refusal}") if refusal else ("flash", "")
 
 
 def _flash_refusal(

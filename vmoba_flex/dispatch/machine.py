@@ -49,7 +49,7 @@ class Machine:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             count = 1 if field.type is float else 2
-            numbers = (value,) if count == 1 else tuple(value)
+            numbers = (value,) if count == 1 else tuple(value) if isinstance(value, tuple | list) else ()
             if len(numbers) != count or not all(type(x) in (int, float) and 0 < x < float("inf") for x in numbers):
                 raise ValueError(f"{field.name} must be {count} finite number(s) above 0, got {value!r}")
             object.__setattr__(self, field.name, value if count == 1 else numbers)

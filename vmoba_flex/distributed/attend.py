@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.call import Backend, Call, Dispatch
-from vmoba_flex.dispatch.choose import choose_backend, choose_dispatch
+from vmoba_flex.dispatch.choose import choose
 from vmoba_flex.dispatch.one_device import attend_here
 from vmoba_flex.distributed.balance import HeadBalance
 from vmoba_flex.distributed.exchange import Heads, Layout, to_heads, to_tokens
@@ -46,11 +46,9 @@ def attend_across(
         it, the log-sum-exp ``(B, H, tokens of this rank)``.
     """
     ranks, partition = layout.ranks, call.partition
-    if dispatch == "auto":
-        dispatch = choose_dispatch(query, key, value, partition, call.rule, call.tail, ranks.size)
     # Chosen by the whole call, so that all ranks take the same backend, the one that a single GPU would take.
-    padded = call.text_lengths is not None
-    chosen = choose_backend(backend, dispatch, query, key, value, partition, padded, ranks.size)
+    chosen = choose(query, key, value, call, dispatch, backend, ranks.size)
+    dispatch = chosen.dispatch
     of_keys = None
     if query.shape[1] >= ranks.size:
         repeats = query.shape[1] // key.shape[1]
@@ -70,7 +68,7 @@ def attend_across(
         heads = Heads((key.shape[1],) * ranks.size)
         repeated = [x.repeat(1, ranks.size, 1, 1) for x in (key, value)]
         key, value = to_heads(repeated, layout, (heads, heads))
-    attended = attend_here(query, key, value, call, dispatch, chosen, part)
+    attended = attend_here(query, key, value, call, dispatch, chosen.backend, part)._replace(chosen=chosen)
     if of_keys is None:
         return attended
     if balance is not None and dispatch != "dense":

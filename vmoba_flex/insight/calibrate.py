@@ -8,15 +8,15 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from vmoba_flex.by_steps import BySteps
-from vmoba_flex.checks import check_choice, check_positive
+from vmoba_flex.checks import check_choice, check_share
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.config_fields import LayerRule, rule_of_layer
 from vmoba_flex.dispatch.choose import dense_seconds, packed_share, packed_wins
 from vmoba_flex.dispatch.machine import HOPPER, machine_of
 from vmoba_flex.insight.masses import overlap_of, recall_of, true_mass
-from vmoba_flex.insight.measure import choose, layer_of, num_layers_of, sample_rows
+from vmoba_flex.insight.measure import check_sample, choose, layer_of, num_layers_of, sample_rows
 from vmoba_flex.insight.places import by_entry, by_kind, by_layer, rule_of_each_layer
-from vmoba_flex.insight.records import Record
+from vmoba_flex.insight.records import Record, check_records
 from vmoba_flex.insight.search import Measure, rule_at, smallest, smallest_capped
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import GATES, Gate, Rule, Threshold
@@ -83,8 +83,7 @@ def calibrate(
     holds on the recordings: a pool that would keep more is cut.
 
     Layers that the config has dense are left out. Recall, and overlap under the config's tail, are measured as
-    ``inspect`` does: record several prompts and
-    steps, because what holds for one video may not for the next.
+    ``inspect`` does: record several prompts and steps, because what holds for one video may not for the next.
 
     Args:
         records: of dense or sparse forwards, at least one of each kind.
@@ -104,6 +103,7 @@ def calibrate(
         The config, and what was found for each kind or layer, entry by entry, gate by gate.
 
     Raises:
+        TypeError: if an argument has a wrong type.
         ValueError: unless one of ``recall``, ``overlap`` and ``density`` is given, or if it is not in (0, 1], ``by`` is
             unknown, a kind, layer or entry has no records, or what is wanted cannot be reached.
     """
@@ -113,10 +113,14 @@ def calibrate(
         words = ", ".join(f"{name}={value!r}" for name, value in given.items())
         raise ValueError(f"exactly one of recall, overlap and density must be given, got {words}")
     ((name, wanted),) = asked
-    if not 0 < wanted <= 1:
-        raise ValueError(f"{name} must lie in (0, 1], got {wanted!r}")
-    check_positive("rows", rows)
+    wanted = check_share(name, wanted)
+    check_records(records)
+    if not isinstance(config, VMoBAConfig):
+        raise TypeError(f"config must be a VMoBAConfig, got {type(config).__name__}")
+    check_sample(rows, seed)
     check_choice("by", by, _BY)
+    if not isinstance(gates, list | tuple):
+        raise TypeError(f"gates must be a list of gates, got {gates!r}")
     sparse = [record for record in records if layer_of(record, config)[2] is not None]
     for gate in gates:
         check_choice("gates", gate, GATES)

@@ -59,9 +59,14 @@ class capture:  # noqa: N801 - read as a verb: with capture(model) as captured
         max_bytes: int = 2**30,
     ) -> None:
         self._states = VMoBAHandle.of(pipe_or_model).states()
-        for name, numbers in (("layers", layers), ("steps", steps)):
-            for number in numbers or ():
-                check_count(name, number)
+        most = max(len(state.processors) for state in self._states.values())
+        for name, numbers, end in (("layers", layers, most), ("steps", steps, None)):
+            if numbers is None:
+                continue
+            if not isinstance(numbers, Collection) or isinstance(numbers, str | bytes):
+                raise TypeError(f"{name} must hold ints, got {numbers!r}")
+            for number in numbers:
+                check_count(name, number, end, "num_layers")
         check_positive("heads", heads)
         check_positive("max_bytes", max_bytes)
         self._layers, self._steps, self._heads, self._max_bytes = layers, steps, heads, max_bytes

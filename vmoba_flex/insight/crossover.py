@@ -14,8 +14,9 @@ from torch import Tensor
 
 from vmoba_flex.attention import vmoba_attention
 from vmoba_flex.call import Dispatch
-from vmoba_flex.checks import check_positive
+from vmoba_flex.checks import check_positive, is_int
 from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.inputs import check_device, check_rule
 from vmoba_flex.rules import Rule
 from vmoba_flex.tail import Tail
 
@@ -75,8 +76,17 @@ def crossover(
         Forward and forward + backward for each number of tokens.
 
     Raises:
+        TypeError: if an argument has a wrong type.
         ValueError: if ``tokens`` are none, or one is below 512.
     """
+    if not isinstance(tokens, list | tuple) or not all(map(is_int, tokens)):
+        raise TypeError(f"tokens must be a list of ints, got {tokens!r}")
+    check_rule(rule)
+    check_device("device", device)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+    if not callable(progress):
+        raise TypeError(f"progress must be a function, got {progress!r}")
     if not tokens or min(tokens) < 512:
         raise ValueError(f"tokens must be at least one number of 512 or more, got {list(tokens)}")
     check_positive("heads", heads)

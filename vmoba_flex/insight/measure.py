@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vmoba_flex.checks import check_positive
+from vmoba_flex.checks import check_int, check_positive
 from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.inputs import check_rule
 from vmoba_flex.insight.masses import best_choice, entropy_of, overlap_of, recall_of, true_mass
-from vmoba_flex.insight.records import Record
+from vmoba_flex.insight.records import Record, check_records
 from vmoba_flex.mask import selection_tiles
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
@@ -76,10 +78,16 @@ def inspect(
         seed: of the sample.
 
     Raises:
-        ValueError: if ``rows`` is below 1, there is a tail next to a config, a block exceeds the grid or a cell its
-            block, or a config's dense layers cannot be known from a record.
+        TypeError: if an argument has a wrong type.
+        ValueError: if ``rows`` is below 1, ``seed`` is out of range, there is a tail next to a config, a block exceeds
+            the grid or a cell its block, or a config's dense layers cannot be known from a record.
     """
-    check_positive("rows", rows)
+    check_records(records)
+    check_sample(rows, seed)
+    if not isinstance(rule, VMoBAConfig):
+        check_rule(rule)
+    if tail is not None and not isinstance(tail, Tail):
+        raise TypeError(f"tail must be a Tail or None, got {tail!r}")
     if isinstance(rule, VMoBAConfig) and tail is not None:
         raise ValueError(f"tail must be None next to a config, which has its own, got {tail}")
     return [report for record in records for report in _inspect(record, rule, tail, rows, seed)]
@@ -141,6 +149,14 @@ def num_layers_of(record: Record, config: VMoBAConfig) -> int:
             f"num_layers of a record must be given where dense_layers counts from the end, {dense}, got None"
         )
     return 1 + max(record.layer, *dense) if dense else record.layer + 1
+
+
+def check_sample(rows: Any, seed: Any) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless these are a number of rows and a seed of torch's."""
+    check_positive("rows", rows)
+    check_int("seed", seed)
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must lie in -2**63..2**63 - 1, got {seed}")
 
 
 def sample_rows(partition: BlockPartition, rows: int, seed: int) -> Tensor:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmoba_flex.checks import check_choice, check_count
+from block_masks.checks import check_tensor
+from vmoba_flex.checks import check_choice, check_count, check_ids, check_positive
 from vmoba_flex.config import KINDS
 from vmoba_flex.groups import valid_keys
-from vmoba_flex.inputs import check_query_key
+from vmoba_flex.inputs import check_device, check_query_key
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import TopK
-from vmoba_flex.user_error import UserError, check_extra, new_file, one_line
+from vmoba_flex.user_error import UserError, check_extra, checked_path, new_file, one_line
 
 _VERSION = 1
 _FACTS = (
@@ -59,16 +60,22 @@ class Record:
     model: str = dataclasses.field(default="model", kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.query, Tensor) or not isinstance(self.key, Tensor):
-            raise TypeError(f"query and key must be tensors, got {type(self.query)} and {type(self.key)}")
+        check_tensor("query", self.query, "float", ("heads", "S", "D"))
+        check_tensor("key", self.key, "float", ("heads", "S", "D"))
         check_query_key(self.query[None], self.key[None], self.partition, TopK(1))
         if self.key.shape != self.query.shape:
             raise ValueError(f"key must have query's shape {tuple(self.query.shape)}, got {tuple(self.key.shape)}")
         check_choice("kind", self.kind, KINDS)
+        for name in ("num_layers", "num_steps"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
+        if not isinstance(self.model, str):
+            raise TypeError(f"model must be a str, got {self.model!r}")
         check_count("layer", self.layer, self.num_layers, "num_layers")
         check_count("step", self.step, self.num_steps, "num_steps")
+        distinct = check_ids("heads", self.heads)
         object.__setattr__(self, "heads", tuple(self.heads) or tuple(range(len(self.query))))
-        if len(self.heads) != len(self.query):
+        if len(self.heads) != len(self.query) or (distinct and len(distinct) != len(self.query)):
             raise ValueError(f"heads must name the {len(self.query)} heads of query, got {self.heads}")
         if self.text_length is not None:
             text = self.partition.prefix + self.partition.suffix
@@ -82,7 +89,8 @@ class Record:
         return None if valid is None else valid[0]
 
     def to(self, device: torch.device | str) -> "Record":
-        """The same record on another device."""
+        """The same record on another device; raises ``TypeError`` unless ``device`` is one."""
+        check_device("device", device)
         return dataclasses.replace(self, query=self.query.to(device), key=self.key.to(device))
 
     def num_bytes(self) -> int:
@@ -96,26 +104,41 @@ class Record:
         return f"Record({', '.join(words)})"
 
 
+def check_records(records: Any) -> None:
+    """Raises ``TypeError`` unless ``records`` is a list or tuple of records."""
+    if not isinstance(records, list | tuple):
+        raise TypeError(f"records must be a list of Records, got {type(records).__name__}")
+    for record in records:
+        if not isinstance(record, Record):
+            raise TypeError(f"records must hold Records, got {record!r}")
+
+
 def save(records: Sequence[Record], path: Path | str) -> None:
     """Writes records to a safetensors file, which appears whole or not at all.
 
     Record i has the tensors ``<i>.query`` and ``<i>.key``; its other fields are JSON in the metadata.
 
     Raises:
-        UserError: if there is nothing to write, or the file cannot be written.
+        TypeError: if ``records`` are none, or ``path`` is neither a str nor a Path.
+        UserError: a ``ValueError``, if there is nothing to write, or the file cannot be written.
     """
+    check_records(records)
     check_extra("insight", "safetensors")
     from safetensors.torch import save_file
 
     if not records:
         raise UserError("there are no records to write: run the model while capture(model) is on")
-    tensors, facts = {}, []
+    tensors: dict[str, Tensor] = {}
+    facts, written = [], set[int]()
     for i, record in enumerate(records):
-        tensors[f"{i}.query"], tensors[f"{i}.key"] = record.query.contiguous(), record.key.contiguous()
+        for name, x in (("query", record.query), ("key", record.key)):
+            memory, whole = x.untyped_storage().data_ptr(), x.contiguous()
+            tensors[f"{i}.{name}"] = whole.clone() if memory in written else whole  # the format wants no shared memory
+            written.add(memory)
         values = {name: getattr(record, name, None) for name in _FACTS}
         facts.append(values | {name: getattr(record.partition, name) for name in _FACTS[-4:]})
     metadata = {"vmoba_flex": json.dumps({"version": _VERSION, "records": facts})}
-    with new_file(Path(path), ".safetensors", "records are a safetensors file") as draft:
+    with new_file(checked_path(path), ".safetensors", "records are a safetensors file") as draft:
         save_file(tensors, draft, metadata)
 
 
@@ -123,12 +146,13 @@ def load(path: Path | str) -> list[Record]:
     """The records of a file that ``save`` wrote.
 
     Raises:
-        UserError: if there is no such file, or it holds something else.
+        TypeError: if ``path`` is neither a str nor a Path.
+        UserError: a ``ValueError``, if there is no such file, or it holds something else.
     """
     check_extra("insight", "safetensors")
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = checked_path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}: make one with capture(model).save(...)")
     try:
@@ -139,6 +163,8 @@ def load(path: Path | str) -> list[Record]:
             data = json.loads(text)
             if data["version"] != _VERSION:
                 raise UserError(f"{path} has version {data['version']!r} of its format, not {_VERSION}: capture again")
+            if not data["records"]:
+                raise UserError(f"{path} holds no records: capture again")
             return [
                 _record(facts, file.get_tensor(f"{i}.query"), file.get_tensor(f"{i}.key"))
                 for i, facts in enumerate(data["records"])
@@ -147,7 +173,7 @@ def load(path: Path | str) -> list[Record]:
         raise
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {path} as safetensors ({one_line(error)}): capture again") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} holds records that do not fit together ({one_line(error)}): capture again") from error
 
 

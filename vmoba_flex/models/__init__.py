@@ -4,10 +4,10 @@
     memory.py       what layers keep of steps that choose by exact masses, until the run ends
     plan.py         what one forward asks of each layer, and how a compiled graph finds it
     state.py        the state of a model and of one forward pass: grid, step, which layers are dense
-    passes.py       the names that pipelines give to the passes of a step
     parallel.py     the ranks that share a layer's tokens
     step_op.py      attention as an op that reads at run time what the step asks of a layer
     processor.py    a layer's attention: sparse, or dense by the stock processor
+    dispatcher.py   what is used of diffusers' insides: its dispatcher of attention, and how layers are skipped
     hook.py         processors whose stock one runs up to the attention, and hands query, key and value over
     families.py     processors of families that do not use diffusers' dispatcher
     grids.py        a forward's arguments -> the grid, and tokens before it

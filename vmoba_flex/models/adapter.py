@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
+from vmoba_flex.checks import check_choice
 from vmoba_flex.config_fields import LayerRule
-from vmoba_flex.models.hook import HookedProcessor, Padding, check_hands_over, hooked
+from vmoba_flex.models.dispatcher import check_hands_over
+from vmoba_flex.models.hook import HookedProcessor, Padding, hooked
 from vmoba_flex.models.processor import VMoBAProcessor
 from vmoba_flex.models.state import Grid, ModelState, Rest
 
@@ -49,6 +51,20 @@ class Adapter:
     def __post_init__(self) -> None:
         if not isinstance(self.layers, tuple) or not all(isinstance(path, str) for path in self.layers):
             raise TypeError(f'layers must be a tuple of paths such as "blocks.*.attn1", got {self.layers!r}')
+        for name in ("grid", "prefix", "refuse"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"{name} must be a function, got {getattr(self, name)!r}")
+        check_choice("rest", self.rest, get_args(Rest))
+        check_choice("padding", self.padding, get_args(Padding))
+        if self.processor is not None and not (
+            isinstance(self.processor, type) and issubclass(self.processor, VMoBAProcessor)
+        ):
+            raise TypeError(f"processor must be a class of VMoBAProcessors or None, got {self.processor!r}")
+        if not isinstance(self.stock, tuple) or not all(isinstance(name, str) for name in self.stock):
+            raise TypeError(f"stock must be a tuple of names of classes, got {self.stock!r}")
+        refused: Any = self.refused_pipelines
+        if not isinstance(refused, Mapping) or not all(isinstance(x, str) for pair in refused.items() for x in pair):
+            raise TypeError(f"refused_pipelines must be a mapping from name to way out, got {refused!r}")
 
     def layers_of(self, model: nn.Module) -> list[tuple[str, Any]]:
         """The self-attention layers of a model, unwrapped, each with its name."""

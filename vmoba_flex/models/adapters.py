@@ -22,10 +22,12 @@ def register_adapter(class_name: str, adapter: Adapter) -> None:
 
     Raises:
         TypeError: if an argument has a wrong type.
-        ValueError: if the class has an adapter.
+        ValueError: if it is no name of a class, or the class has an adapter.
     """
     if not isinstance(class_name, str):
         raise TypeError(f"class_name must be a str, got {class_name!r}")
+    if not class_name.isidentifier():
+        raise ValueError(f"class_name must be the name of a class, got {class_name!r}")
     if not isinstance(adapter, Adapter):
         raise TypeError(f"adapter must be an Adapter, got {type(adapter).__name__}")
     if class_name in _ADAPTERS:

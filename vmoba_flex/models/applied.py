@@ -1,7 +1,8 @@
 """VMoBA on one model: its processors, and the hooks around each forward."""
 
+import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch._dynamo import config as dynamo_config
 from vmoba_flex.config_fields import rule_of_layer
 from vmoba_flex.models.adapter import Adapter
 from vmoba_flex.models.adapters import device_of, find_adapter, forward_arguments
-from vmoba_flex.models.passes import NamedPasses
+from vmoba_flex.models.checkpointing import Checkpointing
+from vmoba_flex.models.dispatcher import register_for_layer_skipping, skips_scores
 from vmoba_flex.models.plan import Forward
 from vmoba_flex.models.processor import VMoBAProcessor
-from vmoba_flex.models.state import Checkpointing, ModelState
+from vmoba_flex.models.state import ModelState
+from vmoba_flex.models.summary import line_of
 
 # Where diffusers' models and torch's checkpoint_wrapper keep the function that checkpoints a layer.
 _CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -37,7 +40,7 @@ class Applied:
             layer.processor = adapter.processor_for(model, layer.processor, state, kind, rule)
             self.processors.append(layer.processor)
         for made in {type(processor) for processor in self.processors}:
-            _register_for_layer_skipping(made)
+            register_for_layer_skipping(made)
         if hasattr(type(model), "cache_context"):
             vars(model)["cache_context"] = NamedPasses(model, state)
         # Methods of an instance and no closures: they can be pickled, and a copy of the model has copies of them.
@@ -62,7 +65,7 @@ class Applied:
             (grid, rest), prefix = self.state.given, 0
         else:
             grid, prefix, rest = adapter.grid(model, arguments), adapter.prefix(model, arguments), adapter.rest
-        forward = self.state.plan(grid, [_skips_scores(layer) for _, layer in layers], prefix, rest)
+        forward = self.state.plan(grid, [skips_scores(layer) for _, layer in layers], prefix, rest)
         device = device_of(arguments)
         for processor, plan in zip(self.processors, forward.plans, strict=True):
             processor.ready(plan, device)
@@ -87,6 +90,7 @@ class Applied:
         self.state.now.settings = None
         settings.__exit__(None, None, None)
         self.state.end_pass(forward)
+        self.state.told.inform(lambda: line_of(type(model).__name__, self.processors, forward.plans))
         outputs = output.values() if isinstance(output, dict) else output
         for x in outputs if isinstance(outputs, Iterable) and not isinstance(outputs, Tensor) else [outputs]:
             if isinstance(x, Tensor) and x.grad_fn is not None:
@@ -138,21 +142,19 @@ class Applied:
                 )
 
 
-def _skips_scores(layer: nn.Module) -> bool:
-    """Whether a hook of diffusers on the layer asks for its value as its output (perturbed-attention guidance)."""
-    hooks = getattr(getattr(layer, "_diffusers_hook", None), "hooks", {})
-    return any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values())
+class NamedPasses:
+    """Stands in for a model's ``cache_context``: notes the pass, with the prompt or without it, for forwards inside."""
 
+    def __init__(self, model: nn.Module, state: ModelState) -> None:
+        self.model, self.state = model, state
 
-def _register_for_layer_skipping(processor: type[VMoBAProcessor]) -> None:
-    """Tells diffusers what a skipped layer returns. It has no public way to; without it skipping layers fails."""
-    try:
-        from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
-    except ImportError:
-        return
-    skip: Any = _skip
-    AttentionProcessorRegistry.register(processor, AttentionProcessorMetadata(skip))
-
-
-def _skip(layer: Any, hidden_states: Any, encoder_hidden_states: Any = None, *_: Any, **__: Any) -> Any:
-    return hidden_states if encoder_hidden_states is None else (hidden_states, encoder_hidden_states)
+    @contextlib.contextmanager
+    def __call__(self, name: str, **facts: Any) -> Iterator[None]:
+        """The model's own context, with the name noted."""
+        model: Any = self.model
+        before, self.state.now.context = self.state.now.context, name
+        try:
+            with type(model).cache_context(model, name, **facts):
+                yield
+        finally:
+            self.state.now.context = before

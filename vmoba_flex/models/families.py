@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from vmoba_flex.models.processor import VMoBAProcessor
 
+Streams = tuple[Tensor, Tensor]  # the video's and the text's
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates neighbouring pairs of channels: rotary position embedding (arXiv 2104.09864), in float32.
@@ -100,9 +102,7 @@ class CogVideoXProcessor(VMoBAProcessor):
 
     joint = True
 
-    def sparse(
-        self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any
-    ) -> tuple[Tensor, Tensor]:
+    def sparse(self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any) -> Streams:
         """See ``VMoBAProcessor.sparse``."""
         if text is None or mask is not None:
             raise ValueError("attention_mask must be None, and text given, with VMoBA applied to CogVideoX")
@@ -121,9 +121,7 @@ class EasyAnimateProcessor(VMoBAProcessor):
 
     joint = True
 
-    def sparse(
-        self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any
-    ) -> tuple[Tensor, Tensor]:
+    def sparse(self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any) -> Streams:
         """See ``VMoBAProcessor.sparse``."""
         if text is None or mask is not None:
             raise ValueError("attention_mask must be None, and text given, with VMoBA applied to EasyAnimate")
@@ -144,14 +142,11 @@ class _SuffixProcessor(VMoBAProcessor):
 
     joint = True
 
-    def sparse(
-        self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any
-    ) -> tuple[Tensor, Tensor]:
+    def sparse(self, attn: Any, video: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any) -> Streams:
         """See ``VMoBAProcessor.sparse``."""
         if text is None or mask is None:
             raise ValueError("encoder_hidden_states and attention_mask must be given with VMoBA applied, got None")
-        length = text.shape[1]
-        valid = self.text_mask(mask, length)
+        length, valid = text.shape[1], mask.bool()
         # Text has no positions here, so valid tokens can go first.
         order = valid.sort(stable=True, dim=1, descending=True).indices
         query, key, value = self.project(attn, video, _reorder(text, order), rotary)
@@ -166,11 +161,7 @@ class _SuffixProcessor(VMoBAProcessor):
             query, key = rotate(query, *rotary), rotate(key, *rotary)
         return [torch.cat(pair, 2) for pair in zip((query, key, value), _text_heads(attn, text), strict=True)]
 
-    def text_mask(self, mask: Tensor, length: int) -> Tensor:
-        """Which text tokens are valid, bool ``(B, text tokens)``."""
-        return mask.bool()
-
-    def finish(self, attn: Any, video: Tensor, text: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, attn: Any, video: Tensor, text: Tensor, valid: Tensor) -> Streams:
         """Projects both streams out."""
         return _project_out(attn, video), attn.to_add_out(text)
 
@@ -193,7 +184,7 @@ class MochiProcessor(_SuffixProcessor):
         """See ``_SuffixProcessor``; ``rotary``: cosines and sines ``(video tokens, H, D / 2)``."""
         return super().project(attn, video, text, [x.transpose(0, 1).repeat_interleave(2, -1) for x in rotary])
 
-    def finish(self, attn: Any, video: Tensor, text: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, attn: Any, video: Tensor, text: Tensor, valid: Tensor) -> Streams:
         """The last layer projects no text."""
         text = text * valid[..., None]
         return _project_out(attn, video), attn.to_add_out(text) if hasattr(attn, "to_add_out") else text

@@ -12,6 +12,7 @@ from vmoba_flex.models.adapters import find_adapter, unwrap
 from vmoba_flex.models.processor import VMoBAProcessor
 from vmoba_flex.models.state import Grid, ModelState
 from vmoba_flex.models.steps import Step, first_call, schedule_of, step_at
+from vmoba_flex.models.summary import table_of
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.warmup import check_warmup, warmed
 
@@ -50,10 +51,13 @@ class VMoBAHandle:
         return {name: applied.state for name, (_, applied) in self._applied.items()}
 
     def summary(self) -> str:
-        """A table: each layer with its kind, blocks, rule, whether it is dense, and what it attended last."""
-        return "\n".join(
-            line for name, (model, applied) in self._applied.items() for line in _table(name, model, applied)
-        )
+        """A table: what each layer is to do and what it ran last, with the reason where that is not what was asked for.
+
+        Attention is ``dense``, ``sparse`` where the rule's own gate chose, or ``remembered``. The same is logged at
+        level INFO, once for each grid and way to run, without the densities, which are read from the device.
+        """
+        tables = (table_of(name, model, one.names, one.state) for name, (model, one) in self._applied.items())
+        return "\n".join(line for table in tables for line in table)
 
     def set_enabled(self, enabled: bool) -> None:
         """Makes all layers dense from the next forward on, or as the config has them again.
@@ -174,6 +178,9 @@ def models_of(pipe_or_model: Any) -> dict[str, nn.Module]:
     if isinstance(pipe_or_model, nn.Module):
         return {"model": unwrap(pipe_or_model)}
     found = {name: getattr(pipe_or_model, name, None) for name in _COMPONENTS}
+    for name, model in found.items():
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"pipe_or_model must have a model as {name}, got {type(model).__name__}")
     models = {name: unwrap(model) for name, model in found.items() if model is not None}
     if not models:
         raise TypeError(
@@ -181,33 +188,3 @@ def models_of(pipe_or_model: Any) -> dict[str, nn.Module]:
             f"{type(pipe_or_model).__name__}"
         )
     return models
-
-
-def _table(name: str, model: nn.Module, applied: "Applied") -> list[str]:
-    rows = [("layer", "kind", "blocks", "rule", "attention", "last density")]
-    plan = None
-    for layer, processor in zip(applied.names, applied.processors, strict=True):
-        plan, blocks = processor.last, "not known yet"
-        if plan is not None:
-            blocks = f"{BlockPartition(plan.grid, plan.block).num_blocks} of {_by(plan.block)}"
-        density = processor.density.item()
-        rule = repr(processor.rule if plan is None else plan.rule)
-        attention = "dense" if processor.dense else "sparse"
-        if plan is not None and plan.recalled:
-            attention = "remembered"
-        rows.append((layer, processor.kind, blocks, rule, attention, f"{density:.3f}" if density else "-"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    title = f"{name}: no forward yet" if plan is None else f"{name}: grid {_by(plan.grid)}"
-    memory, remember = applied.state.now.memory, applied.state.config.remember
-    if memory is not None and remember is not None:
-        title += f"; remembered: {memory.nbytes():,} bytes on the {remember.on}, at most {memory.peak:,} in this run"
-    source = applied.state.source
-    now = None if source is None else getattr(source.pipe, name, None)
-    if now is not None and unwrap(now) is not model:
-        title += "; the pipeline has another model now, without this: call apply_vmoba again"
-    return [title, *lines]
-
-
-def _by(sizes: tuple[int, int, int]) -> str:
-    return "x".join(map(str, sizes))

@@ -4,7 +4,7 @@ Almost every processor ends in diffusers' dispatcher, ``dispatch_attention_fn``,
 backend and the parallel config. A layer's VMoBA processor calls a copy of the stock one in which the first names a
 backend of ours, and the second is the VMoBA processor itself. The dispatcher looks the backend up and passes the config
 on to it as it is, so the call arrives here, after projections, norms and rotary embedding, with the layer that it is
-for. Both are checked before anything is applied.
+for.
 
 B batch, H heads, S tokens, D head dim.
 """
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmoba_flex.config_fields import LayerRule
+from vmoba_flex.models.dispatcher import our_backend
 from vmoba_flex.models.processor import VMoBAProcessor
 from vmoba_flex.models.state import ModelState
 
@@ -153,83 +154,3 @@ def hooked(stock: type) -> type[HookedProcessor]:
 
 def _unmade(stock: type) -> HookedProcessor:
     return object.__new__(hooked(stock))
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    _parallel_config: Any = None,
-) -> Tensor:
-    """Our backend of diffusers' dispatcher, whose names these are."""
-    if not hasattr(_parallel_config, "attend_call"):
-        raise ValueError(
-            "every call of a layer with VMoBA applied must pass the parallel config of its processor, got one with "
-            f"{type(_parallel_config).__name__}"
-        )
-    options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
-    return _parallel_config.attend_call(query, key, value, attn_mask, is_causal, **options)
-
-
-class _Probe:
-    """Stands for a layer, and shows that a call arrives."""
-
-    def attend_call(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, is_causal: bool, **options: Any) -> Any:
-        return key - query + value + mask
-
-
-@functools.cache
-def our_backend() -> Any:
-    """The backend that diffusers' dispatcher knows VMoBA by. It is in no enum, so that no user can set it by name.
-
-    Raises:
-        RuntimeError: if the dispatcher of the installed diffusers does not do what the hook needs.
-    """
-    import diffusers
-
-    try:
-        from diffusers.models import attention_dispatch
-
-        backend = str.__new__(attention_dispatch.AttentionBackendName, "vmoba")
-        backend._name_, backend._value_ = "VMOBA", "vmoba"
-        attention_dispatch._AttentionBackendRegistry.register(backend)(_attend)
-        x = torch.arange(4.0, device="cpu").view(4, 1, 1, 1, 1)
-        dispatch: Any = attention_dispatch.dispatch_attention_fn
-        arrived = dispatch(x[0], x[1], x[2], attn_mask=x[3], backend=backend, parallel_config=_Probe())
-        if arrived.item() != 6:
-            raise ValueError(f"the dispatcher changed query, key, value or mask, got {arrived.item()} for 6")
-    except Exception as error:  # another diffusers may fail in any way; the message says which
-        raise RuntimeError(
-            f"diffusers {diffusers.__version__} must pass calls of dispatch_attention_fn on to a registered backend "
-            f"for VMoBA, which was tested with 0.42.1, got {type(error).__name__}: {error}"
-        ) from error
-    return backend
-
-
-def check_hands_over(processor: Any, where: str) -> None:
-    """Raises unless a stock processor hands its attention to the dispatcher, with its own backend and config.
-
-    Args:
-        processor: of a layer.
-        where: the name of the layer.
-
-    Raises:
-        ValueError: if it does not.
-        RuntimeError: as in ``our_backend``.
-    """
-    import diffusers
-
-    names: tuple[str, ...] = getattr(getattr(type(processor).__call__, "__code__", None), "co_names", ())
-    missing = [x for x in ("dispatch_attention_fn", "_attention_backend", "_parallel_config") if x not in names]
-    if missing:
-        raise ValueError(
-            f"{where} must have a processor that calls diffusers' dispatch_attention_fn with its _attention_backend "
-            f"and _parallel_config, got {type(processor).__name__} without {missing[0]} (diffusers "
-            f"{diffusers.__version__}; tested with 0.42.1)"
-        )
-    our_backend()

@@ -5,7 +5,6 @@ A run's memory belongs to a thread and a model: threads, copies and pickles of a
 """
 
 import dataclasses
-import logging
 from collections import Counter
 from typing import Any
 
@@ -13,29 +12,17 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.call import Dispatch
+from vmoba_flex.inputs import check_query_key, under_autocast
+from vmoba_flex.layer import Layer
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.remember import Remember
 from vmoba_flex.rules import Rule
-from vmoba_flex.selection.choose import vmoba_selection
+from vmoba_flex.selection.choose import keep_each
 from vmoba_flex.selection.kept import Selection
-
-_LOG = logging.getLogger(__name__)
+from vmoba_flex.told import Told
 
 # The name that a pipeline gives a pass, and which pass of that name it is within the step.
 Pass = tuple[str | None, int]
-
-
-class Told:
-    """What has been logged of a model: each reason is logged once."""
-
-    def __init__(self) -> None:
-        self.reasons: set[str] = set()
-
-    def tell(self, reason: str, *details: Any) -> None:
-        """Logs a warning, the first time."""
-        if reason not in self.reasons:
-            self.reasons.add(reason)
-            _LOG.warning(reason, *details)
 
 
 class RunMemory:
@@ -76,7 +63,7 @@ class RunMemory:
         """Drops what a pass kept, or all. The objects stay, empty, because plans may hold them."""
         for (of, _), memory in self.layers.items():
             if one in (None, of):
-                memory.kept.clear()
+                memory.clear()
 
     def nbytes(self) -> int:
         """Bytes of all that is kept."""
@@ -95,36 +82,68 @@ class _Kept:
 
 
 class LayerMemory:
-    """What one layer keeps in one pass, by the rule that chose it."""
+    """What one layer keeps in one pass, by the rule that chose it.
+
+    Attributes:
+        run: that it is part of.
+        kept: choices by rule.
+        too_large: the rules whose choice did not fit.
+        why: the layer has nothing to attend, if so.
+    """
 
     def __init__(self, run: RunMemory) -> None:
         self.run = run
         self.kept: dict[Rule, _Kept] = {}
+        self.too_large: set[Rule] = set()
+        self.why = ""
+        self.clear()
+
+    def clear(self) -> None:
+        """Drops everything."""
+        self.kept.clear()
+        self.too_large.clear()
+        self.why = "nothing is remembered"
+
+    def records_of(self, layer: Layer) -> tuple[Rule, ...]:
+        """The rules by which a layer chooses from exact masses now: also one that is missing, if it may choose anew."""
+        may_choose = layer.recalls and not layer.records and self.run.remember.refresh is not None
+        lost = layer.rule not in self.kept and layer.rule not in self.too_large
+        return (layer.rule,) if may_choose and lost else layer.records
+
+    def choice(
+        self, rule: Rule, records: tuple[Rule, ...], dense: bool, query: Tensor, key: Tensor, partition: BlockPartition,
+        dispatch: Dispatch,
+    ) -> Selection | None:  # fmt: skip
+        """What a layer attends that is not dense: what it chose just now, or keeps; None if neither fits."""
+        chosen = self.record(records, query, key, partition, dispatch) if records else {}
+        return None if dense else chosen.get(rule) or self.recall(rule, query, partition)
 
     @torch.no_grad()
     def record(
-        self, rules: tuple[Rule, ...], query: Tensor, key: Tensor, partition: BlockPartition,
-        text_lengths: Tensor | None, dispatch: Dispatch,
-    ) -> dict[Rule, Selection]:  # fmt: skip
-        """Chooses by each rule from the exact masses, and keeps what fits in place of what was kept.
+        self, rules: tuple[Rule, ...], query: Tensor, key: Tensor, partition: BlockPartition, dispatch: Dispatch
+    ) -> dict[Rule, Selection]:
+        """Chooses by each rule from exact masses, which are made once, and keeps what fits in place of what was kept.
 
         Returns:
             All that was chosen, also what did not fit.
         """
-        self.kept.clear()
-        chosen: dict[Rule, Selection] = {}
+        self.clear()
         remember = self.run.remember
-        for rule in rules:
-            exact = dataclasses.replace(rule, gate="exact")
-            choice = "tile" if dispatch == "shared" else "token"
-            one = vmoba_selection(query, key, partition, exact, choice=choice, text_lengths=text_lengths, as_bits=True)
-            chosen[rule] = one
+        exact = tuple(dataclasses.replace(rule, gate="exact") for rule in rules)
+        query, key = under_autocast(query, key)
+        for rule in exact:
+            partition = check_query_key(query, key, partition, rule)
+        kept = keep_each(query, key, partition, exact, "tile" if dispatch == "shared" else "token")
+        chosen = dict(zip(rules, kept, strict=True))
+        for rule, one in chosen.items():
             if self.run.nbytes() + one.nbytes > remember.max_bytes:
+                self.why = f"the choice does not fit into max_bytes={remember.max_bytes}"
                 self.run.told.tell(
                     "remember: layers whose choice does not fit choose by their rule's own gate: max_bytes=%d is less "
                     "than all layers and passes take. Raise it, with on='cpu' if the device has no room",
                     remember.max_bytes,
                 )  # fmt: skip
+                self.too_large.add(rule)
                 continue
             self.kept[rule] = _Kept(one.to("cpu") if remember.on == "cpu" else one, query.device, query.dtype)
             self.run.peak = max(self.run.peak, self.run.nbytes())
@@ -134,7 +153,8 @@ class LayerMemory:
         """What is kept for a rule and fits the call; None if nothing does."""
         kept = self.kept.get(rule)
         if kept is not None and not kept.fits(query, partition):
-            self.kept.clear()
+            self.clear()
+            self.why = "the call changed in mid-run: nothing is remembered"
             self.run.told.tell(
                 "remember: grid, text, batch, heads, dtype or device changed in mid-run: layers choose by their rule's "
                 "own gate from step %d on", self.run.step,

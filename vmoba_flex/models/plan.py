@@ -4,16 +4,20 @@ import dataclasses
 import itertools
 import threading
 import weakref
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from vmoba_flex.call import Backend, Chosen, Dispatch
 from vmoba_flex.models.memory import LayerMemory, Pass, RunMemory
 from vmoba_flex.models.steps import Step
 from vmoba_flex.rules import Rule
 from vmoba_flex.tail import Tail
 from vmoba_flex.warmup import WarmedThreshold
+
+if TYPE_CHECKING:  # loaded where a model is context-parallel
+    from vmoba_flex.collectives import Ranks
 
 Grid = tuple[int, int, int]
 # Where tokens lie that are not the grid's.
@@ -39,7 +43,14 @@ class LayerPlan:
         rest: where tokens lie that are neither.
         memory: what the layer keeps in this pass of the run; None if nothing is remembered.
         records: rules by which it chooses from exact masses, to keep the choice.
+        recalls: whether it is to attend what was kept.
+        why: it is dense, if so: the setting that says it.
+        dispatch: of the config.
+        backend: of the config.
+        dense_backend: what a dense layer attends with, by diffusers' name; empty for the fastest of torch's.
+        ranks: that share the tokens; None for one.
         recalled: whether it attended what was kept, once it has run.
+        chosen: what ran, once it has; of a layer in a graph with gradients, ``traced.py`` knows it.
         handle: the plan's number, int64 ``(1,)`` on the CPU.
     """
 
@@ -49,11 +60,18 @@ class LayerPlan:
     tail: Tail | None
     dense: bool
     skips_scores: bool
-    prefix: int = 0
-    rest: Rest = "none"
-    memory: LayerMemory | None = None
-    records: tuple[Rule, ...] = ()
-    recalled: bool = False
+    prefix: int
+    rest: Rest
+    memory: LayerMemory | None
+    records: tuple[Rule, ...]
+    recalls: bool
+    why: str
+    dispatch: Dispatch
+    backend: Backend
+    dense_backend: str
+    ranks: "Ranks | None"
+    recalled: bool = dataclasses.field(default=False, init=False)
+    chosen: Chosen | None = dataclasses.field(default=None, init=False)
     handle: Tensor = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:

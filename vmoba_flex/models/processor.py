@@ -12,7 +12,7 @@ from vmoba_flex.config_fields import LayerRule
 from vmoba_flex.models.parallel import ranks_of
 from vmoba_flex.models.plan import LayerNow, LayerPlan
 from vmoba_flex.models.state import ModelState
-from vmoba_flex.models.step_op import attend_at_step, attend_planned, layout_of, record_density
+from vmoba_flex.models.step_op import attend_at_step, attend_planned, record_density
 from vmoba_flex.partition import BlockPartition
 
 
@@ -64,6 +64,12 @@ class VMoBAProcessor:
     def _parallel_config(self, config: Any) -> None:
         self.ranks = ranks_of(config, self.joint, type(self.stock).__name__)
         self.stock._parallel_config = config
+
+    @property
+    def dense_backend(self) -> str:
+        """What dense layers and steps attend with, by diffusers' name; empty for the fastest of torch's."""
+        backend = getattr(self.stock, "_attention_backend", None)
+        return "" if backend is None else backend.value
 
     @property
     def dense(self) -> bool:
@@ -144,19 +150,10 @@ class VMoBAProcessor:
         partition = BlockPartition(plan.grid, plan.block, prefix=prefix, suffix=suffix)
         if state.recorder is not None:
             state.recorder(self, query, key, partition, text_lengths)
-        dispatch, backend = state.config.dispatch, state.config.backend
-        dense_backend = getattr(self.stock, "_attention_backend", None)
-        dense_backend = "" if dense_backend is None else dense_backend.value
         if _decides_as_it_runs():
-            output = attend_at_step(
-                query, key, value, text_lengths, plan.handle, self.density, partition, dispatch, backend,
-                dense_backend, self.ranks,
-            )  # fmt: skip
+            output = attend_at_step(query, key, value, text_lengths, plan.handle, self.density, partition.flat)
         else:
-            layout = layout_of(self.ranks, partition)
-            output, density = attend_planned(
-                query, key, value, text_lengths, plan, plan.memory, partition, dispatch, backend, dense_backend, layout
-            )
+            output, density = attend_planned(query, key, value, text_lengths, plan, partition)
             if density is not None:
                 record_density(self.density, density)
         return output.transpose(1, 2).flatten(2).to(query.dtype)

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from vmoba_flex.config import VMoBAConfig
-from vmoba_flex.layer import Layer
-from vmoba_flex.models.memory import LayerMemory, Pass, RunMemory, Told
+from vmoba_flex.dense_schedule import is_dense_layer
+from vmoba_flex.models.memory import Pass, RunMemory
 from vmoba_flex.models.plan import Forward, Grid, LayerPlan, Rest, ThreadLocal
 from vmoba_flex.models.steps import Step, StepSource, counted_step, first_call, running_pipeline, schedule_of, step_at
-from vmoba_flex.rules import Rule
+from vmoba_flex.told import Told
 from vmoba_flex.warmup import warmed
 
 
@@ -95,7 +95,7 @@ class ModelState:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, alive=weakref.WeakSet())
 
-    def plan(self, grid: Grid, skips_scores: Iterable[bool], prefix: int = 0, rest: Rest = "none") -> Forward:
+    def plan(self, grid: Grid, skips_scores: Iterable[bool], prefix: int, rest: Rest) -> Forward:
         """Plans a forward.
 
         Args:
@@ -119,13 +119,32 @@ class ModelState:
         blocks = {kind: self._block(kind, grid) for kind in dict.fromkeys(self.config.cycle)}
         plans, count = [], len(self.processors)
         kept_in = None if all_dense or step is None else self._pass(*step)
-        for i, skips in enumerate(skips_scores):
+        for i, (processor, skips) in enumerate(zip(self.processors, skips_scores, strict=True)):
             layer = self.config.layer(i, count, *(step or (0, 1)))  # layers are all dense where the step is not known
-            rule = layer.rule if self.warmup is None else warmed(layer.rule, self.warmup)
+            memory = None
+            if kept_in is not None and (layer.records or layer.recalls):
+                run, one = kept_in
+                memory = run.layer(one, i)
             dense = all_dense or layer.dense
-            memory, records = self._memory(kept_in, i, layer)
-            block = blocks[layer.kind]
-            plans.append(LayerPlan(grid, block, rule, layer.tail, dense, skips, prefix, rest, memory, records))
+            plan = LayerPlan(
+                grid=grid,
+                block=blocks[layer.kind],
+                rule=layer.rule if self.warmup is None else warmed(layer.rule, self.warmup),
+                tail=layer.tail,
+                dense=dense,
+                skips_scores=skips,
+                prefix=prefix,
+                rest=rest,
+                memory=memory,
+                records=() if memory is None else memory.records_of(layer),
+                recalls=layer.recalls,
+                why=self._why_dense(i) if dense else "",
+                dispatch=self.config.dispatch,
+                backend=self.config.backend,
+                dense_backend=processor.dense_backend,
+                ranks=processor.ranks,
+            )
+            plans.append(plan)
         return Forward(tuple(plans), step, kept_in)
 
     def enter(self, forward: Forward | None) -> Forward | None:
@@ -134,6 +153,14 @@ class ModelState:
         for i, processor in enumerate(self.processors):
             processor.now.plan = None if forward is None else forward.plans[i]
         return before
+
+    def run_in(self, forward: Forward, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The output of a layer in the plans of a forward."""
+        before = self.enter(forward)
+        try:
+            return layer(*args, **kwargs)
+        finally:
+            self.enter(before)
 
     def recomputed_plan(self, processor: Any) -> LayerPlan:
         """The plan of a layer that runs while no forward of its model is under way.
@@ -199,17 +226,12 @@ class ModelState:
             self.now.memory.clear()
             self.now.memory = None
 
-    def _memory(
-        self, kept_in: tuple[RunMemory, Pass] | None, i: int, layer: Layer
-    ) -> tuple[LayerMemory | None, tuple[Rule, ...]]:
-        """What layer i keeps in a pass, and the rules whose choice it is to keep now."""
-        if kept_in is None or not (layer.records or layer.recalls):
-            return None, ()
-        run, one = kept_in
-        memory = run.layer(one, i)
-        if layer.recalls and not layer.records and run.remember.refresh is not None and layer.rule not in memory.kept:
-            return memory, (layer.rule,)
-        return memory, layer.records
+    def _why_dense(self, i: int) -> str:
+        """Which setting makes layer i dense."""
+        if not self.enabled or self.warmup == 0:
+            return "set_warmup(0)" if self.enabled else "set_enabled(False)"
+        layers: Any = self.config.dense_layers  # narrowed by the config
+        return "dense_layers" if is_dense_layer(layers, i, len(self.processors)) else "dense_steps"
 
     def _block(self, kind: str, grid: Grid) -> Grid:
         try:
@@ -218,31 +240,3 @@ class ModelState:
             if self.enabled:
                 raise
             return grid  # all layers are dense
-
-
-class Checkpointing:
-    """A function for gradient checkpointing whose layers are computed again in the plans of their forward."""
-
-    def __init__(self, inner: Callable[..., Any], state: ModelState) -> None:
-        self.inner, self.state = inner, state
-
-    def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The layer's output."""
-        # A compiled graph recomputes by itself, without running Python again.
-        if not torch.compiler.is_compiling() and self.state.now.forward is not None:
-            layer = _Bound(layer, self.state, self.state.now.forward)
-        return self.inner(layer, *args, **kwargs)
-
-
-class _Bound:
-    """A layer that runs in the plans of a forward."""
-
-    def __init__(self, layer: Callable[..., Any], state: ModelState, forward: Forward) -> None:
-        self.layer, self.state, self.forward = layer, state, forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before = self.state.enter(self.forward)
-        try:
-            return self.layer(*args, **kwargs)
-        finally:
-            self.state.enter(before)

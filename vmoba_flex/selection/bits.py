@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from block_masks.checks import check_shape, check_tensor
 from block_masks.plans.rows import TILE
 from vmoba_flex.checks import check_choice
 from vmoba_flex.groups import block_slots, group_sizes
@@ -48,7 +49,12 @@ def allowed(selected: Tensor, partition: BlockPartition) -> Tensor:
     return selected if partition.causal_frames is None else selected & reach(partition, selected.device)
 
 
-def density_of(selected: Tensor, partition: BlockPartition) -> Tensor:
+def attended(rows: Tensor, partition: BlockPartition, choice: Choice) -> Tensor:
+    """What each video token attends, bool ``(B, H, video tokens, N)``, of what tokens or tiles chose."""
+    return allowed(rows if choice == "token" else of_tokens(rows, partition), partition)
+
+
+def share(selected: Tensor, partition: BlockPartition) -> Tensor:
     """The share of the pairs that may be chosen which ``(B, H, video tokens, N)`` holds, float32 ``(B, H)``."""
     if partition.causal_frames is None:
         return selected.double().mean((2, 3)).float()
@@ -61,9 +67,7 @@ def check_bits(name: str, x: Any, dtype: torch.dtype, partition: Any, choice: An
     if not isinstance(partition, BlockPartition):
         raise TypeError(f"partition must be a BlockPartition, got {type(partition).__name__}")
     check_choice("choice", choice, CHOICES)
-    if not isinstance(x, Tensor) or x.dtype != dtype:
-        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} must be a {str(dtype)[6:]} tensor, got {given}")
+    check_tensor(name, x, "bool" if dtype == torch.bool else "uint8")
     rows, blocks = _choosers(partition, choice), partition.num_blocks
     expected = (rows, blocks) if dtype == torch.bool else (-(-blocks // 8), rows)
     if x.dim() != 4 or not x.numel() or tuple(x.shape[2:]) != expected:
@@ -71,6 +75,16 @@ def check_bits(name: str, x: Any, dtype: torch.dtype, partition: Any, choice: An
             f"{name} must have shape (B, H, {expected[0]}, {expected[1]}) by partition and choice={choice!r}, got "
             f"{tuple(x.shape)}"
         )
+
+
+def check_recall(recall: Any, bits: Tensor) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless ``recall`` is None or floating ``(B, H)``, with the bits."""
+    if recall is None:
+        return
+    check_tensor("recall", recall, "float", ("B", "H"))
+    check_shape("recall", recall, tuple(bits.shape[:2]), "bits")
+    if recall.device != bits.device:
+        raise ValueError(f"recall must be on the bits' device {bits.device}, got {recall.device}")
 
 
 def _choosers(partition: BlockPartition, choice: Choice) -> int:

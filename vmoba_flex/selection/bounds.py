@@ -7,6 +7,7 @@ from torch import Tensor
 
 from block_masks import RowBound
 from block_masks.plans.rows import TILE
+from vmoba_flex.checks import check_positive, check_share
 from vmoba_flex.groups import group_sizes
 from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
@@ -39,9 +40,16 @@ class Bounds(NamedTuple):
 
     @classmethod
     def of_flat(cls, flat: tuple[float, list[int], int | None]) -> Self:
-        """Those that a file holds."""
+        """Those that a file holds.
+
+        Raises:
+            TypeError: if one has a wrong type.
+            ValueError: if one is out of range.
+        """
         density, rows, blocks = flat
-        return cls(density, RowBound(*rows) if rows else None, blocks)
+        for number in (*rows, *([] if blocks is None else [blocks])):
+            check_positive("bounds", number)
+        return cls(check_share("bounds", density), RowBound(*rows) if rows else None, blocks)
 
 
 UNBOUNDED = Bounds()

@@ -3,7 +3,6 @@
 The kernels share an int64 record per pool, ``state``: each writes what the next ones read.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
 import triton
 import triton.language as tl
 

@@ -6,7 +6,6 @@ log-sum-exp of each block.
 B batch, H heads, S tokens, N blocks, D head dim; P places for the cells of a block (``cell_places``).
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
 import math
 from typing import NamedTuple
 

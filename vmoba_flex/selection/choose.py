@@ -10,8 +10,8 @@ from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection.bits import CHOICES, Choice, of_tokens
 from vmoba_flex.selection.kept import Selection
-from vmoba_flex.selection.select import choose_blocks
-from vmoba_flex.selection.tiles import choose_by_tiles
+from vmoba_flex.selection.select import choose_blocks, choose_by_each
+from vmoba_flex.selection.tiles import choose_by_tiles, choose_tiles_by_each
 
 
 @overload
@@ -68,8 +68,17 @@ def vmoba_selection(
     query, key = under_autocast(query, key)
     partition = check_query_key(query, key, partition, rule)
     check_text_lengths(text_lengths, query, partition)
+    if as_bits:
+        return keep_each(query, key, partition, (rule,), choice)[0]
     if choice == "token":
-        selected = choose_blocks(query, key, partition, rule)
-        return Selection.of(selected, partition, choice, rule=rule) if as_bits else selected
-    of_tiles = choose_by_tiles(query, key, partition, rule)
-    return Selection.of(of_tiles, partition, choice, rule=rule) if as_bits else of_tokens(of_tiles, partition)
+        return choose_blocks(query, key, partition, rule)
+    return of_tokens(choose_by_tiles(query, key, partition, rule), partition)
+
+
+def keep_each(
+    query: Tensor, key: Tensor, partition: BlockPartition, rules: tuple[Rule, ...], choice: Choice
+) -> list[Selection]:
+    """What each of some rules of one gate chooses, of checked inputs; the gate scores the blocks once."""
+    by_each = choose_by_each if choice == "token" else choose_tiles_by_each
+    chosen = zip(rules, by_each(query, key, partition, rules), strict=True)
+    return [Selection.of(selected, partition, choice, rule=rule) for rule, selected in chosen]

@@ -1,6 +1,5 @@
 """Listed pairs of long pools -> each pool's cutoff, digit by digit, for ``long_pool_kernels``."""
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
 import triton
 import triton.language as tl
 

@@ -6,7 +6,6 @@ queries and passes over all tiles of keys in one flat loop; where a group begins
 B batch, H heads, S tokens, N blocks, D head dim; G groups of keys: the blocks, then prefix and suffix as one.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
 from typing import NamedTuple
 
 import torch

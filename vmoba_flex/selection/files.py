@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmoba_flex.user_error import UserError, new_file, one_line
+from vmoba_flex.user_error import UserError, checked_path, new_file, one_line
 
 _VERSION = 1
 
@@ -15,9 +15,10 @@ def write(tensors: dict[str, Tensor], settings: dict[str, Any], path: Path | str
     """Writes a ``.pt`` file, which appears whole or not at all.
 
     Raises:
+        TypeError: if ``path`` is neither a str nor a Path.
         UserError: if the name has another suffix or the file cannot be written.
     """
-    with new_file(Path(path), ".pt", "a selection is a file of torch.save") as draft:
+    with new_file(checked_path(path), ".pt", "a selection is a file of torch.save") as draft:
         torch.save({"version": _VERSION} | settings | {name: x.cpu() for name, x in tensors.items()}, draft)
 
 
@@ -25,8 +26,10 @@ def read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, on the CPU, and the settings of a file that ``write`` wrote.
 
     Raises:
+        TypeError: if ``path`` is neither a str nor a Path.
         UserError: if there is none.
     """
+    path = checked_path(path)
     try:
         saved = torch.load(path, weights_only=True)
         if saved.pop("version") != _VERSION:

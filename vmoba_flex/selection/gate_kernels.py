@@ -4,7 +4,6 @@ A block's mean is computed in float32 and kept as the sum of three bfloat16 part
 16-bit numbers are exact in float32, so three tensor-core products, added up in a fixed order, give float32 accuracy.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
 import torch
 import triton
 import triton.language as tl

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from block_masks.attention.grouped import MAX_ROW_BYTES
+from block_masks.checks import check_is, check_tensor
 from block_masks.plans.rows import TILE
 from vmoba_flex.checks import check_choice, check_positive
-from vmoba_flex.inputs import check_rule
+from vmoba_flex.inputs import check_device, check_rule
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, check_rule_fits
-from vmoba_flex.selection.bits import Choice, allowed, check_bits, density_of, of_tokens, pack_bits, unpack_bits
+from vmoba_flex.selection.bits import Choice, attended, check_bits, check_recall, pack_bits, share, unpack_bits
 from vmoba_flex.selection.bounds import UNBOUNDED, Bounds, bounds_of
 from vmoba_flex.selection.files import read, write
 from vmoba_flex.selection.plan import Plan, plan_packed, plan_shared
@@ -66,12 +67,10 @@ class Selection:
 
     def __post_init__(self) -> None:
         check_bits("bits", self.bits, torch.uint8, self.partition, self.choice)
-        if not isinstance(self.bounds, Bounds):
-            raise TypeError(f"bounds must be Bounds, got {_what(self.bounds)}")
-        if self.recall is not None and not isinstance(self.recall, Tensor):
-            raise TypeError(f"recall must be a tensor or None, got {_what(self.recall)}")
-        if self.recall is not None and self.recall.shape != self.bits.shape[:2]:
-            raise ValueError(f"recall must have shape {tuple(self.bits.shape[:2])}, got {tuple(self.recall.shape)}")
+        check_is("bounds", self.bounds, Bounds)
+        check_recall(self.recall, self.bits)
+        if self.plan is not None:
+            check_is("plan", self.plan, Plan, "planned, or None")
 
     @classmethod
     def of(
@@ -116,8 +115,7 @@ class Selection:
         Returns:
             bool ``(B, H, S, N)`` in raster order; block by block in memory.
         """
-        rows = self._rows(part)
-        return allowed(rows if self.choice == "token" else of_tokens(rows, self.partition), self.partition)
+        return attended(self._rows(part), self.partition, self.choice)
 
     def tiles(self, part: Part | None = None) -> Tensor:
         """What each query tile of ``"shared"`` attends: bool ``(B, H, tiles, G)``, prefix and suffix included."""
@@ -126,7 +124,7 @@ class Selection:
 
     def density(self) -> Tensor:
         """The share of the (query, block) pairs of each sample and head that are attended, float32 ``(B, H)``."""
-        return density_of(self.selected(), self.partition)
+        return share(self.selected(), self.partition)
 
     def planned(
         self, query: Tensor, backend: Literal["triton", "flash"] = "triton", *, max_row_bytes: int = MAX_ROW_BYTES
@@ -142,11 +140,12 @@ class Selection:
             max_row_bytes: as in ``vmoba_attention``.
 
         Raises:
-            TypeError: if an argument has a wrong type.
-            ValueError: if ``backend`` is neither, the rows have no bound, or the partition is causal.
+            TypeError: if an argument has a wrong type or dtype.
+            ValueError: if ``query`` has another number of dims, ``backend`` is neither, the rows have no bound, or the
+                partition is causal.
         """
-        if not isinstance(query, Tensor):
-            raise TypeError(f"query must be a tensor, got {_what(query)}")
+        check_tensor("query", query, "float", ("B", "H", "S", "D"))
+        check_positive("query's head dim", query.shape[-1])
         check_choice("backend", backend, ("triton", "flash"))
         check_positive("max_row_bytes", max_row_bytes)
         with _kept_mode():
@@ -179,7 +178,8 @@ class Selection:
         return self.bits.nbytes + (0 if recall is None else recall.nbytes) + (0 if plan is None else plan.nbytes)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on another device, without a plan."""
+        """The same on another device, without a plan; raises ``TypeError`` unless ``device`` is one."""
+        check_device("device", device)
         with _kept_mode():
             recall = None if self.recall is None else self.recall.to(device)
             return dataclasses.replace(self, bits=self.bits.to(device), recall=recall, plan=None)
@@ -223,6 +223,7 @@ class Selection:
         """What chose, of all or of a part: bool ``(B, H, R, N)``, block by block in memory."""
         bits = self.bits
         if part is not None:
+            check_is("part", part, Part)
             bits = bits.index_select(1 if part.dim == 1 else 3, part.places)
         return unpack_bits(bits, self.partition.num_blocks)
 
@@ -235,7 +236,9 @@ def one_of(rule: Any, selection: Any) -> Rule | Selection:
         ValueError: unless exactly one is given.
     """
     if selection is not None and not isinstance(selection, Selection):
-        raise TypeError(f"selection must be a Selection or None, got {_what(selection)}: Selection.of makes one")
+        raise TypeError(
+            f"selection must be a Selection or None, got {type(selection).__name__}: Selection.of makes one"
+        )
     if (rule is None) == (selection is None):
         raise ValueError(f"exactly one of rule and selection must be given, got {rule!r} and {selection!r}")
     return rule if selection is None else selection
@@ -244,7 +247,3 @@ def one_of(rule: Any, selection: Any) -> Rule | Selection:
 def _kept_mode() -> contextlib.AbstractContextManager[Any]:
     """Outside of inference mode, whose tensors no later call could keep for backward."""
     return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
-
-
-def _what(x: Any) -> str:
-    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__

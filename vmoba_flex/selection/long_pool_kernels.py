@@ -10,7 +10,6 @@ A pool whose pairs all fall into one bin is listed whole, which takes more time 
 integers, so that atomics give the same result in any order. Nothing is read by the host.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
 import torch
 import triton
 import triton.language as tl

@@ -4,7 +4,6 @@ A score's *key* is an int32 from its bits that orders like the score. NaNs have 
 same one.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
 import struct
 
 import triton

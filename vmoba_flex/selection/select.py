@@ -55,30 +55,39 @@ def choose_blocks(
     Returns:
         bool ``(B, H, video queries, N)`` in raster order; block by block in memory, so not contiguous.
     """
+    return choose_by_each(query, key, partition, (rule,), part, queries)[0]
+
+
+def choose_by_each(
+    query: Tensor, key: Tensor, partition: BlockPartition, rules: tuple[Rule, ...], part: Part | None = None,
+    queries: Queries | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """``choose_blocks`` for rules of one gate, which scores the blocks once."""
     if part is not None:
         queries = part.queries
     if partition.causal_frames is None:
-        return _choose(query, key, partition, rule, part, queries)
-    queries, chosen = queries or Queries.of(partition), []
+        return _choose(query, key, partition, rules, part, queries)
+    queries, of_pieces = queries or Queries.of(partition), []
     for piece in pieces_of(partition, queries):
         past, here = piece.partition, piece.queries
         own = query.narrow(2, queries.before + here.first - queries.first, here.video)
-        of_piece = _choose(own, piece.keys(key), past, among(rule, past.num_blocks), part, here)
-        chosen.append(F.pad(of_piece.mT, (0, 0, 0, partition.num_blocks - past.num_blocks)))
-    return torch.cat(chosen, -1).mT
+        rules_of_past = tuple([among(rule, past.num_blocks) for rule in rules])
+        chosen = _choose(own, piece.keys(key), past, rules_of_past, part, here)
+        of_pieces.append([F.pad(x.mT, (0, 0, 0, partition.num_blocks - past.num_blocks)) for x in chosen])
+    return [torch.cat(of_rule, -1).mT for of_rule in zip(*of_pieces, strict=True)]
 
 
 def _choose(
-    query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, part: Part | None, queries: Queries | None
-) -> Tensor:
-    """``choose_blocks`` among all blocks."""
+    query: Tensor, key: Tensor, partition: BlockPartition, rules: tuple[Rule, ...], part: Part | None,
+    queries: Queries | None,
+) -> list[Tensor]:  # fmt: skip
+    """``choose_by_each`` among all blocks."""
     ids = partition.block_ids(query.device)
     if queries is not None:
         ids = ids[queries.first : queries.first + queries.video]
-    blocks = torch.arange(partition.num_blocks, device=query.device)
-    scores = gate_scores(query, key, partition, rule.gate, queries)
-    scores = ranked(scores, partition, rule, query.shape[-1])
-    return select(scores, (blocks[:, None] == ids).mT, rule, part)
+    own = (torch.arange(partition.num_blocks, device=query.device)[:, None] == ids).mT
+    scores = gate_scores(query, key, partition, rules[0].gate, queries)
+    return [select(ranked(scores, partition, rule, query.shape[-1]), own, rule, part) for rule in rules]
 
 
 def select(scores: Tensor, own: Tensor, rule: Rule, part: Part | None = None) -> Tensor:

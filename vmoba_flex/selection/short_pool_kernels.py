@@ -4,7 +4,6 @@ Nothing is sorted. A pool's best pairs are those with a key above its *cutoff*, 
 first of those with a key equal to it.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
 import torch
 import triton
 import triton.language as tl

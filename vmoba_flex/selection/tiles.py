@@ -34,13 +34,8 @@ def choose_tiles(
     Returns:
         bool ``(B, H, tiles, G)``; prefix and suffix, if any, are the last group, and the last tiles of all queries.
     """
-    scores = tile_scores(of_slots, key, partition, rule.gate, slots, queries is None)
-    of_tile = slots.tile_group[: scores.shape[2], None]
-    if queries is not None:
-        of_tile = of_tile + first_block(partition, queries)
-    own = of_tile == torch.arange(partition.num_blocks, device=key.device)
-    chosen = select(ranked(scores, partition, rule, key.shape[-1]), own, rule, part)
-    text_tiles = len(slots.tile_group) - scores.shape[2]
+    (chosen,) = _choose(of_slots, key, partition, (rule,), slots, part, queries)
+    text_tiles = len(slots.tile_group) - chosen.shape[2]
     return F.pad(chosen, (0, int(partition.prefix + partition.suffix > 0), 0, text_tiles), value=True)
 
 
@@ -57,17 +52,36 @@ def choose_by_tiles(query: Tensor, key: Tensor, partition: BlockPartition, rule:
     Returns:
         bool ``(B, H, video tiles, N)``.
     """
-    query, key, blocks = query.detach(), key.detach(), partition.num_blocks
+    return choose_tiles_by_each(query, key, partition, (rule,), tile_size)[0]
+
+
+@torch.no_grad()
+def choose_tiles_by_each(
+    query: Tensor, key: Tensor, partition: BlockPartition, rules: tuple[Rule, ...], tile_size: int = TILE
+) -> list[Tensor]:
+    """``choose_by_tiles`` for rules of one gate, which scores the blocks once."""
     if partition.causal_frames is None:
         slots = block_slots(partition, query.device, tile_size)
-        chosen = choose_tiles(to_slots(query, slots), key, partition, rule, slots)
-        text_tiles = -(-(partition.prefix + partition.suffix) // slots.tile_size)
-        return chosen[:, :, : chosen.shape[2] - text_tiles, :blocks]
+        return _choose(to_slots(query, slots), key, partition, rules, slots)
     of_pieces = []  # the tiles of a chunk stand together, since its blocks do
     for piece in pieces_of(partition, Queries.of(partition)):
         past, here = piece.partition, piece.queries
         slots = query_slots(past, here, query.device, tile_size)
         own = to_slots(query.narrow(2, partition.prefix + here.first, here.video), slots)
-        chosen = choose_tiles(own, piece.keys(key), past, among(rule, past.num_blocks), slots, None, here)
-        of_pieces.append(F.pad(chosen[..., : past.num_blocks], (0, blocks - past.num_blocks)))
-    return torch.cat(of_pieces, 2)
+        rules_of_past = tuple([among(rule, past.num_blocks) for rule in rules])
+        chosen = _choose(own, piece.keys(key), past, rules_of_past, slots, queries=here)
+        of_pieces.append([F.pad(x, (0, partition.num_blocks - past.num_blocks)) for x in chosen])
+    return [torch.cat(of_rule, 2) for of_rule in zip(*of_pieces, strict=True)]
+
+
+def _choose(
+    of_slots: Tensor, key: Tensor, partition: BlockPartition, rules: tuple[Rule, ...], slots: Slots,
+    part: Part | None = None, queries: Queries | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """What each tile of the video attends by each rule, bool ``(B, H, video tiles, N)``."""
+    scores = tile_scores(of_slots, key, partition, rules[0].gate, slots, queries is None)
+    of_tile = slots.tile_group[: scores.shape[2], None]
+    if queries is not None:
+        of_tile = of_tile + first_block(partition, queries)
+    own = of_tile == torch.arange(partition.num_blocks, device=key.device)
+    return [select(ranked(scores, partition, rule, key.shape[-1]), own, rule, part) for rule in rules]
