@@ -8,17 +8,31 @@ Symbols: B samples, H query heads, Hkv key heads, S video tokens in raster order
 and suffix tokens, L = P + S + Q. A "row" is one (head, query), a "pair" one (head, query, block).
 """
 
+import itertools
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 EPS = 1e-6  # of the published threshold rule: the least span it divides by, and the guard added to the total
 
 
-def block_ids(grid: tuple[int, int, int], block: tuple[int, int, int]) -> NDArray[np.int64]:
-    """Block id of every token, (T*H*W,), for a grid (T, H, W) cut into cells of at most ``block`` tokens."""
-    t, y, x = np.indices(grid).reshape(3, -1)
-    cells_y, cells_x = -(-grid[1] // block[1]), -(-grid[2] // block[2])  # ceil
-    return (t // block[0] * cells_y + y // block[1]) * cells_x + x // block[2]
+def block_ids(grid: tuple[int, int, int], block: tuple[int, int, int], chunk: int | None = None) -> NDArray[np.int64]:
+    """Block id of every token, (T*H*W,), for a grid (T, H, W) cut into cells of at most ``block`` tokens.
+
+    With ``chunk``, so many frames are cut as a grid of their own, and the next ones after them.
+    """
+    chunk = chunk or grid[0]
+    tokens = np.indices(grid).reshape(3, -1).T
+    places = [(t // chunk, t % chunk // block[0], y // block[1], x // block[2]) for t, y, x in tokens]
+    rank = {place: n for n, place in enumerate(sorted(set(places)))}
+    return np.array([rank[place] for place in places])
+
+
+def visible(grid: tuple[int, int, int], block: tuple[int, int, int], chunk: int) -> NDArray[np.bool_]:
+    """Which blocks the query at each token may see, (S, N): those of which no token is in a later chunk."""
+    ids, of_token = block_ids(grid, block, chunk), np.indices(grid)[0].ravel() // chunk
+    last = np.array([of_token[ids == n].max() for n in range(ids.max() + 1)])
+    return last <= of_token[:, None]
 
 
 def gate(query: ArrayLike, key: ArrayLike, ids: ArrayLike, num_blocks: int) -> NDArray[np.float64]:
@@ -78,21 +92,24 @@ def exact_gate(query: ArrayLike, key: ArrayLike, ids: ArrayLike, num_blocks: int
     return result
 
 
-def mass(gate: ArrayLike, ids: ArrayLike, head_dim: int) -> NDArray[np.float64]:
+def mass(gate: ArrayLike, ids: ArrayLike, head_dim: int, seen: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
     """Estimated attention mass of every block, (B, H, S, N): that of its tokens, had they all its mean key.
 
     Args:
         gate: (B, H, S, N) scores.
         ids: block id of each token that is a key.
         head_dim: D.
+        seen: (S, N), where each query sees some blocks only; the mass of the others is not looked at.
     """
     gate = np.asarray(gate, np.float64)
     result = np.full(gate.shape, np.nan)  # all of a query's, where one score is not finite
     _, sizes = np.unique(np.asarray(ids), return_counts=True)
     for b, h, s in np.ndindex(gate.shape[:3]):
-        if np.isfinite(gate[b, h, s]).all():
-            term = sizes * np.exp((gate[b, h, s] - gate[b, h, s].max()) / np.sqrt(head_dim))
-            result[b, h, s] = term / term.sum()
+        of = slice(None) if seen is None else seen[s]
+        score = gate[b, h, s, of]
+        if np.isfinite(score).all():
+            term = sizes[of] * np.exp((score - score.max()) / np.sqrt(head_dim))
+            result[b, h, s, of] = term / term.sum()
     return result
 
 
@@ -106,6 +123,8 @@ def select(
     max_density: float | None = None,
     normalize: str = "minmax",
     always: ArrayLike = (),
+    density: float | None = None,
+    seen: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.bool_]:
     """Selected pairs, (B, H, S, N): in each pool the own ones, then the best of the others as far as the rule goes.
 
@@ -120,11 +139,14 @@ def select(
         max_density: with tau, the largest share of the pool's pairs to select; own ones are in even beyond it.
         normalize: "minmax" scales a pool's scores to [0, 1] before they are added up; "softmax" adds them as they are.
         always: blocks that are every query's own, too.
+        density: instead of k, the share of the blocks that a row can have, rounded, at least one.
+        seen: (S, N), the blocks that each query may choose. Queries that may choose the same blocks compete with each
+            other only, for these; they are all of a row if there are fewer than k.
 
     Raises:
         ValueError: the pool is unknown, or the rule is not one of those above.
     """
-    if (k is None) == (tau is None):
+    if density is None and (k is None) == (tau is None):
         raise ValueError(f"exactly one of k and tau must be given, got k={k}, tau={tau}")
     if k is not None and pool == "block":
         raise ValueError(f"k has no meaning with pool 'block', got k={k}")
@@ -133,23 +155,31 @@ def select(
     gate, ids = np.asarray(gate, np.float64), np.asarray(ids)
     head, query, block = np.meshgrid(*map(np.arange, gate.shape[1:]), indexing="ij")
     own = (ids[query] == block) | np.isin(block, always)
-    result = np.empty(gate.shape, bool)
+    result = np.zeros(gate.shape, bool)
+    seen = np.ones(gate.shape[2:], bool) if seen is None else seen
     for b in range(gate.shape[0]):
-        for where in _pools(pool, *gate.shape[1:]):
-            score, mine = gate[b][where].ravel(), own[where].ravel()
-            ties = (head[where].ravel(), query[where].ravel(), block[where].ravel())
+        for pool_slices, blocks in itertools.product(_pools(pool, *gate.shape[1:]), sorted(set(seen.sum(1)))):
+            # The entries of the pool whose query may choose so many blocks, and this one.
+            inside = np.zeros(gate.shape[1:], bool)
+            inside[pool_slices] = True
+            where = inside & ((seen.sum(1)[:, None] == blocks) & seen)
+            if not where.any():
+                continue
+            score, mine = gate[b][where], own[where]
+            ties = (head[where], query[where], block[where])
             nan = np.isnan(score)
             order = np.lexsort((*ties, -np.where(nan, 0, score), ~nan))  # the last key is the first to decide
             others = order[~mine[order]]
-            if k is not None:
-                count = k * (score.size // gate.shape[3]) - mine.sum()  # such a pool holds whole rows of N pairs
+            if k is not None or density is not None:
+                each = min(k, blocks) if k is not None else max(1, int(np.floor(density * blocks + 0.5)))
+                count = each * (score.size // blocks) - mine.sum()  # such a pool holds whole rows
             else:
                 count = _threshold_count(score, mine, others, tau, normalize)
             if max_density is not None:
                 count = min(count, int(np.floor(max_density * score.size + 0.5)) - mine.sum())
             chosen = mine.copy()
             chosen[others[: max(0, count)]] = True
-            result[b][where] = chosen.reshape(result[b][where].shape)
+            result[b][where] = chosen
     return result
 
 
@@ -183,12 +213,18 @@ def _threshold_count(score: NDArray, own: NDArray, others: NDArray, tau: float, 
     return int(reached.argmax()) + 1 if reached.any() else others.size
 
 
-def attention_mask(selection: NDArray[np.bool_], ids: ArrayLike, prefix: int, suffix: int) -> NDArray[np.bool_]:
-    """Which query may see which key, (B, H, L, L), for a selection (B, H, S, N); prefix and suffix see and are seen."""
+def attention_mask(
+    selection: NDArray[np.bool_], ids: ArrayLike, prefix: int, suffix: int, causal: bool = False
+) -> NDArray[np.bool_]:
+    """Which query may see which key, (B, H, L, L), for a selection (B, H, S, N); prefix and suffix see and are seen.
+
+    If ``causal``, prefix and suffix see only themselves.
+    """
     samples, heads, tokens, _ = selection.shape
     length = prefix + tokens + suffix
     mask = np.ones((samples, heads, length, length), bool)
     video = slice(prefix, prefix + tokens)
+    mask[:, :, :, video] = not causal
     mask[:, :, video, video] = selection[..., np.asarray(ids)]
     return mask
 
@@ -225,7 +261,7 @@ def attention(
 
 def tail_attention(
     query: NDArray, key: NDArray, value: NDArray, selection: NDArray[np.bool_], grid: tuple[int, int, int],
-    block: tuple[int, int, int], cell: tuple[int, int, int], scale: float,
+    block: tuple[int, int, int], cell: tuple[int, int, int], scale: float, chunk: int | None = None,
 ) -> NDArray[np.float64]:  # fmt: skip
     """Attention of video tokens with a tail, query by query, as defined: no prefix or suffix, as many key heads.
 
@@ -238,24 +274,26 @@ def tail_attention(
         block: tokens of a block along these.
         cell: tokens of a cell along these.
         scale: factor on the scores.
+        chunk: frames that blocks and cells do not cross; nothing of a later chunk is seen.
 
     Returns:
         (B, H, L, Dv).
     """
-    counts = [-(-size // side) for size, side in zip(grid, block, strict=True)]
-    places = list(np.ndindex(*grid))
+    ids, places, chunk = block_ids(grid, block, chunk), list(np.ndindex(*grid)), chunk or grid[0]
+    seen = visible(grid, block, chunk)
     output = np.zeros((*query.shape[:3], value.shape[-1]))
     for b, h, s in np.ndindex(*query.shape[:3]):
         logits, values = [], []
-        for corner in np.ndindex(*counts):
-            inside = [i for i, p in enumerate(places) if all(np.array(p) // block == corner)]
-            if selection[b, h, s, np.ravel_multi_index(corner, counts)]:
+        for n in np.flatnonzero(seen[s]):
+            inside = np.flatnonzero(ids == n)
+            if selection[b, h, s, n]:
                 logits += [scale * query[b, h, s] @ key[b, h, i] for i in inside]
                 values += [value[b, h, i] for i in inside]
                 continue
             cells: dict[tuple[int, ...], list[int]] = {}
             for i in inside:
-                at = tuple(np.array(places[i]) % block // cell)
+                t, y, x = places[i]
+                at = tuple(np.array([t % chunk, y, x]) % block // cell)
                 cells.setdefault(at, []).append(i)
             for members in cells.values():
                 logits.append(scale * query[b, h, s] @ key[b, h, members].mean(0) + np.log(len(members)))

@@ -11,11 +11,12 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from block_masks import Slots, to_slots
 from tests.strategies import Problem
-from vmoba_flex import reference, vmoba_attention, vmoba_inputs, vmoba_mask, vmoba_selection
+from vmoba_flex import reference, reference_gates, vmoba_attention, vmoba_inputs, vmoba_mask, vmoba_selection
 from vmoba_flex.call import Call
+from vmoba_flex.dispatch.one_device import attend_here
 from vmoba_flex.dispatch.shared import shared_attention
 from vmoba_flex.groups import block_slots
-from vmoba_flex.selection.tiles import choose_tiles
+from vmoba_flex.selection.tiles import choose_by_tiles, choose_tiles
 
 Path = Callable[[Problem], Tensor]
 
@@ -82,7 +83,11 @@ def through_shared(tile_size: int, backend: str = "eager") -> Path:
         call = Call(
             problem.partition, problem.rule, problem.scale, problem.gqa, problem.text_lengths, tail=problem.tail
         )
-        return shared_attention(*tensors, call, backend, tile_size).output
+        if problem.partition.causal_frames is None:
+            return shared_attention(*tensors, call, backend, tile_size).output
+        in_tiles = functools.partial(shared_attention, tile_size=tile_size)
+        with mock.patch("vmoba_flex.dispatch.one_device.shared_attention", in_tiles):  # each chunk in a call
+            return attend_here(*tensors, call, "shared", backend).output  # pyright: ignore[reportArgumentType]
 
     return path
 
@@ -127,9 +132,9 @@ def shared_choice(problem: Problem, tile_size: int = 128) -> tuple[Tensor, Slots
 def shared_selection(problem: Problem, tile_size: int) -> Tensor:
     """That choice for each video token: bool ``(B, H, video tokens, N)`` in raster order."""
     partition = problem.partition
-    tiles = reference.shared_tiles(reference.block_ids(partition.grid, partition.block), tile_size)
-    selected, _ = shared_choice(problem, tile_size)
-    return selected[:, :, tiles.to(selected.device), : partition.num_blocks]
+    tiles = reference.shared_tiles(reference_gates.ids_of(partition), tile_size)
+    selected = choose_by_tiles(problem.query, problem.key, partition, problem.rule, tile_size)
+    return selected[:, :, tiles.to(selected.device)]
 
 
 def low_precision(problem: Problem, mask: Tensor | None) -> Tensor:

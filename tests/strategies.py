@@ -62,6 +62,13 @@ def partitions(draw: st.DrawFn, text: bool = True) -> BlockPartition:
 
 
 @st.composite
+def causal_partitions(draw: st.DrawFn, text: bool = True) -> BlockPartition:
+    """The same in chunks of 1 to 5 frames, which blocks may divide or not, of which the last may be shorter."""
+    partition = draw(partitions(text))
+    return dataclasses.replace(partition, causal_frames=draw(st.integers(1, 5)))
+
+
+@st.composite
 def rules(draw: st.DrawFn, num_blocks: int, pool: str | None = None, exact: bool = False) -> Rule:
     """Both rules over all of their pools, or one, and all gates, with the extremes k = 1, k = N and tau = 1 common.
 
@@ -150,14 +157,16 @@ def gates(draw: st.DrawFn, partition: BlockPartition, masses: bool = False) -> T
 
 @st.composite
 def problems(
-    draw: st.DrawFn, dtype: torch.dtype = torch.float32, exact: bool = False, heads: int | None = None
-) -> Problem:
+    draw: st.DrawFn, dtype: torch.dtype = torch.float32, exact: bool = False, heads: int | None = None,
+    causal: bool = False,
+) -> Problem:  # fmt: skip
     """Inputs of one call.
 
     With ``exact``, queries and keys are integers, and so are the block means: float32 computes the gate exactly, ties
-    included; rules take no exponentials of it. ``heads`` fixes the query and key heads.
+    included; rules take no exponentials of it. ``heads`` fixes the query and key heads. With ``causal``, the partition
+    is.
     """
-    partition = draw(partitions())
+    partition = draw(causal_partitions() if causal else partitions())
     rule = draw(rules(partition.num_blocks, exact=exact))
     batch = draw(st.integers(1, 2))
     key_heads, groups = draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2)])) if heads is None else (heads, 1)
@@ -172,7 +181,8 @@ def problems(
     common = math.lcm(*partition.block_sizes().tolist())
     query, key, value = tensor(key_heads * groups), tensor(key_heads, common), tensor(key_heads)
     text = partition.prefix + partition.suffix
-    lengths = draw(st.none() | st.lists(st.integers(0, text), min_size=batch, max_size=batch)) if text else None
+    least = int(causal)  # where text attends only text, all of it but none
+    lengths = draw(st.none() | st.lists(st.integers(least, text), min_size=batch, max_size=batch)) if text else None
     return Problem(
         query, key, value, partition, rule,
         scale=draw(st.sampled_from([None, None, 0.05, 1.0])),

@@ -5,9 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.strategies import rules
-from vmoba_flex import Threshold, TopK
+from vmoba_flex import BlockPartition, Threshold, TopK
 from vmoba_flex.rules import Rule, check_rule_fits
 from vmoba_flex.warmup import WarmedThreshold, rule_of_flat, warmed
+
+FOUR = BlockPartition((4, 1, 1), (1, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -65,11 +67,11 @@ def test_rules_are_values():
         (lambda: Threshold(0.5, always=[True]), TypeError, r"always must hold ints, got \[True\]"),
         (lambda: Threshold(0.5, always=(3, -1)), ValueError, r"always must be at least 0 everywhere, got \(3, -1\)"),
         (
-            lambda: check_rule_fits(Threshold(0.5, always=(4, 1)), 4),
+            lambda: check_rule_fits(Threshold(0.5, always=(4, 1)), FOUR),
             ValueError,
             r"always must lie in 0..num_blocks - 1 = 0..3",
         ),
-        (lambda: check_rule_fits(TopK(5), 4), ValueError, "k must lie in 1..num_blocks = 1..4, got 5"),
+        (lambda: check_rule_fits(TopK(5), FOUR), ValueError, "k must lie in 1..num_blocks = 1..4, got 5"),
         (lambda: Threshold(0), ValueError, r"tau must lie in \(0, 1\], got 0"),
         (lambda: Threshold(1.5), ValueError, r"tau must lie in \(0, 1\], got 1.5"),
         (lambda: Threshold(None), TypeError, "tau must be a number, got None"),

@@ -8,7 +8,7 @@ from torch import Tensor
 from vmoba_flex.call import BACKENDS, DISPATCHES, MAX_ROW_BYTES, Backend, Call, Dispatch
 from vmoba_flex.checks import check_bool, check_choice, check_positive
 from vmoba_flex.dispatch.choose import choose
-from vmoba_flex.dispatch.one_device import attend_here
+from vmoba_flex.dispatch.one_device import attend_here, check_pieces, check_whole
 from vmoba_flex.inputs import (
     check_query_key,
     check_scale,
@@ -19,7 +19,8 @@ from vmoba_flex.inputs import (
     under_autocast,
 )
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule
+from vmoba_flex.pieces import queries_of_frames
+from vmoba_flex.rules import Rule, among
 from vmoba_flex.selection.kept import Selection, one_of
 from vmoba_flex.stats import Attended, AttentionStats
 from vmoba_flex.tail import Tail
@@ -43,6 +44,7 @@ class CallOptions(TypedDict, total=False):
     text_lengths: Tensor | None
     tail: Tail | None
     selection: Selection | None
+    query_frames: tuple[int, int] | None
     group: "RankGroup | ProcessGroup | DeviceMesh | None"
     # Deprecated, part of RankGroup:
     shards: "TokenShards | None"
@@ -95,6 +97,7 @@ def vmoba_attention(
     text_lengths: Tensor | None = None,
     tail: Tail | None = None,
     selection: Selection | None = None,
+    query_frames: tuple[int, int] | None = None,
     group: "RankGroup | ProcessGroup | DeviceMesh | None" = None,
     **deprecated: Any,
 ) -> Tensor | tuple[Tensor, AttentionStats] | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, AttentionStats]:
@@ -113,7 +116,8 @@ def vmoba_attention(
         enable_gqa: allow fewer key heads than query heads; query head h uses key head ``h // (H // key heads)``.
         dispatch: The cost of ``"packed"`` follows the density; it reads one number from the device if the rule does not
             bound its pairs. ``"tiles"`` runs each tile that one of its queries wants. ``"shared"`` is an approximation:
-            up to 128 neighbouring queries share one choice. ``"dense"`` is full attention, and ignores ``rule``.
+            up to 128 neighbouring queries share one choice. ``"dense"`` is full attention, and ignores ``rule``. In a
+            causal partition each of them is one call for each chunk, with the keys up to its end.
             ``"auto"`` is the fastest exact one by measured times: on a GPU full attention for short sequences, as stats
             tell; on a CPU ``"packed"``, or ``"tiles"`` in compiled calls without gradients.
         backend: kernels of ``"packed"`` and ``"shared"`` on a GPU. ``"triton"`` gives the same bits for the same
@@ -129,6 +133,9 @@ def vmoba_attention(
         tail: how skipped blocks take part; by default they do not. Not for ``"dense"``, which skips none.
         selection: what was chosen before, instead of a rule: by tokens for ``"packed"`` and ``"tiles"``, by tiles for
             ``"shared"``, which ``"auto"`` then takes.
+        query_frames: ``(first, end)``, where query holds the video tokens of frames ``first..end - 1`` only, without
+            prefix and suffix; key and value hold all tokens of the partition, up to the last frame there is so far.
+            Pools hold these queries only, so that pools of one query choose as they do in a call with all.
         group: the ranks that share the call: a process group, a device mesh with one dim, or a ``RankGroup``. Each
             passes and gets its own tokens; the other arguments are the same on all, a selection that of all heads.
             Gradients are of the sum over them.
@@ -136,7 +143,7 @@ def vmoba_attention(
 
     Returns:
         The output ``(B, H, S, value dim)``; then, where asked for, the log-sum-exp ``(B, H, S)``, float32, or float64
-        for float64 inputs; then ``AttentionStats``.
+        for float64 inputs; then ``AttentionStats``. With ``query_frames``, S are query's tokens.
 
     Raises:
         TypeError: if an argument has a wrong type or dtype.
@@ -158,6 +165,7 @@ def vmoba_attention(
         from vmoba_flex.distributed.agreement import agreed_layout
         from vmoba_flex.distributed.group import RankGroup
 
+        check_whole(partition, query_frames)
         group = group if isinstance(group, RankGroup) else RankGroup(group)
         settings = {"rule": rule, "scale": scale, "dispatch": dispatch, "backend": backend, "tail": tail}
         settings["return_lse"] = return_lse  # one more exchange
@@ -172,6 +180,8 @@ def vmoba_attention(
     for name, flag in (("return_stats", return_stats), ("return_lse", return_lse), ("enable_gqa", enable_gqa)):
         check_bool(name, flag)
     call = Call(partition, one_of(rule, selection), scale, enable_gqa, text_lengths, max_row_bytes, tail, return_lse)
+    if query_frames is not None:
+        call = call._replace(queries=queries_of_frames(query_frames, partition))
     attended = attend(query, key, value, call, dispatch, backend, layout, balance)
     if return_lse:
         assert attended.lse is not None
@@ -206,14 +216,16 @@ def attend(
     query, key, value = under_autocast(query, key, value)
     shared_out = () if layout is None else (layout.tokens, layout.ranks.size)
     rule, kept = (None, call.rule) if isinstance(call.rule, Selection) else (call.rule, None)
-    partition = check_query_key(query, key, call.partition, rule, *shared_out)
+    partition = check_query_key(query, key, call.partition, rule, *shared_out, queries=call.queries)
+    check_pieces(call._replace(partition=partition), dispatch, query.is_cuda)
     if kept is not None:
         if dispatch == "dense":
             raise ValueError(f"selection must be None for dispatch='dense', which attends everything, got {kept}")
         choice = kept.choice if dispatch == "auto" else "tile" if dispatch == "shared" else "token"
         kept.check(query, partition, choice, f"dispatch={dispatch!r}")
     check_value(value, query, key)
-    call = call._replace(partition=partition, scale=check_scale(call.scale))
+    given = call.rule if isinstance(call.rule, Selection) else among(call.rule, partition.num_blocks)
+    call = call._replace(partition=partition, rule=given, scale=check_scale(call.scale))
     check_positive("max_row_bytes", call.max_row_bytes)
     check_text_lengths(call.text_lengths, query, call.partition)
     if call.tail is not None:

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple, get_args
 from torch import Tensor
 
 from block_masks.attention.grouped import MAX_ROW_BYTES
+from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection.kept import Selection
@@ -45,6 +46,7 @@ class Call(NamedTuple):
         max_row_bytes: memory for the rows of the heads that ``"packed"`` works on together.
         tail: how the blocks that a query did not choose take part; None if they do not.
         lse: whether the log-sum-exp is wanted, too.
+        queries: which video queries query holds, in whole frames and without text; None for all and text.
     """
 
     partition: BlockPartition
@@ -55,3 +57,4 @@ class Call(NamedTuple):
     max_row_bytes: int = MAX_ROW_BYTES
     tail: Tail | None = None
     lse: bool = False
+    queries: Queries | None = None

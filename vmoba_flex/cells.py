@@ -12,8 +12,9 @@ from torch import Tensor
 from block_masks import CoarseKeys
 from block_masks.launching.device import on_device
 from block_masks.launching.transforms import in_transform
+from vmoba_flex.axis import Axis, axes_of
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.tail import Cells, Tail, axis_cells
+from vmoba_flex.tail import Cells, Tail
 
 _KERNEL_MAX_DIM = 256
 
@@ -78,7 +79,9 @@ def _cell_groups(like: Tensor, partition: list[int], cell: list[int]) -> list[Te
         from vmoba_flex import cell_kernels
 
         return cell_kernels.cell_groups(cells, like.device)
-    t, y, x = (torch.arange(n, device=like.device) // part for n, part in zip(cells.grid, cells.per_block, strict=True))
+    t, y, x = (
+        _axis_blocks(axis, cell, like.device) for axis, cell in zip(cells.partition.axes, cells.cell, strict=True)
+    )
     _, blocks_y, blocks_x = cells.partition.cells
     group = (t[:, None, None] * blocks_y + y[:, None]) * blocks_x + x
     return [_tokens(cells, like.device).to(_accumulator(like)).log(), group.flatten()]
@@ -141,7 +144,7 @@ def plain_spread(grad: Tensor, cells: Cells) -> Tensor:
 
 @_cell_means_backward.register_fake
 def _(grad: Tensor, partition: list[int], cell: list[int]) -> Tensor:
-    t, y, x, _, _, _, prefix, suffix = partition
+    t, y, x, _, _, _, prefix, suffix = partition[:8]
     return grad.new_empty(*grad.shape[:2], prefix + t * y * x + suffix, grad.shape[3])
 
 
@@ -169,15 +172,21 @@ def cells_of(partition: list[int], cell: list[int]) -> Cells:
 
 def count_cells(partition: list[int], cell: list[int]) -> int:
     """As ``Cells.total``; sizes may be symbolic here, and of these no partition can be made."""
-    sizes = [axis_cells(*axis) for axis in zip(partition[:3], partition[3:6], cell, strict=True)]
-    return math.prod(sizes)
+    return math.prod([axis.cells(size) for axis, size in zip(axes_of(partition), cell, strict=True)])
 
 
 def _axis_cells(cells: Cells, device: torch.device) -> list[Tensor]:
     """The cell of each position along frames, height and width, int64."""
-    axes = zip(cells.partition.grid, cells.partition.block, cells.per_block, cells.cell, strict=True)
-    places = [(torch.arange(size, device=device), block, many, cell) for size, block, many, cell in axes]
-    return [place // block * many + place % block // cell for place, block, many, cell in places]
+    axes = zip(cells.partition.axes, cells.cell, strict=True)
+    return [axis.cell_of(torch.arange(axis.size, device=device), cell) for axis, cell in axes]
+
+
+def _axis_blocks(axis: Axis, cell: int, device: torch.device) -> Tensor:
+    """The block of each cell along an axis, int64."""
+    if not axis.period:
+        return torch.arange(axis.cells(cell), device=device) // -(-axis.block // cell)
+    place = torch.arange(axis.size, device=device)
+    return place.new_zeros(axis.cells(cell)).scatter(0, axis.cell_of(place, cell), axis.block_of(place))
 
 
 def _tokens(cells: Cells, device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ from vmoba_flex.groups import valid_keys
 from vmoba_flex.inputs import check_query_key, check_tail, check_text_lengths, check_value, under_autocast
 from vmoba_flex.mask import TokenOrder, check_mask_options, chosen, ordered_groups
 from vmoba_flex.partition import BlockPartition
+from vmoba_flex.pieces import reach
 from vmoba_flex.rules import Rule
 from vmoba_flex.selection.bits import Choice
 from vmoba_flex.selection.kept import Selection, one_of
@@ -97,6 +98,9 @@ def vmoba_inputs(
     selected, groups = ordered_groups(chosen(q, k, partition, given, choice), partition, token_order)
     # The cells of a block are one more group, which a query attends where it did not choose the block.
     others = ~selected[..., : partition.num_blocks]
+    if partition.causal_frames is not None:
+        allowed = ordered_groups(reach(partition, others.device)[None, None], partition, token_order)[0]
+        others = others & allowed[..., : partition.num_blocks]
     key_group = torch.cat([groups, coarse.group + selected.shape[-1]])
     valid = valid_keys(partition, text_lengths)
     if valid is not None:

@@ -4,6 +4,7 @@ B batch, H heads, S tokens, N blocks, G groups: N, or N + 1 with prefix or suffi
 """
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ def key_groups(selection: Tensor, partition: BlockPartition, queries: Queries | 
 def with_text(selection: Tensor, partition: BlockPartition, queries: Queries | None = None) -> Tensor:
     """Adds prefix and suffix to a selection: as queries that attend everything, and as one more group that all attend.
 
+    Those of a causal partition attend only this group.
+
     Args:
         selection: bool ``(B, H, video queries, N)`` in raster order.
         partition: the blocks.
@@ -35,6 +38,8 @@ def with_text(selection: Tensor, partition: BlockPartition, queries: Queries | N
         return selection
     before, _, _, after = queries or Queries.of(partition)
     # Pad the transpose, so that queries stay contiguous if they are.
+    if partition.causal_frames is not None:  # prefix and suffix attend themselves only
+        return F.pad(F.pad(selection.mT, (before, after)), (0, 0, 0, 1), value=True).mT
     return F.pad(selection.mT, (before, after, 0, 1), value=True).mT
 
 
@@ -75,11 +80,29 @@ def block_slots(partition: BlockPartition, device: torch.device, tile_size: int 
     return plan_slots(group_of_key(partition, device), group_sizes(partition), tile_size, sorted_keys=in_order)
 
 
+def query_slots(partition: BlockPartition, queries: Queries, device: torch.device, tile_size: int = TILE) -> Slots:
+    """The slots of the queries of some whole frames; the groups are the blocks that these frames reach, in order."""
+    ids = partition.block_ids(device)[queries.first : queries.first + queries.video]
+    first, count = first_block(partition, queries), math.prod(partition.grid[1:])
+    start, end = queries.first // count, (queries.first + queries.video) // count
+    of_t, *sides = partition.axes
+    # Frames of each slab of blocks that are among these.
+    ends = list(itertools.accumulate(of_t.block_sizes))
+    slabs = [min(stop, end) - max(stop - size, start) for stop, size in zip(ends, of_t.block_sizes, strict=True)]
+    axes = [[size for size in slabs if size > 0], *[axis.block_sizes for axis in sides]]
+    return plan_slots(ids - first, [t * y * x for t, y, x in itertools.product(*axes)], tile_size)
+
+
+def first_block(partition: BlockPartition, queries: Queries) -> int:
+    """The first block that queries of whole frames lie in."""
+    of_t, *sides = partition.axes
+    start = queries.first // math.prod(partition.grid[1:])
+    ends = itertools.accumulate(of_t.block_sizes)
+    return sum([end <= start for end in ends]) * math.prod([axis.blocks for axis in sides])
+
+
 def group_sizes(partition: BlockPartition) -> list[int]:
     """Keys in each group of ``key_groups``, on the host."""
-    axes = (
-        [min(size - start, block) for start in range(0, size, block)]
-        for size, block in zip(partition.grid, partition.block, strict=True)
-    )
     text = partition.prefix + partition.suffix
+    axes = [axis.block_sizes for axis in partition.axes]
     return [t * y * x for t, y, x in itertools.product(*axes)] + ([text] if text else [])

@@ -11,14 +11,16 @@ from block_masks.attention.coarse_steps import check_coarse_size
 from block_masks.checks import check_shape, check_tensor
 from block_masks.launching.transforms import can_read
 from vmoba_flex.checks import check_number
+from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, Threshold, TopK, check_rule_fits
 from vmoba_flex.tail import Cells, Tail
 
 
 def check_query_key(
-    query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule | None, tokens: int | None = None, ranks: int = 1
-) -> BlockPartition:
+    query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule | None, tokens: int | None = None, ranks: int = 1,
+    queries: Queries | None = None,
+) -> BlockPartition:  # fmt: skip
     """The partition, with constant sizes; raises unless a selection can be made from these.
 
     Args:
@@ -28,6 +30,7 @@ def check_query_key(
         rule: chooses blocks; None where they have been chosen.
         tokens: how many this rank holds, where ranks share the call; None for all tokens of the partition.
         ranks: how many share the call.
+        queries: which ``query`` holds, where it holds those of some frames; None for all.
 
     Returns:
         The partition, with sizes that are constants in graphs.
@@ -45,29 +48,43 @@ def check_query_key(
     _check_tensor("key", key)
     if query.shape[0] < 1 or query.shape[1] < 1 or query.shape[3] < 1:
         raise ValueError(f"query must have no empty dim, got shape {tuple(query.shape)}")
-    if tokens is None and query.shape[1] == partition.num_tokens != query.shape[2]:
+    expected = partition.num_tokens if queries is None else queries.tokens
+    if tokens is None and query.shape[1] == expected != query.shape[2]:
         raise ValueError(
-            f"query must have shape (B, H, S, D) with {partition.num_tokens} tokens S, got {tuple(query.shape)}, which "
+            f"query must have shape (B, H, S, D) with {expected} tokens S, got {tuple(query.shape)}, which "
             "looks like (B, S, H, D): pass query.transpose(1, 2), and the same for key and value"
         )
-    if tokens is None:
+    if queries is not None:
+        if query.shape[2] != queries.tokens:
+            raise ValueError(
+                f"query must have the {queries.tokens} tokens of query_frames, without prefix and suffix, got "
+                f"{query.shape[2]} (shape {tuple(query.shape)})"
+            )
+    elif tokens is None:
         partition.check_tokens("query", query, -2)
     elif query.shape[2] != tokens:
         raise ValueError(
             f"query must have {tokens} tokens on this rank by its shards, got {query.shape[2]} "
             f"(shape {tuple(query.shape)})"
         )
-    _check_like_query("key", key, query, (query.shape[0], key.shape[1], query.shape[2], query.shape[3]))
+    keys = query.shape[2] if queries is None else partition.num_tokens
+    _check_like_query("key", key, query, (query.shape[0], key.shape[1], keys, query.shape[3]))
     if query.shape[1] % max(key.shape[1], 1) or not key.shape[1]:
         raise ValueError(f"key heads must divide query heads {query.shape[1]}, got {key.shape[1]}")
     if rule is not None:
-        check_rule_fits(rule, partition.num_blocks)
+        check_rule_fits(rule, partition)
+    if query.is_cuda and partition.axes[0].period:
+        raise ValueError(
+            f"block must divide causal_frames = {partition.causal_frames} along frames on a GPU, whose kernels cut no "
+            f"block at the end of a chunk, got {partition.block}"
+        )
     heads = query.shape[1] // key.shape[1] * -(-key.shape[1] // ranks)  # of one rank, with their key heads
-    entries = query.shape[0] * heads * partition.num_video_tokens * partition.num_blocks
+    choosing = partition.num_video_tokens if queries is None else queries.video
+    entries = query.shape[0] * heads * choosing * partition.num_blocks
     if entries >= 2**31:
         raise ValueError(
             "query and partition must give a selection of fewer than 2**31 entries (B * H * video tokens * num_blocks),"
-            f" got {query.shape[0]} * {heads} * {partition.num_video_tokens} * {partition.num_blocks} = {entries}"
+            f" got {query.shape[0]} * {heads} * {choosing} * {partition.num_blocks} = {entries}"
         )
     return partition
 
@@ -88,7 +105,7 @@ def check_value(value: Tensor, query: Tensor, key: Tensor) -> None:
     """Raises ``TypeError`` or ``ValueError`` unless ``value`` goes with ``query`` and ``key``."""
     _check_tensor("value", value)
     # The head dim of value is free, as in scaled_dot_product_attention.
-    _check_like_query("value", value, query, (query.shape[0], key.shape[1], query.shape[2], value.shape[3]))
+    _check_like_query("value", value, query, (query.shape[0], key.shape[1], key.shape[2], value.shape[3]))
 
 
 def check_scale(scale: Any) -> float | None:

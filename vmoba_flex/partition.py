@@ -10,7 +10,9 @@ from torch import Tensor
 
 from block_masks import realize
 from block_masks.launching.constant import constant_size
-from vmoba_flex.checks import check_count, check_int, check_sizes
+from vmoba_flex.axis import Axis, axes_of
+from vmoba_flex.block_order import block_position, raster_index
+from vmoba_flex.checks import check_count, check_int, check_positive, check_sizes
 from vmoba_flex.reorder import reorder
 
 
@@ -27,6 +29,10 @@ class BlockPartition:
         block: block shape ``(bt, bh, bw)`` in tokens.
         prefix: tokens before the video's (text in joint attention): they attend all, and all attend them.
         suffix: tokens after the video's: the same holds for them.
+        causal_frames: frames of a chunk, where the video is causal in chunks; None if it is not. A video query then
+            attends its own chunk and those before it only, and prefix and suffix attend prefix and suffix only: nothing
+            depends on a later chunk. A block ends with its chunk: ``block`` is at most ``causal_frames`` long, and the
+            last block of each chunk is shorter where ``block`` does not divide it.
 
     Raises:
         TypeError: if a size is not an int.
@@ -42,6 +48,7 @@ class BlockPartition:
     block: tuple[int, int, int]
     prefix: int = dataclasses.field(default=0, kw_only=True)
     suffix: int = dataclasses.field(default=0, kw_only=True)
+    causal_frames: int | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         # Lists are welcome (a config read from JSON has them), but a frozen object must be hashable.
@@ -51,17 +58,40 @@ class BlockPartition:
             check_count(name, getattr(self, name))
         if any(b > g for b, g in zip(self.block, self.grid, strict=True)):
             raise ValueError(f"block must not be larger than grid {self.grid}, got {self.block}")
+        if self.causal_frames is not None:
+            check_positive("causal_frames", self.causal_frames)
+            # Cut here, and not with the others by ``axes``: then a chunk holds whole blocks.
+            object.__setattr__(self, "block", (min(self.block[0], self.causal_frames), *self.block[1:]))
 
     @classmethod
     def of_flat(cls, flat: list[int]) -> Self:
         """The partition with these ``flat`` sizes."""
-        t, y, x, bt, bh, bw, prefix, suffix = flat
-        return cls((t, y, x), (bt, bh, bw), prefix=prefix, suffix=suffix)
+        t, y, x, bt, bh, bw, prefix, suffix, *chunk = flat
+        causal_frames = chunk[0] if chunk else None
+        return cls((t, y, x), (bt, bh, bw), prefix=prefix, suffix=suffix, causal_frames=causal_frames)
 
     @property
     def flat(self) -> list[int]:
-        """Grid, block, prefix and suffix, as the schema of a custom op takes them."""
-        return [*self.grid, *self.block, self.prefix, self.suffix]
+        """Grid, block, prefix, suffix and, if there are any, causal frames, as the schema of a custom op takes them."""
+        chunk = [] if self.causal_frames is None else [self.causal_frames]
+        return [*self.grid, *self.block, self.prefix, self.suffix, *chunk]
+
+    @property
+    def axes(self) -> tuple[Axis, Axis, Axis]:
+        """Frames, height and width, in blocks."""
+        return axes_of(self.flat)
+
+    def up_to(self, frames: int) -> Self:
+        """The partition of the first ``frames`` frames: the same blocks, as far as they go.
+
+        Raises:
+            TypeError: if ``frames`` is no int.
+            ValueError: if it is not in 1..T, or less than a block's.
+        """
+        check_positive("frames", frames)
+        if frames > self.grid[0]:
+            raise ValueError(f"frames must lie in 1..grid[0] = 1..{self.grid[0]}, got {frames}")
+        return dataclasses.replace(self, grid=(frames, *self.grid[1:]))
 
     def constant(self) -> Self:
         """The same partition, whose sizes are constants of compiled graphs: there is one graph for each partition.
@@ -74,31 +104,39 @@ class BlockPartition:
         return self.of_flat([constant_size(size) for size in self.flat])
 
     @classmethod
-    def temporal(cls, grid: tuple[int, int, int], frames: int, *, prefix: int = 0, suffix: int = 0) -> Self:
+    def temporal(
+        cls, grid: tuple[int, int, int], frames: int, *, prefix: int = 0, suffix: int = 0,
+        causal_frames: int | None = None,
+    ) -> Self:  # fmt: skip
         """The 1D partition: slabs of ``frames`` whole frames."""
         _, height, width = check_sizes("grid", grid)
         (frames,) = check_sizes("frames", (frames,), length=1)
-        return cls(grid, (frames, height, width), prefix=prefix, suffix=suffix)
+        return cls(grid, (frames, height, width), prefix=prefix, suffix=suffix, causal_frames=causal_frames)
 
     @classmethod
-    def spatial(cls, grid: tuple[int, int, int], window: tuple[int, int], *, prefix: int = 0, suffix: int = 0) -> Self:
+    def spatial(
+        cls, grid: tuple[int, int, int], window: tuple[int, int], *, prefix: int = 0, suffix: int = 0,
+        causal_frames: int | None = None,
+    ) -> Self:  # fmt: skip
         """The 2D partition: windows of ``(bh, bw)`` tokens through all frames."""
         frames, _, _ = check_sizes("grid", grid)
         height, width = check_sizes("window", window, length=2)
-        return cls(grid, (frames, height, width), prefix=prefix, suffix=suffix)
+        return cls(grid, (frames, height, width), prefix=prefix, suffix=suffix, causal_frames=causal_frames)
 
     @classmethod
     def spatiotemporal(
-        cls, grid: tuple[int, int, int], cube: tuple[int, int, int], *, prefix: int = 0, suffix: int = 0
-    ) -> Self:
+        cls, grid: tuple[int, int, int], cube: tuple[int, int, int], *, prefix: int = 0, suffix: int = 0,
+        causal_frames: int | None = None,
+    ) -> Self:  # fmt: skip
         """The 3D partition: cubes of ``(bt, bh, bw)`` tokens."""
         bt, bh, bw = check_sizes("cube", cube)
-        return cls(grid, (bt, bh, bw), prefix=prefix, suffix=suffix)
+        return cls(grid, (bt, bh, bw), prefix=prefix, suffix=suffix, causal_frames=causal_frames)
 
     @property
     def cells(self) -> tuple[int, int, int]:
         """Blocks along frames, height and width."""
-        return _ceil_div(self.grid, self.block)
+        t, y, x = self.axes
+        return t.blocks, y.blocks, x.blocks
 
     @property
     def num_blocks(self) -> int:
@@ -117,12 +155,10 @@ class BlockPartition:
 
     def block_ids(self, device: torch.device | str | None = None) -> Tensor:
         """Block id of each video token in raster order, int64 ``(video tokens,)``."""
-        _, height, width = self.grid
-        _, cells_y, cells_x = self.cells
-        bt, bh, bw = self.block
+        (of_t, of_y, of_x), (_, height, width) = self.axes, self.grid
         token = realize(torch.arange(self.num_video_tokens, device=device))
         t, y, x = token // (height * width), token // width % height, token % width
-        return (t // bt * cells_y + y // bh) * cells_x + x // bw
+        return (of_t.block_of(t) * of_y.blocks + of_y.block_of(y)) * of_x.blocks + of_x.block_of(x)
 
     def blocks_of(self, *, frames: Iterable[int] | None = None, tokens: Iterable[int] | None = None) -> tuple[int, ...]:
         """Ids of the blocks that hold any of these frames or video tokens, in order: what a rule takes as ``always``.
@@ -156,10 +192,7 @@ class BlockPartition:
     def block_sizes(self, device: torch.device | str | None = None) -> Tensor:
         """Video tokens in each block, int64 ``(N,)``."""
         # Without realize, Inductor turns this into a minimum of index expressions, which torch 2.11 may not compile.
-        t, y, x = (
-            torch.clamp(g - realize(torch.arange(c, device=device)) * b, max=b)
-            for g, b, c in zip(self.grid, self.block, self.cells, strict=True)
-        )
+        t, y, x = (_sizes_of(axis, device) for axis in self.axes)
         return (t[:, None, None] * y[:, None] * x).flatten()
 
     def to_block_order(self, x: Tensor, dim: int = -2) -> Tensor:
@@ -174,12 +207,19 @@ class BlockPartition:
             ValueError: if ``dim`` is no dim of ``x``, or ``x.shape[dim]`` is not ``num_tokens``.
         """
         self.check_tokens("x", x, dim)
-        return reorder(x, self._raster_index(x.device), self._block_position(x.device), dim)
+        raster, position = self._orders(x.device)
+        return reorder(x, raster, position, dim)
 
     def to_raster_order(self, x: Tensor, dim: int = -2) -> Tensor:
         """The exact inverse of ``to_block_order``."""
         self.check_tokens("x", x, dim)
-        return reorder(x, self._block_position(x.device), self._raster_index(x.device), dim)
+        raster, position = self._orders(x.device)
+        return reorder(x, position, raster, dim)
+
+    def _orders(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The raster index of each token in block order, and the inverse."""
+        where = self.axes, self.prefix, self.num_tokens, device
+        return raster_index(*where), block_position(*where)
 
     def check_tokens(self, name: str, x: Tensor, dim: int) -> None:
         """Raises ``TypeError`` or ``ValueError`` unless ``x`` is a tensor and ``x.shape[dim]`` is ``num_tokens``."""
@@ -196,40 +236,11 @@ class BlockPartition:
                 f"{self.suffix} = {self.num_tokens} tokens in dim {dim}, got {x.shape[dim]} (shape {tuple(x.shape)})"
             )
 
-    # The two permutations in closed form need no sort and no cache per device. realize() keeps index arithmetic away
-    # from Inductor, whose index algebra fails on quotients of quotients, and whose CPU loops over a quotient of arange
-    # end too early (torch 2.13).
 
-    def _block_position(self, device: torch.device) -> Tensor:
-        """Position in block order of each token in raster order."""
-        (frames, height, width), (bt, bh, bw) = self.grid, self.block
-        token = realize(torch.arange(self.num_tokens, device=device) - self.prefix)
-        t, y, x = token // (height * width), token // width % height, token % width
-        first_t, first_y, first_x = t // bt * bt, y // bh * bh, x // bw * bw
-        nt, ny, nx = (frames - first_t).clamp(max=bt), (height - first_y).clamp(max=bh), (width - first_x).clamp(max=bw)
-        before = first_t * height * width + nt * (first_y * width + ny * first_x)
-        return self._keep_text(token, before + ((t - first_t) * ny + y - first_y) * nx + x - first_x)
-
-    def _raster_index(self, device: torch.device) -> Tensor:
-        """Raster index of each token in block order."""
-        (frames, height, width), (bt, bh, bw) = self.grid, self.block
-        token = realize(torch.arange(self.num_tokens, device=device) - self.prefix)
-        # Remove whole slabs, then whole rows of blocks in the slab, then whole blocks in that row.
-        first_t = token // (bt * height * width) * bt
-        rest, nt = token - first_t * height * width, (frames - first_t).clamp(min=1, max=bt)
-        first_y = rest // (nt * bh * width) * bh
-        rest, ny = rest - nt * first_y * width, (height - first_y).clamp(min=1, max=bh)
-        first_x = rest // (nt * ny * bw) * bw
-        rest, nx = rest - nt * ny * first_x, (width - first_x).clamp(min=1, max=bw)
-        t, y, x = first_t + rest // (ny * nx), first_y + rest // nx % ny, first_x + rest % nx
-        return self._keep_text(token, (t * height + y) * width + x)
-
-    def _keep_text(self, token: Tensor, moved: Tensor) -> Tensor:
-        """Moves the video tokens and leaves prefix and suffix; ``token`` counts from the first video token."""
-        is_video = (token >= 0) & (token < self.num_video_tokens)
-        return realize(torch.where(is_video, moved, token) + self.prefix)
-
-
-def _ceil_div(sizes: tuple[int, int, int], parts: tuple[int, int, int]) -> tuple[int, int, int]:
-    t, y, x = (-(-size // part) for size, part in zip(sizes, parts, strict=True))
-    return t, y, x
+def _sizes_of(axis: Axis, device: torch.device | str | None) -> Tensor:
+    """Tokens of each block along an axis, int64."""
+    block = realize(torch.arange(axis.blocks, device=device))
+    if not axis.period:
+        return torch.clamp(axis.size - block * axis.block, max=axis.block)
+    per_period = -(-axis.period // axis.block)
+    return axis.tokens_from(block // per_period * axis.period + block % per_period * axis.block)

@@ -13,18 +13,33 @@ from torch import Tensor
 LEAST_VARIANCE = 1e-12  # of a cell's scores
 
 
-def block_ids(grid: tuple[int, int, int], block: tuple[int, int, int]) -> Tensor:
-    """Block id of each video token in raster order, int64 ``(T * H * W,)``."""
+def block_ids(grid: tuple[int, int, int], block: tuple[int, int, int], chunk: int | None = None) -> Tensor:
+    """Block id of each video token in raster order, int64 ``(T * H * W,)``; blocks end with their chunk of frames."""
     t, y, x = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
     _, cells_y, cells_x = (math.ceil(size / part) for size, part in zip(grid, block, strict=True))
-    ids = t // block[0] * (cells_y * cells_x) + y // block[1] * cells_x + x // block[2]
+    slab = t // block[0] if chunk is None else t // chunk * math.ceil(chunk / block[0]) + t % chunk // block[0]
+    ids = slab * (cells_y * cells_x) + y // block[1] * cells_x + x // block[2]
     return ids.reshape(-1)
+
+
+def ids_of(partition: Any) -> Tensor:
+    """``block_ids`` of a partition."""
+    return block_ids(partition.grid, partition.block, partition.causal_frames)
+
+
+def chunks_of(partition: Any) -> tuple[Tensor, Tensor]:
+    """The chunk of each video token and of each block, int64; all 0 if the partition is not causal."""
+    frames, height, width = partition.grid
+    tokens = torch.arange(frames * height * width) // (height * width) // (partition.causal_frames or frames)
+    ids = ids_of(partition)
+    return tokens, torch.stack([tokens[ids == n][0] for n in range(int(ids.max()) + 1)])
 
 
 def cell_members(partition: Any, cell: tuple[int, int, int]) -> list[tuple[int, list[int]]]:
     """The block of each cell, and its video tokens; cells are counted from the corner of their block."""
-    ids, members = block_ids(partition.grid, partition.block), {}
-    for token, place in enumerate(itertools.product(*map(range, partition.grid))):
+    ids, members = ids_of(partition), {}
+    for token, (t, y, x) in enumerate(itertools.product(*map(range, partition.grid))):
+        place = (t % (partition.causal_frames or t + 1), y, x)  # blocks start anew in each chunk
         corner = [p % side // part for p, side, part in zip(place, partition.block, cell, strict=True)]
         members.setdefault((int(ids[token]), *corner), []).append(token)
     return [(block, tokens) for (block, *_), tokens in members.items()]
@@ -42,7 +57,7 @@ def gate_scores(
         of: which gate's: ``"mean"``, ``"cells"``, ``"spread"`` or ``"exact"``.
         cell: tokens of a cell ``(ct, ch, cw)``, for ``"cells"`` and ``"spread"``.
     """
-    ids = block_ids(partition.grid, partition.block).to(key.device)
+    ids = ids_of(partition).to(key.device)
     if of == "mean":
         return gate(query, key, ids)
     if of == "exact":
@@ -52,15 +67,20 @@ def gate_scores(
 
 
 def tile_scores(
-    query: Tensor, key: Tensor, tiles: Tensor, partition: Any, of: str, cell: tuple[int, int, int] | None = None
-) -> Tensor:
+    query: Tensor, key: Tensor, tiles: Tensor, partition: Any, of: str, cell: tuple[int, int, int] | None = None,
+    blocks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Scores of tiles of queries, float64 ``(B, H, tiles, N)``: by the tile's mean query, or its mean mass for "exact".
 
-    ``tiles``: int64 ``(S,)``, the tile of each query.
+    ``tiles``: int64 ``(S,)``, the tile of each query. ``blocks``: own block of each query, where the partition is
+    causal; a later chunk has no mass then.
     """
     members = [tiles == tile for tile in range(int(tiles.max()) + 1)]
     if of == "exact":
-        shares = gate_scores(query, key, partition, of).log_softmax(-1)
+        lse, (_, of_blocks) = gate_scores(query, key, partition, of), chunks_of(partition)
+        if blocks is not None:
+            lse = lse.masked_fill(of_blocks > of_blocks[blocks.cpu()][:, None], -math.inf)
+        shares = lse.log_softmax(-1)
         return torch.stack([shares[:, :, at].logsumexp(2) - math.log(int(at.sum())) for at in members], 2)
     means = torch.stack([query.double()[:, :, at].mean(2) for at in members], 2)
     return gate_scores(means, key, partition, of, cell)
@@ -114,7 +134,7 @@ def block_lse(query: Tensor, key: Tensor, groups: Tensor, scale: float | None = 
 def block_masses(
     query: Tensor, key: Tensor, partition: Any, scale: float | None = None, text_lengths: Tensor | None = None
 ) -> Tensor:
-    """The share of each video query's full attention on each block, float64 ``(B, H, S, N)``.
+    """The share of each video query's full attention on each block, float64 ``(B, H, S, N)``; causal if it is.
 
     Args:
         query: ``(B, H, tokens, D)``, prefix and suffix included.
@@ -123,7 +143,8 @@ def block_masses(
         scale: ``1 / sqrt(D)`` if None.
         text_lengths: ``(B,)``, how many prefix and suffix tokens of a sample are valid, the first ones; None for all.
     """
-    ids = block_ids(partition.grid, partition.block)
+    ids = ids_of(partition)
+    of_tokens, of_blocks = (x.to(query.device) for x in chunks_of(partition))
     blocks, first = int(ids.max()) + 1, partition.prefix
     text = [*range(first), *range(first + len(ids), query.shape[2])]
     shares = []
@@ -133,6 +154,7 @@ def block_masses(
         groups[text[: len(text) if text_lengths is None else int(text_lengths[sample])]] = blocks
         queries, keys = query[sample : sample + 1, :, first : first + len(ids)], key[sample : sample + 1]
         lse = block_lse(queries, keys, groups.to(query.device), scale)
+        lse[..., :blocks] = lse[..., :blocks].masked_fill(of_blocks > of_tokens[:, None], -math.inf)
         shares.append(lse.softmax(-1)[..., :blocks])
     return torch.cat(shares)
 

@@ -7,6 +7,7 @@ from typing import Literal, Self, cast, get_args
 from torch import Tensor
 
 from vmoba_flex.checks import check_choice, check_count, check_ids, check_int, check_positive, check_share
+from vmoba_flex.partition import BlockPartition
 
 Pool = Literal["query", "block", "head", "global"]
 Normalize = Literal["minmax", "softmax"]
@@ -26,6 +27,9 @@ class TopK:
 
     A pool with R queries keeps ``k * R`` pairs. Own blocks and those of ``always`` count, rank first, and are kept even
     if they are more. Ties go to the lower block id, then the lower query index, then the lower head.
+
+    In a partition with ``causal_frames``, a pool holds the queries of one chunk, and N counts the blocks up to the
+    chunk's end, which they may choose: all of them where ``k`` is more, and those of ``always`` that are among them.
 
     The gate scores each block for each query. All gates but ``"mean"`` give the logarithm of the attention mass that
     the query has on the block, exact or estimated. None sees prefix, suffix or the ``scale`` of a call; in place of the
@@ -126,8 +130,8 @@ class Threshold:
     """Keeps the best pairs of a pool until they hold a share of its weight (arXiv 2506.23858, Sec. 3).
 
     Own blocks and those of ``always`` are kept. The others follow, best first, until the kept weight reaches ``tau``
-    times the pool's total (plus 1e-6). ``normalize`` says what a pair weighs. Ties go as in ``TopK``. A pool with a NaN
-    or infinite score keeps everything.
+    times the pool's total (plus 1e-6). ``normalize`` says what a pair weighs. Ties go, and pools of a causal partition
+    are, as in ``TopK``. A pool with a NaN or infinite score keeps everything.
 
     ``"minmax"``, the paper's: the weights are the gate's scores, scaled to [0, 1] by the pool's minimum and maximum.
     Most pairs then weigh about a half, so that tau is nearly a fixed quantile for any attention: random scores give a
@@ -201,8 +205,19 @@ class Threshold:
 Rule = TopK | Threshold
 
 
-def check_rule_fits(rule: Rule, num_blocks: int) -> None:
-    """Raises ``ValueError`` unless ``rule`` fits a partition of ``num_blocks`` blocks."""
+def among(rule: Rule, num_blocks: int) -> Rule:
+    """The rule where only the first ``num_blocks`` blocks may be chosen: all of them, if ``k`` is more."""
+    always = tuple([block for block in rule.always if block < num_blocks])
+    if isinstance(rule, TopK) and rule.k is not None and rule.k > num_blocks:
+        return dataclasses.replace(rule, k=num_blocks, always=always)
+    return rule if always == rule.always else dataclasses.replace(rule, always=always)
+
+
+def check_rule_fits(rule: Rule, partition: BlockPartition) -> None:
+    """Raises ``ValueError`` unless ``rule`` fits a partition. Any fits a causal one, where it chooses among a few."""
+    if partition.causal_frames is not None:
+        return
+    num_blocks = partition.num_blocks
     if isinstance(rule, TopK):
         rule.blocks_per_query(num_blocks)
     if rule.always and rule.always[-1] >= num_blocks:

@@ -89,7 +89,7 @@ class Cells:
     """The cells of a partition, in raster order of their grid.
 
     Along an axis of ``size`` tokens in blocks of ``block``, token p lies in cell
-    ``p // block * cells a block + p % block // cell``; only the last block can be shorter.
+    ``p // block * cells a block + p % block // cell``; only the last block, of each chunk too, can be shorter.
 
     Attributes:
         partition: the blocks.
@@ -108,17 +108,10 @@ class Cells:
     @property
     def grid(self) -> Sizes:
         """Cells along frames, height and width."""
-        axes = zip(self.partition.grid, self.partition.block, self.cell, strict=True)
-        t, y, x = (axis_cells(*axis) for axis in axes)
+        t, y, x = (axis.cells(cell) for axis, cell in zip(self.partition.axes, self.cell, strict=True))
         return t, y, x
 
     @property
     def total(self) -> int:
         """C, the number of cells."""
         return math.prod(self.grid)
-
-
-def axis_cells(size: int, block: int, cell: int) -> int:
-    """Cells along an axis of ``size`` tokens in blocks of ``block``."""
-    before = (size - 1) // block  # whole blocks before the last, which may be shorter
-    return before * -(-block // cell) - (-(size - before * block) // cell)

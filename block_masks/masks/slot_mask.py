@@ -32,11 +32,12 @@ def valid_slots(slots: Slots, key_valid: Tensor | None) -> Tensor | None:
     return (slots.slot_key >= 0) & key_valid[:, slots.slot_key.clamp(min=0)]
 
 
-def check_slot_choice(selected: Any, slots: Any, slot_valid: Any = None) -> None:
+def check_slot_choice(selected: Any, slots: Any, slot_valid: Any = None, query_slots: int | None = None) -> None:
     """Raises ``TypeError`` or ``ValueError`` unless these are a choice of tiles of slots, and which slots are valid."""
     check_is("slots", slots, Slots, "plan_slots")
     check_tensor("selected", selected, "bool", ("B", "H", "tiles", "G"))
-    tiles, groups = len(slots.tile_group), len(slots.group_sizes)
+    tiles = len(slots.tile_group) if query_slots is None else query_slots // slots.tile_size
+    groups = len(slots.group_sizes)
     check_shape("selected", selected, (*selected.shape[:2], tiles, groups), "slots")
     check_device("selected", selected, slots.slot_key, "slots'")
     if slot_valid is not None:
@@ -45,19 +46,22 @@ def check_slot_choice(selected: Any, slots: Any, slot_valid: Any = None) -> None
         check_device("slot_valid", slot_valid, slots.slot_key, "slots'")
 
 
-def slot_tile_map(selected: Tensor, slots: Slots, slot_valid: Tensor | None = None) -> TileMap:
+def slot_tile_map(
+    selected: Tensor, slots: Slots, slot_valid: Tensor | None = None, query_slots: int | None = None
+) -> TileMap:
     """Finds the tiles of ``slot_mask`` that must run, and which of them need no mask.
 
     Args:
         selected: bool ``(B, H, tiles, G)``: which groups each tile of slots attends.
         slots: of these tiles and groups.
         slot_valid: as in ``slot_mask``.
+        query_slots: as in ``slot_mask``.
 
     Raises:
         TypeError: if an argument has a wrong type or dtype.
         ValueError: if shapes do not fit.
     """
-    check_slot_choice(selected, slots, slot_valid)
+    check_slot_choice(selected, slots, slot_valid, query_slots)
     some = selected.index_select(-1, slots.tile_group)
     full = slots.tile_keys == slots.tile_size
     if slot_valid is not None:
@@ -90,8 +94,9 @@ def slot_lists(selected: Tensor, slots: Slots) -> SlotLists:
 
 
 def slot_mask(
-    selected: Tensor, slots: Slots, slot_valid: Tensor | None = None, known: SlotLists | None = None
-) -> BlockMask:
+    selected: Tensor, slots: Slots, slot_valid: Tensor | None = None, known: SlotLists | None = None,
+    query_slots: int | None = None,
+) -> BlockMask:  # fmt: skip
     """Builds the mask in which all slots of a tile attend the keys of the groups that the tile chose.
 
     A padding slot attends what its tile attends, so that its output is finite, and no slot attends a padding one.
@@ -102,15 +107,16 @@ def slot_mask(
         slot_valid: bool ``(B, slots)``: False at slots that nobody attends, the padding ones among them; only these if
             None.
         known: ``slot_lists`` of the choice, without ``slot_valid``.
+        query_slots: how many slots of other queries the tiles are of; None if they are those of the keys.
 
     Returns:
-        A ``BlockMask`` of shape ``(B, H, slots, slots)`` whose ``mask_mod`` says everything by itself.
+        A ``BlockMask`` of shape ``(B, H, query slots, slots)`` whose ``mask_mod`` says everything by itself.
 
     Raises:
         TypeError: if an argument has a wrong type or dtype.
         ValueError: if shapes do not fit, or ``known`` comes with ``slot_valid``.
     """
-    check_slot_choice(selected, slots, slot_valid)
+    check_slot_choice(selected, slots, slot_valid, query_slots)
     if known is not None:
         check_is("known", known, SlotLists, "slot_lists, or None")
         if slot_valid is not None:
@@ -124,7 +130,9 @@ def slot_mask(
         there = key_group >= 0 if live is None else live[b, kv_idx]
         return there & chosen(b, h, q_idx // tile_size, key_group)
 
-    lengths = (len(group), len(group))
+    lengths = (query_slots or len(group), len(group))
     if known is not None:
         return BlockMask(lengths, *known.lists, BLOCK_SIZE=(tile_size, tile_size), mask_mod=mask_mod)
-    return block_mask_from_tiles(slot_tile_map(selected, slots, slot_valid), mask_mod, lengths, (tile_size, tile_size))
+    return block_mask_from_tiles(
+        slot_tile_map(selected, slots, slot_valid, query_slots), mask_mod, lengths, (tile_size, tile_size)
+    )

@@ -79,7 +79,7 @@ def choose_dispatch(
     if reason := _no_kernels(query.device.index or 0):
         return "dense", reason
     machine = machine or machine_of(query.device, ranks)
-    dense, backward = _dense_seconds(query, key, value, partition, machine)
+    dense, backward = _dense_seconds(query, key, value, partition, machine, ranks)
     dense /= ranks
     if not packed_wins(dense, backward, rule, partition, tail, machine):
         if compiled:
@@ -114,12 +114,17 @@ def _slower(
 
 
 def _dense_seconds(
-    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, machine: Machine
+    query: Tensor, key: Tensor, value: Tensor, partition: BlockPartition, machine: Machine, ranks: int = 1
 ) -> tuple[float, bool]:
-    """Seconds of the fastest dense peer for all tokens and these heads, and whether they include backward."""
+    """Seconds of the fastest dense peer for these heads, and whether they include backward.
+
+    They are of all queries if ranks share the call, and of these queries if none do.
+    """
     backward = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     heads = query.shape[0] * query.shape[1]
-    return dense_seconds(heads, partition.num_tokens, query.shape[-1], backward, machine), backward
+    seconds = dense_seconds(heads, partition.num_tokens, query.shape[-1], backward, machine)
+    share = query.shape[2] / partition.num_tokens if ranks == 1 else 1  # less than 1 for queries of some frames
+    return seconds * share, backward
 
 
 def dense_seconds(heads: int, tokens: int, head_dim: int, backward: bool, machine: Machine = HOPPER) -> float:
@@ -197,7 +202,7 @@ def choose_backend(
     if backend == "triton" or (backend == "auto" and dispatch not in ("packed", "shared")):
         return "triton", ""
     machine = machine_of(query.device, ranks)
-    dense, backward = _dense_seconds(query, key, value, partition, machine)
+    dense, backward = _dense_seconds(query, key, value, partition, machine, ranks)
     if backend == "auto" and dense < machine.flash_from[int(backward)]:
         return "triton", ""
     refusal = _flash_refusal(dispatch, query, key, value, partition, padded, backward)

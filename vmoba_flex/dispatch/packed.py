@@ -41,14 +41,16 @@ def packed_attention(
         ValueError: inside ``torch.compile``, if the rule does not bound the rows.
     """
     partition = call.partition
-    queries = Queries.of(partition) if part is None else part.queries
+    queries = part.queries if part is not None else call.queries or Queries.of(partition)
     heads = query.shape[1]
     all_heads = part.size if part is not None and part.dim == 1 else heads
     plan = None
     if isinstance(call.rule, Selection):
-        bound, plan = call.rule.bounds.rows_of(heads), plan_of_call(call.rule.plan, call.text_lengths, part)
+        bound = call.rule.bounds.rows_of(heads)
+        plan = plan_of_call(call.rule.plan, call.text_lengths, part, call.queries)
     else:
-        bound = row_bound(partition, call.rule, all_heads, heads, queries)
+        competing = None if part is not None else queries.video
+        bound = row_bound(partition, call.rule, all_heads, heads, queries, competing)
     if bound is None and torch.compiler.is_compiling():
         raise ValueError(
             "rule must bound its pairs for dispatch='packed' inside torch.compile: give Threshold a max_density, "

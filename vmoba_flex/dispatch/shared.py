@@ -23,7 +23,7 @@ from vmoba_flex.cell_slots import slots_and_cells
 from vmoba_flex.cells import coarse_keys
 from vmoba_flex.dispatch.chunked import chunked_attention
 from vmoba_flex.dispatch.compiled import compiled_flex_attention, has_flex_kernel
-from vmoba_flex.groups import block_slots, group_of_key, valid_group_lengths, valid_keys
+from vmoba_flex.groups import block_slots, group_of_key, query_slots, valid_group_lengths, valid_keys
 from vmoba_flex.inputs import scale_of
 from vmoba_flex.part import Part
 from vmoba_flex.selection.kept import Selection
@@ -39,7 +39,7 @@ class Shared(NamedTuple):
         lse: ``(B, H, S)``, its natural log-sum-exp, if the call wants it.
         selected: bool ``(B, H, tiles, G)``, what each tile attends. Prefix and suffix are one more group after the N
             blocks, and their tiles follow the video's.
-        slots: of these tiles.
+        slots: of these tiles of queries.
     """
 
     output: Tensor
@@ -69,26 +69,27 @@ def shared_attention(
         tile_size: tokens in a query tile. Compiled kernels on Hopper GPUs need a multiple of 128.
         part: the heads of the call on this rank; None for all.
     """
-    partition, scale, text_lengths = call.partition, call.scale, call.text_lengths
+    partition, scale, text_lengths, queries = call.partition, call.scale, call.text_lengths, call.queries
     rule, plan = call.rule, None
     if isinstance(rule, Selection):
         plan = plan_of_call(rule.plan, text_lengths, part)
     slots = block_slots(partition, query.device, tile_size) if plan is None else plan.slots
-    query_slots = to_slots(query, slots)
+    own_slots = slots if queries is None else query_slots(partition, queries, query.device, tile_size)
+    q = to_slots(query, own_slots)
     if isinstance(rule, Selection):
         selected = rule.tiles(part) if plan is None or plan.of_tiles is None else plan.of_tiles
     else:
-        selected = choose_tiles(query_slots, key, partition, rule, slots, part)
+        selected = choose_tiles(q, key, partition, rule, own_slots, part, queries)
     wants_lse = call.lse or call.tail is not None
     if not has_flex_kernel(query, key, value, wants_lse):
-        of_token = selected.index_select(2, slots.key_slot // tile_size)
+        of_token = selected.index_select(2, own_slots.key_slot // tile_size)
         key_group, valid = group_of_key(partition, query.device), valid_keys(partition, text_lengths)
         output, lse = chunked_attention(query, key, value, of_token, key_group, scale, valid, wants_lse)
         if call.tail is not None:
             assert lse is not None
             coarse = coarse_keys(key, value, partition, call.tail)
             output, lse = merge_coarse_keys(query, output, lse, coarse, of_token, scale_of(scale, query))
-        return Shared(output, lse, selected, slots)
+        return Shared(output, lse, selected, own_slots)
     group_lengths, valid = None, None
     if backend == "flash" and text_lengths is not None:
         group_lengths = valid_group_lengths(partition, text_lengths)
@@ -98,7 +99,6 @@ def shared_attention(
         k, v = to_slots(key, slots, valid), to_slots(value, slots, valid)
     else:
         k, v, coarse = slots_and_cells(key, value, partition, call.tail, slots, valid)
-    q = query_slots
     if not query.is_cuda:  # FlexAttention's CPU kernel cannot read views of an op's result
         q, k, v = map(realize, (q, k, v))
     tiles, lists = (None, None) if plan is None else (plan.tiles, plan.lists)
@@ -107,7 +107,8 @@ def shared_attention(
     if backend == "flash":
         output, lse = attend_slots(q, k, v, selected, slots, scale_of(scale, query), group_lengths, coarse, lists)
     else:
-        mask = slot_mask(selected, slots, valid_slots(slots, valid_keys(partition, text_lengths)), tiles)
+        of_samples = valid_slots(slots, valid_keys(partition, text_lengths))
+        mask = slot_mask(selected, slots, of_samples, tiles, len(own_slots.slot_key))
         output, lse = compiled_flex_attention(
             q, k, v, block_mask=mask, scale=scale, enable_gqa=call.enable_gqa, lse=wants_lse
         )
@@ -115,5 +116,5 @@ def shared_attention(
             assert lse is not None
             output, lse = merge_coarse_keys(q, output, lse, coarse, selected, scale_of(scale, query), tile_size)
     if lse is not None and call.lse:
-        lse = from_slots(lse[..., None], slots)[..., 0]
-    return Shared(from_slots(output, slots), lse if call.lse else None, selected, slots)
+        lse = from_slots(lse[..., None], own_slots)[..., 0]
+    return Shared(from_slots(output, own_slots), lse if call.lse else None, selected, own_slots)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from block_masks import group_mask, merge_coarse_keys
+from block_masks import group_mask, merge_coarse_keys, realize
 from vmoba_flex.call import Call
 from vmoba_flex.cells import coarse_keys
 from vmoba_flex.dispatch.chunked import chunked_attention
@@ -45,6 +45,8 @@ def tiles_attention(
         key, value = partition.to_block_order(key), partition.to_block_order(value)
         groups = partition.to_block_order(groups, dim=0)
         in_blocks = queries is None  # else a stretch of raster order, in which a block's queries are not neighbours
+        if not in_blocks and not query.is_cuda:  # FlexAttention's CPU kernel cannot read views
+            query = realize(query)
         if in_blocks:
             query, selected = partition.to_block_order(query), partition.to_block_order(selected)
         mask = group_mask(selected, groups, key_valid=valid)

@@ -13,7 +13,9 @@ from block_masks.checks import check_shape, check_tensor
 from block_masks.plans.rows import TILE
 from vmoba_flex.checks import check_choice
 from vmoba_flex.groups import block_slots, group_sizes
+from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
+from vmoba_flex.pieces import pieces_of, reach
 
 Choice = Literal["token", "tile"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
@@ -40,6 +42,24 @@ def of_tokens(of_tiles: Tensor, partition: BlockPartition) -> Tensor:
     slots = block_slots(partition, of_tiles.device)
     video = slots.key_slot[partition.prefix : partition.prefix + partition.num_video_tokens]
     return of_tiles.index_select(2, video // TILE)
+
+
+def allowed(selected: Tensor, partition: BlockPartition) -> Tensor:
+    """What of ``(B, H, video tokens, N)`` is attended: in a causal partition, no block of a later chunk."""
+    return selected if partition.causal_frames is None else selected & reach(partition, selected.device)
+
+
+def attended(rows: Tensor, partition: BlockPartition, choice: Choice) -> Tensor:
+    """What each video token attends, bool ``(B, H, video tokens, N)``, of what tokens or tiles chose."""
+    return allowed(rows if choice == "token" else of_tokens(rows, partition), partition)
+
+
+def share(selected: Tensor, partition: BlockPartition) -> Tensor:
+    """The share of the pairs that may be chosen which ``(B, H, video tokens, N)`` holds, float32 ``(B, H)``."""
+    if partition.causal_frames is None:
+        return selected.double().mean((2, 3)).float()
+    every = sum([past.num_blocks * here.video for past, here in pieces_of(partition, Queries.of(partition))])
+    return (selected.sum((2, 3)).double() / every).float()
 
 
 def check_bits(name: str, x: Any, dtype: torch.dtype, partition: Any, choice: Any) -> None:

@@ -11,8 +11,9 @@ from vmoba_flex.checks import check_positive, check_share
 from vmoba_flex.groups import group_sizes
 from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Rule, TopK
-from vmoba_flex.selection.bits import Choice
+from vmoba_flex.pieces import pieces_of
+from vmoba_flex.rules import Rule, TopK, among
+from vmoba_flex.selection.bits import Choice, allowed
 
 
 class Bounds(NamedTuple):
@@ -77,31 +78,54 @@ def bounds_of(selected: Tensor, partition: BlockPartition, choice: Choice, rule:
 
 def _allowed(rule: Rule, partition: BlockPartition, heads: int, choice: Choice) -> Bounds:
     blocks = partition.num_blocks
+    if partition.causal_frames is None:
+        rows = row_bound(partition, rule, heads, heads) if choice == "token" else None
+    else:
+        rule, rows = among(rule, blocks), _causal_rows(rule, partition, heads) if choice == "token" else None
     most = rule.max_pairs(blocks, blocks) if rule.pool == "query" else None
-    rows = row_bound(partition, rule, heads, heads) if choice == "token" else None
     return Bounds(
         largest_density(rule, blocks), rows, None if most is None else min(blocks, max(1 + len(rule.always), most))
     )
 
 
+def _causal_rows(rule: Rule, partition: BlockPartition, heads: int) -> RowBound | None:
+    """A bound on the rows of all pieces together, and so of each."""
+    bounds = [
+        row_bound(past, among(rule, past.num_blocks), heads, heads, here, here.video)
+        for past, here in pieces_of(partition, Queries.of(partition))
+    ]
+    of_pieces = [bound for bound in bounds if bound is not None]
+    return RowBound(sum([bound.row_tiles for bound in of_pieces]), of_pieces[0].heads) if of_pieces else None
+
+
 def row_bound(
-    partition: BlockPartition, rule: Rule, all_heads: int, heads: int, queries: Queries | None = None
-) -> RowBound | None:
+    partition: BlockPartition, rule: Rule, all_heads: int, heads: int, queries: Queries | None = None,
+    competing: int | None = None,
+) -> RowBound | None:  # fmt: skip
     """A bound on the rows of ``heads`` heads of a sample that has ``all_heads``; None if the rule does not bound them.
 
     A pool that spans heads bounds its heads together: any one of them may hold nearly all pairs.
+
+    Args:
+        partition: the blocks, all of which may be chosen.
+        rule: chooses them.
+        all_heads: of a sample.
+        heads: whose rows are bounded.
+        queries: whose rows are bounded; None for all.
+        competing: video queries of a head that compete, where a pool spans queries; None for all of the partition.
     """
     together = heads if rule.pool in ("block", "global") else 1
-    tiles = max_row_tiles(partition, rule, all_heads, together, queries)
+    tiles = max_row_tiles(partition, rule, all_heads, together, queries, competing)
     return None if tiles is None else RowBound(tiles, together)
 
 
 def max_row_tiles(
-    partition: BlockPartition, rule: Rule, all_heads: int, heads: int, queries: Queries | None = None
-) -> int | None:
+    partition: BlockPartition, rule: Rule, all_heads: int, heads: int, queries: Queries | None = None,
+    competing: int | None = None,
+) -> int | None:  # fmt: skip
     """The most tiles of rows that the queries of ``heads`` of a sample's ``all_heads`` can need; None without a cap."""
     queries = queries or Queries.of(partition)
-    tokens, blocks = partition.num_video_tokens, partition.num_blocks
+    tokens, blocks = competing or partition.num_video_tokens, partition.num_blocks
     always = len(rule.always)
     # Entries of a pool, pools, and own pairs and those of always, which a pool keeps even beyond its cap.
     entries, pools, own = {
@@ -136,6 +160,7 @@ def _read(selected: Tensor, partition: BlockPartition, choice: Choice) -> Bounds
         return UNBOUNDED
     needed = torch.zeros((), dtype=torch.int64, device=selected.device)
     if choice == "token":
+        selected = allowed(selected, partition)
         queries, text = selected.sum(2), partition.prefix + partition.suffix
         tiles = (queries + (text + TILE - 1)) // TILE
         needed = tiles.sum(2).max() + (-(-partition.num_tokens // TILE) if text else 0)

@@ -50,7 +50,7 @@ def places_of_block(per_block: tuple[int, ...]) -> int:
 def place_of_token(cells: Cells, device: torch.device) -> Tensor:
     """The place of each video token's cell, int64 ``(video tokens,)`` in raster order."""
     partition, (_, many_y, many_x) = cells.partition, cells.per_block
-    axes = zip(partition.grid, partition.block, cells.cell, strict=True)
-    t, y, x = (torch.arange(size, device=device) % block // cell for size, block, cell in axes)
+    axes = zip(partition.axes, cells.cell, strict=True)
+    t, y, x = (axis.in_block(torch.arange(axis.size, device=device)) // cell for axis, cell in axes)
     in_block = (t[:, None, None] * many_y + y[:, None]) * many_x + x
     return partition.block_ids(device) * places_of_block(cells.per_block) + in_block.flatten()

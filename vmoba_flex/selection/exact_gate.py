@@ -16,6 +16,7 @@ from vmoba_flex.groups import group_sizes
 from vmoba_flex.inputs import check_query_key, check_scale, check_text_lengths, scale_of, under_autocast
 from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
+from vmoba_flex.pieces import reach
 from vmoba_flex.selection.gate import num_blocks
 
 _LOG = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def block_masses(
     scale: float | None = None,
     text_lengths: Tensor | None = None,
 ) -> Tensor:
-    """The share of each video query's full attention that falls on each block.
+    """The share of each video query's full attention, causal if the partition is, that falls on each block.
 
     One pass over the products of queries and keys, half of those of full attention, in 0.7 of its time on an H200. No S
     x S tensor is made, and nothing is read back to the host. What a query's shares lack to 1 is on prefix and suffix.
@@ -105,6 +106,8 @@ def _block_masses(query: Tensor, key: Tensor, sizes: list[int], scale: float, te
     partition = BlockPartition.of_flat(sizes)
     groups, count = len(group_sizes(partition)), partition.num_video_tokens
     lse = group_lse(query, key, partition, partition.prefix, count, scale, groups, text_lengths)
+    if partition.causal_frames is not None:
+        lse[:, :, : partition.num_blocks].masked_fill_(~reach(partition, query.device).mT, -torch.inf)
     shares = (lse[:, :, : partition.num_blocks] - lse.logsumexp(2, keepdim=True)).exp_()
     return shares.to(_masses_dtype(query)).mT
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from block_masks.launching.device import on_device
 from block_masks.precision import accumulator, without_autocast
+from vmoba_flex.axis import axes_of
 from vmoba_flex.part import Queries
 from vmoba_flex.partition import BlockPartition
 
@@ -49,7 +50,13 @@ def _means(key: Tensor, partition: BlockPartition) -> Tensor:
     (frames, height, width), (bt, bh, bw) = partition.grid, partition.block
     video = key[..., partition.prefix : partition.prefix + partition.num_video_tokens, :]
     # Pad blocks at the far edges with zeros, and divide each sum by its block's true size.
-    cells = F.pad(video.unflatten(-2, partition.grid), (0, 0, 0, -width % bw, 0, -height % bh, 0, -frames % bt))
+    cells, chunk = video.unflatten(-2, partition.grid), partition.axes[0].period
+    if chunk:  # pad each chunk to whole blocks, and drop those that the last chunk does not have
+        cells = F.pad(cells, (0, 0, 0, 0, 0, 0, 0, -frames % chunk)).unflatten(-4, (-1, chunk))
+        cells = F.pad(cells, (0, 0, 0, 0, 0, 0, 0, -chunk % bt)).flatten(-5, -4)
+        frames = partition.cells[0] * bt
+        cells = cells.narrow(-4, 0, frames)
+    cells = F.pad(cells, (0, 0, 0, -width % bw, 0, -height % bh, 0, -frames % bt))
     nt, ny, nx = partition.cells
     cells = cells.unflatten(-2, (nx, bw)).unflatten(-4, (ny, bh)).unflatten(-6, (nt, bt))
     sums = cells.sum((-6, -4, -2), dtype=accumulator(key)).flatten(-4, -2)
@@ -114,7 +121,7 @@ def _(query: Tensor, key: Tensor, sizes: list[int], before: int, count: int) -> 
 
 def num_blocks(sizes: list[int]) -> int:
     """N of the partition with these ``flat`` sizes, which may be symbolic: of those no partition can be made."""
-    return math.prod([-(-size // part) for size, part in zip(sizes[:3], sizes[3:6], strict=True)])
+    return math.prod([axis.blocks for axis in axes_of(sizes)])
 
 
 def _has_kernels(x: Tensor) -> bool:

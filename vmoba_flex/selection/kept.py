@@ -20,7 +20,7 @@ from vmoba_flex.inputs import check_device, check_rule
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, check_rule_fits
-from vmoba_flex.selection.bits import Choice, check_bits, check_recall, of_tokens, pack_bits, unpack_bits
+from vmoba_flex.selection.bits import Choice, attended, check_bits, check_recall, pack_bits, share, unpack_bits
 from vmoba_flex.selection.bounds import UNBOUNDED, Bounds, bounds_of
 from vmoba_flex.selection.files import read, write
 from vmoba_flex.selection.plan import Plan, plan_packed, plan_shared
@@ -87,7 +87,7 @@ class Selection:
         Args:
             selected: bool ``(B, H, R, N)``: for ``"token"`` R video tokens in raster order; for ``"tile"`` the query
                 tiles of the first block, of the second and so on: ``ceil(tokens of the block / 128)`` each.
-            partition: the blocks.
+            partition: the blocks; if it is causal, later chunks are not attended, whatever is chosen.
             choice: what chose.
             rule: what it was chosen by, if by a rule: it bounds density and rows. Otherwise, or if the rule bounds no
                 rows, numbers are read from the device, once.
@@ -100,7 +100,7 @@ class Selection:
         check_bits("selected", selected, torch.bool, partition, choice)
         if rule is not None:
             check_rule(rule)
-            check_rule_fits(rule, partition.num_blocks)
+            check_rule_fits(rule, partition)
         partition = partition.constant()
         with _kept_mode():
             bounds = bounds_of(selected, partition, choice, rule)
@@ -115,8 +115,7 @@ class Selection:
         Returns:
             bool ``(B, H, S, N)`` in raster order; block by block in memory.
         """
-        rows = self._rows(part)
-        return rows if self.choice == "token" else of_tokens(rows, self.partition)
+        return attended(self._rows(part), self.partition, self.choice)
 
     def tiles(self, part: Part | None = None) -> Tensor:
         """What each query tile of ``"shared"`` attends: bool ``(B, H, tiles, G)``, prefix and suffix included."""
@@ -125,7 +124,7 @@ class Selection:
 
     def density(self) -> Tensor:
         """The share of the (query, block) pairs of each sample and head that are attended, float32 ``(B, H)``."""
-        return self.selected().double().mean((2, 3)).float()
+        return share(self.selected(), self.partition)
 
     def planned(
         self, query: Tensor, backend: Literal["triton", "flash"] = "triton", *, max_row_bytes: int = MAX_ROW_BYTES
@@ -142,7 +141,8 @@ class Selection:
 
         Raises:
             TypeError: if an argument has a wrong type or dtype.
-            ValueError: if ``query`` has another number of dims, ``backend`` is neither, or the rows have no bound.
+            ValueError: if ``query`` has another number of dims, ``backend`` is neither, the rows have no bound, or the
+                partition is causal.
         """
         check_tensor("query", query, "float", ("B", "H", "S", "D"))
         check_positive("query's head dim", query.shape[-1])

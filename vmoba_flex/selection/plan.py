@@ -13,7 +13,7 @@ from torch import Tensor
 from block_masks import RowPlan, SlotLists, Slots, key_lists, plan_rows, slot_lists
 from block_masks.attention.grouped import rooms_of
 from vmoba_flex.groups import block_slots, with_text
-from vmoba_flex.part import Part
+from vmoba_flex.part import Part, Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.selection.bounds import Bounds
 
@@ -56,6 +56,7 @@ def plan_packed(selected: Tensor, partition: BlockPartition, bounds: Bounds, max
         max_rows: how many rows may be worked on together.
         backend: ``"triton"`` or ``"flash"``.
     """
+    _check_whole(partition)
     slots = block_slots(partition, selected.device)
     chosen = with_text(selected, partition).flatten(0, 1)
     assert bounds.rows is not None
@@ -68,19 +69,30 @@ def plan_packed(selected: Tensor, partition: BlockPartition, bounds: Bounds, max
 
 def plan_shared(of_tiles: Tensor, partition: BlockPartition, backend: str) -> Plan:
     """The plan of what each tile chose, bool ``(B, H, tiles, G)``, for a backend."""
+    _check_whole(partition)
     slots = block_slots(partition, of_tiles.device)
     if backend == "flash":
         return Plan(slots, lists=key_lists(of_tiles, slots), of_tiles=of_tiles)
     return Plan(slots, tiles=slot_lists(of_tiles, slots), of_tiles=of_tiles)
 
 
-def plan_of_call(plan: Plan | None, text_lengths: Tensor | None, part: Part | None) -> Plan | None:
+def plan_of_call(
+    plan: Plan | None, text_lengths: Tensor | None, part: Part | None, queries: Queries | None = None
+) -> Plan | None:
     """The plan, if it is one of a call with these."""
-    if plan is None or (text_lengths is None and part is None):
+    if plan is None or (text_lengths is None and part is None and queries is None):
         return plan
     if not torch.compiler.is_compiling():
-        log_planned_again("it was made without text lengths and for one device")
+        log_planned_again("it was made for all queries, without text lengths and for one device")
     return None
+
+
+def _check_whole(partition: BlockPartition) -> None:
+    if partition.causal_frames is not None:
+        raise ValueError(
+            "partition must have no causal_frames for a plan, since its chunks are attended one by one, got "
+            f"{partition.causal_frames}"
+        )
 
 
 @functools.cache

@@ -40,7 +40,9 @@ def gate_scores(
     return cell_gate(query, key, partition, of == "spread", queries)
 
 
-def tile_scores(query_slots: Tensor, key: Tensor, partition: BlockPartition, of: Gate, slots: Slots) -> Tensor:
+def tile_scores(
+    query_slots: Tensor, key: Tensor, partition: BlockPartition, of: Gate, slots: Slots, text: bool = True
+) -> Tensor:
     """Scores of all blocks for each tile of queries: those of the mean query, or for "exact" of its queries' mean mass.
 
     A tile's mean query would not do for "exact": the mass that it has is not what its queries have.
@@ -50,12 +52,13 @@ def tile_scores(query_slots: Tensor, key: Tensor, partition: BlockPartition, of:
         key: ``(B, key heads, S, D)`` in raster order.
         partition: the blocks.
         of: which gate's.
-        slots: of this partition.
+        slots: of these queries.
+        text: whether the queries of prefix and suffix are among them, in the last tiles.
 
     Returns:
         ``(B, H, video tiles, N)``, float32, or float64 for float64 inputs.
     """
-    text_tiles = -(-(partition.prefix + partition.suffix) // slots.tile_size)
+    text_tiles = -(-(partition.prefix + partition.suffix) // slots.tile_size) if text else 0
     tiles = len(slots.tile_group) - text_tiles
     if of == "exact":
         lse = exact_gate(query_slots, key, partition, Queries(0, 0, tiles * slots.tile_size, 0))

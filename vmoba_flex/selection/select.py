@@ -9,12 +9,14 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from block_masks.launching.device import on_device
-from vmoba_flex.part import Part
+from vmoba_flex.part import Part, Queries
 from vmoba_flex.partition import BlockPartition
-from vmoba_flex.rules import Pool, Rule, TopK
+from vmoba_flex.pieces import pieces_of
+from vmoba_flex.rules import Pool, Rule, TopK, among
 from vmoba_flex.selection.scores import gate_scores, ranked
 from vmoba_flex.selection.sorted_pools import take_sorted
 from vmoba_flex.selection.weights import Targets
@@ -36,23 +38,52 @@ POOL_DIMS = {
 
 
 def choose_blocks(
-    query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, part: Part | None = None
-) -> Tensor:
+    query: Tensor, key: Tensor, partition: BlockPartition, rule: Rule, part: Part | None = None,
+    queries: Queries | None = None,
+) -> Tensor:  # fmt: skip
     """Chooses the blocks of each query, of checked inputs, or of the part of a call on this rank.
+
+    Args:
+        query: ``(B, H, queries, D)`` in raster order.
+        key: ``(B, key heads, S, D)``.
+        partition: the blocks. In a causal one, queries choose among the blocks of their own chunk and those before it,
+            and compete with queries of their chunk only.
+        rule: chooses them.
+        part: the part of the call on this rank; None for all.
+        queries: those of ``query``; None for all, or those of ``part``.
 
     Returns:
         bool ``(B, H, video queries, N)`` in raster order; block by block in memory, so not contiguous.
     """
-    return choose_by_each(query, key, partition, (rule,), part)[0]
+    return choose_by_each(query, key, partition, (rule,), part, queries)[0]
 
 
 def choose_by_each(
-    query: Tensor, key: Tensor, partition: BlockPartition, rules: tuple[Rule, ...], part: Part | None = None
-) -> list[Tensor]:
+    query: Tensor, key: Tensor, partition: BlockPartition, rules: tuple[Rule, ...], part: Part | None = None,
+    queries: Queries | None = None,
+) -> list[Tensor]:  # fmt: skip
     """``choose_blocks`` for rules of one gate, which scores the blocks once."""
-    ids, queries = partition.block_ids(query.device), None
     if part is not None:
         queries = part.queries
+    if partition.causal_frames is None:
+        return _choose(query, key, partition, rules, part, queries)
+    queries, of_pieces = queries or Queries.of(partition), []
+    for piece in pieces_of(partition, queries):
+        past, here = piece.partition, piece.queries
+        own = query.narrow(2, queries.before + here.first - queries.first, here.video)
+        rules_of_past = tuple([among(rule, past.num_blocks) for rule in rules])
+        chosen = _choose(own, piece.keys(key), past, rules_of_past, part, here)
+        of_pieces.append([F.pad(x.mT, (0, 0, 0, partition.num_blocks - past.num_blocks)) for x in chosen])
+    return [torch.cat(of_rule, -1).mT for of_rule in zip(*of_pieces, strict=True)]
+
+
+def _choose(
+    query: Tensor, key: Tensor, partition: BlockPartition, rules: tuple[Rule, ...], part: Part | None,
+    queries: Queries | None,
+) -> list[Tensor]:  # fmt: skip
+    """``choose_by_each`` among all blocks."""
+    ids = partition.block_ids(query.device)
+    if queries is not None:
         ids = ids[queries.first : queries.first + queries.video]
     own = (torch.arange(partition.num_blocks, device=query.device)[:, None] == ids).mT
     scores = gate_scores(query, key, partition, rules[0].gate, queries)
