@@ -88,9 +88,12 @@ def test_says_rule_tail_and_the_largest_density(caplog: pytest.LogCaptureFixture
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_compiled_models_say_the_same(gradients: bool, caplog: pytest.LogCaptureFixture):
+def test_compiled_models_say_the_same(
+    gradients: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     """Without gradients an op runs Python; with them, what ran is noted as graphs are made."""
     torch.compiler.reset()
+    monkeypatch.setattr("vmoba_flex.models.traced._notes", {})  # of all graphs in this process
     config = dataclasses.replace(SPARSE, dense_layers=[0], cycle=("spatial",))
     model, eager = WAN.build(num_layers=2), WAN.build(num_layers=2)
     found: Any = []
