@@ -120,6 +120,9 @@ def test_of_packed_tokens_the_video_has_blocks(caplog: pytest.LogCaptureFixture)
     assert not is_dense(model, qkv, options)
     assert is_dense(model, tensors(3), options)  # the text on its own
     assert not caplog.text
+    layout.segments = [(0, 44, "text")]
+    assert is_dense(model, qkv, options)
+    assert "publishes no grid" in caplog.text
 
 
 def test_scale_reaches_the_call():
@@ -246,6 +249,23 @@ def test_other_overrides_run_what_stays_dense():
         assert is_dense(patched, qkv, wan(0))
         assert not is_dense(patched, qkv, wan(1))
     assert calls == ["before", "after", "after", "after"]
+
+
+def test_a_later_node_that_hands_calls_on_counts_none_twice():
+    """Else the second call of a block would take what the first one keeps."""
+    config = dataclasses.replace(CONFIG, rule=TopK(1), dense_steps=1, remember=Remember())
+    model = comfyui.patch_model(Model(), config)
+    options = model.model_options["transformer_options"]
+    ours = options["optimized_attention_override"]
+    options["optimized_attention_override"] = lambda func, *args, **keywords: ours(func, *args, **keywords)
+    model.call_back("on_prepare_state", None, model.model_options)
+    flags = {"heads": 2, "skip_reshape": True, "skip_output_reshape": True}
+    first, later = [tensors(seed=seed) for seed in (0, 1)], tensors(seed=2)
+    assert all(is_dense(model, qkv, wan(1, 0)) for qkv in first)
+    partition = config.partition("spatial", GRID)
+    for qkv in first:
+        wanted = vmoba_attention(*later, partition, None, selection=chosen(config, 1, qkv))
+        torch.testing.assert_close(model.attend(*later, transformer_options=wan(1, 1), **flags), wanted)
 
 
 @pytest.mark.parametrize("name", comfyui.NODE_CLASS_MAPPINGS)

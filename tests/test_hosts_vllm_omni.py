@@ -345,6 +345,9 @@ def test_what_cannot_be_right_is_refused(host: Host, monkeypatch: pytest.MonkeyP
         metadata = host.metadata(video_layout=host.layout(**layout), extra={"max_seqlen_q": VIDEO})
         with pytest.raises(ValueError, match=r"video_layout must (describe all|have one target video)"):
             host.layer().forward(*qkv, metadata)
+    layout = host.layout(prefix_len=0, latent_grid=(2, 4, 3), used_len=VIDEO)  # the rest would pass for padding
+    with pytest.raises(ValueError, match="video_layout must describe all 32 valid of 32 tokens, got 24"):
+        host.layer().forward(*qkv, host.metadata(video_layout=layout))
     config = VMoBAConfig(1, (2, 2), (1, 2, 2), TopK(density=0.5, pool="global"))
     config.save(tmp_path / "config.json")
     monkeypatch.setenv("VMOBA_FLEX_CONFIG", str(tmp_path / "config.json"))

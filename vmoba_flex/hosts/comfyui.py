@@ -55,6 +55,7 @@ class Run:
     def __init__(self, config: VMoBAConfig) -> None:
         self.config, self.told = config, Told()
         self.overrides: list[Any] = []
+        self._inside = False
         self.clear()
 
     def clear(self) -> None:
@@ -71,10 +72,15 @@ class Run:
 
         @torch.compiler.disable(reason="graphs would hold the denoising step as a constant")
         def override(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-            sparse = self.attend(*args, **kwargs)
+            sparse = None if self._inside else self.attend(*args, **kwargs)
             if sparse is not None:
                 return sparse
-            return func(*args, **kwargs) if before is None else before(func, *args, **kwargs)
+            # A node that took the slot may hand the call on to what it found there: to this again.
+            outer, self._inside = self._inside, True
+            try:
+                return func(*args, **kwargs) if before is None else before(func, *args, **kwargs)
+            finally:
+                self._inside = outer
 
         self.overrides.append(override)
         options[_SLOT] = override
@@ -145,9 +151,10 @@ class Run:
         if layout is not None:
             if layout.seq_len != tokens:  # of the text, before it is packed
                 return None
-            start, stop = next((start, stop) for start, stop, kind in layout.segments if kind == "video")
-            _, frames, height, width, _ = layout.signature
-            video = Video((frames, height // 2, width // 2), start, layout.seq_len - stop)
+            for start, stop, kind in layout.segments:
+                if kind == "video":
+                    _, frames, height, width, _ = layout.signature
+                    video = Video((frames, height // 2, width // 2), start, layout.seq_len - stop)
         elif grid is not None:
             video = Video(tuple(grid))
         if video is None or "block_index" not in options:

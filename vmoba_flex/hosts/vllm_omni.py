@@ -1,6 +1,6 @@
 """vLLM-Omni: an attention backend for video, in the place of RAINFUSION_ATTN on CUDA. Written against vLLM-Omni 0.30.0.
 
-Its list of backends is closed, so that a plug-in can only stand in for one. RAINFUSION_ATTN runs on NPUs alone, and is
+Its list of backends is closed, so that a plug-in can only stand in for one. RAINFUSION_ATTN runs on NPUs only, and is
 the one with settings for sparse blocks. vLLM-Omni finds ``register`` by an entry point of this package.
 
 B batch, H heads, S tokens, D head dim.
@@ -143,7 +143,7 @@ class VMoBAImpl(AttentionImpl):
             _TOLD.tell("vLLM-Omni: attention with a mask of other than padding stays dense")
             return None
         video = _video_of(layout)
-        used = metadata.extra.get("max_seqlen_q", video.num_tokens)
+        used = metadata.extra.get("max_seqlen_q", layout.used_len or video.num_tokens)
         if video.num_tokens > query.shape[1] or video.num_tokens != used:
             raise ValueError(
                 f"video_layout must describe all {used} valid of {query.shape[1]} tokens, got {video.num_tokens} by "
