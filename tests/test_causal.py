@@ -419,6 +419,14 @@ def test_more_blocks_than_may_be_chosen_are_all_of_them():
     torch.testing.assert_close(output, vmoba_attention(query, key, value, PARTITION, TopK(1), dispatch="dense"))
 
 
+def test_the_bound_of_a_kept_choice_is_of_all_pairs():
+    x = torch.randn(1, 1, 24, 8, generator=torch.Generator().manual_seed(0))
+    kept = vmoba_selection(x, x, PARTITION, TopK(2), as_bits=True)
+    assert kept.selected().float().mean() == kept.bounds.density == 0.5
+    assert kept.density().item() == pytest.approx(2 / 3)  # of what may be chosen
+    assert "at most 0.5 of all pairs" in repr(kept)
+
+
 def test_bad_selections():
     with pytest.raises(ValueError, match=r"frames must lie in 1..grid\[0\] = 1..6, got 7"):
         PARTITION.up_to(7)

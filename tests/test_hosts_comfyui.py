@@ -192,7 +192,7 @@ def chosen(config: VMoBAConfig, i: int, qkv: tuple[Tensor, ...]) -> Selection:
 def test_sparse_steps_take_over_what_dense_ones_find(caplog: pytest.LogCaptureFixture):
     """For each prompt, and for two calls of a block, as blocks of VACE share the index of another."""
     caplog.set_level(logging.WARNING)
-    config = dataclasses.replace(CONFIG, rule=TopK(1), dense_steps=1, remember=Remember())
+    config = dataclasses.replace(CONFIG, rule=TopK(2), dense_steps=1, remember=Remember())
     model = comfyui.patch_model(Model(), config)
     flags = {"heads": 2, "skip_reshape": True, "skip_output_reshape": True}
     calls = [(i, uuid, call) for uuid in ("yes", "no") for i in (0, 1) for call in (0, 1)]
@@ -214,7 +214,7 @@ def test_sparse_steps_take_over_what_dense_ones_find(caplog: pytest.LogCaptureFi
 
 
 def test_a_sparse_step_that_chooses_anew_attends_its_choice():
-    config = dataclasses.replace(CONFIG, rule=TopK(1), remember=Remember(refresh=2))
+    config = dataclasses.replace(CONFIG, rule=TopK(2), remember=Remember(refresh=2))
     model, qkv = comfyui.patch_model(Model(), config), tensors()
     flags = {"heads": 2, "skip_reshape": True, "skip_output_reshape": True}
     partition = config.partition("spatial", GRID)
@@ -253,7 +253,7 @@ def test_other_overrides_run_what_stays_dense():
 
 def test_a_later_node_that_hands_calls_on_counts_none_twice():
     """Else the second call of a block would take what the first one keeps."""
-    config = dataclasses.replace(CONFIG, rule=TopK(1), dense_steps=1, remember=Remember())
+    config = dataclasses.replace(CONFIG, rule=TopK(2), dense_steps=1, remember=Remember())
     model = comfyui.patch_model(Model(), config)
     options = model.model_options["transformer_options"]
     ours = options["optimized_attention_override"]

@@ -19,6 +19,7 @@ from vmoba_flex.part import Part, Queries
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.pieces import pieces_of
 from vmoba_flex.rules import among
+from vmoba_flex.selection.bits import unpack_bits
 from vmoba_flex.selection.kept import Selection
 from vmoba_flex.selection.select import choose_blocks
 from vmoba_flex.stats import Attended
@@ -131,10 +132,10 @@ def _attend(
     queries = call.queries
     if not isinstance(call.rule, Selection):
         selection = choose_blocks(query, key, call.partition, call.rule, part, queries)
-    else:
+    elif queries is None:
         selection = call.rule.selected(part)
-        if queries is not None:
-            selection = selection[:, :, queries.first : queries.first + queries.video, : call.partition.num_blocks]
+    else:
+        selection = unpack_bits(call.rule.bits.narrow(3, queries.first, queries.video), call.partition.num_blocks)
     if dispatch == "packed":
         output, lse = packed_attention(query, key, value, selection, call, backend, part)
     else:

@@ -53,9 +53,8 @@ class Run:
     """VMoBA in one patched model, and what its layers keep in the run of a sampler."""
 
     def __init__(self, config: VMoBAConfig) -> None:
-        self.config, self.told = config, Told()
+        self.config, self.told, self._inside = config, Told(), False
         self.overrides: list[Any] = []
-        self._inside = False
         self.clear()
 
     def clear(self) -> None:
@@ -75,8 +74,7 @@ class Run:
             sparse = None if self._inside else self.attend(*args, **kwargs)
             if sparse is not None:
                 return sparse
-            # A node that took the slot may hand the call on to what it found there: to this again.
-            outer, self._inside = self._inside, True
+            outer, self._inside = self._inside, True  # what was here before may hand the call on to this again
             try:
                 return func(*args, **kwargs) if before is None else before(func, *args, **kwargs)
             finally:

@@ -20,7 +20,8 @@ class Bounds(NamedTuple):
     """How much is chosen at most.
 
     Attributes:
-        density: a bound on it; for query tiles, over these.
+        density: a bound on the chosen share of all pairs, also of those that a causal partition does not allow; for
+            query tiles, over these.
         rows: of ``packed``; None without a bound.
         blocks: of any query, or query tile; None without a bound.
     """

@@ -216,7 +216,7 @@ class Selection:
         batch, heads, _, rows = self.bits.shape
         return (
             f"Selection({batch} x {heads} heads, {rows} {self.choice}s choose of {self.partition.num_blocks} blocks, "
-            f"density at most {self.bounds.density:.3g}, {self.bits.device}, {self.nbytes / 1e6:.1f} MB)"
+            f"at most {self.bounds.density:.3g} of all pairs, {self.bits.device}, {self.nbytes / 1e6:.1f} MB)"
         )
 
     def _rows(self, part: Part | None) -> Tensor:
