@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from block_masks.launching.constant import constant_when_compiled
 from vmoba_flex.config_fields import LayerRule
 from vmoba_flex.models.parallel import ranks_of
 from vmoba_flex.models.plan import LayerNow, LayerPlan
@@ -172,5 +173,10 @@ def _zero(device: torch.device) -> Tensor:
 
 def _decides_as_it_runs() -> bool:
     """Whether one graph serves all steps. An export does not: it would know no plan in another process."""
-    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    return compiling and not torch.is_grad_enabled()
+    return torch.compiler.is_compiling() and not _is_exporting() and not torch.is_grad_enabled()
+
+
+@constant_when_compiled
+def _is_exporting() -> bool:
+    """``torch.compiler.is_exporting``, which is True in every graph on torch 2.11."""
+    return torch.compiler.is_exporting()
