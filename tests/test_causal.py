@@ -146,6 +146,16 @@ def test_every_path_equals_dense_masked_attention(problem: Problem, path: str):
         assert_equals_dense_masked_attention(SPARSE_PATHS[path], problem, upstream, mask)
 
 
+@given(causal_partitions(), st.data())
+def test_masks_equal_the_numpy_oracle(partition: BlockPartition, data: st.DataObject):
+    shape = (1, 2, partition.num_video_tokens, partition.num_blocks)
+    chosen = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))).bool()
+    chosen &= torch.from_numpy(seen_by(partition))
+    text = (partition.prefix, partition.suffix)
+    expected = oracle_numpy.attention_mask(chosen.numpy(), numpy_ids(partition), *text, causal=True)
+    assert np.array_equal(reference.attention_mask(chosen, partition), expected)
+
+
 @given(tailed(causal=True), st.sampled_from(sorted(SPARSE_PATHS)))
 def test_every_path_with_a_tail_equals_the_reference(problem: Problem, path: str):
     assert_equals_reference(problem, path, upstream_of(problem))

@@ -120,9 +120,12 @@ def test_equals_the_reference_with_gradients(path: str, problem: Problem, dtype:
     assert_equals_reference(problem, path, upstream_of(problem))
 
 
-@given(problem=tailed())
-def test_the_reference_equals_the_numpy_oracle(problem: Problem):
-    partition = BlockPartition(problem.partition.grid, problem.partition.block)
+@pytest.mark.parametrize("causal", [False, True])
+@given(data=st.data())
+def test_the_reference_equals_the_numpy_oracle(causal: bool, data: st.DataObject):
+    problem = data.draw(tailed(causal=causal))
+    whole = problem.partition
+    partition = BlockPartition(whole.grid, whole.block, causal_frames=whole.causal_frames)
     video = slice(problem.partition.prefix, problem.partition.prefix + partition.num_video_tokens)
     heads = problem.query.shape[1]
     key, value = (x[:, :, video].repeat_interleave(heads // x.shape[1], 1) for x in (problem.key, problem.value))
@@ -133,7 +136,8 @@ def test_the_reference_equals_the_numpy_oracle(problem: Problem):
     selection = vmoba_selection(problem.query, key, partition, problem.rule)
     arrays = [x.double().numpy() for x in (problem.query, key, value)]
     cell = problem.tail.cell_of(partition)
-    expected = oracle_numpy.tail_attention(*arrays, selection.numpy(), partition.grid, partition.block, cell, 0.7)
+    shapes = (partition.grid, partition.block, cell, 0.7, partition.causal_frames)
+    expected = oracle_numpy.tail_attention(*arrays, selection.numpy(), *shapes)
     torch.testing.assert_close(exactly(problem, selection), torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
 
 
