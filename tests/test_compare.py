@@ -296,6 +296,7 @@ def test_out_of_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["denoises"]
 
 
+@pytest.mark.usefixtures("heeds_sigint")
 def test_ctrl_c_leaves_what_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
