@@ -1,4 +1,4 @@
-"""VMoBA behind FastVideo's VMOBA_ATTN, with a stub of FastVideo, and with its own modules where they are installed."""
+"""What FastVideo's VMOBA_ATTN runs: VMoBA, with a stub of FastVideo, and with its own modules where installed."""
 
 import dataclasses
 import json

@@ -256,7 +256,7 @@ def trained() -> dict[str, list[Record]]:
     for name, (part, levels, seed) in parts.items():
         found[name] = []
         for level in levels:
-            noisy = add_noise(part, level, seed)
+            noisy = add_noise(part, level, torch.Generator().manual_seed(seed))
             inputs = layer_inputs(model, noisy, torch.tensor([level]))
             side = model.shape.patch
             grid = tuple(size // p for size, p in zip(noisy.shape[2:], side, strict=True))

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from vmoba_flex.config import VMoBAConfig
-from vmoba_flex.fidelity.compare import compare
+from vmoba_flex.fidelity.compare import check_installed, compare
 from vmoba_flex.fidelity.report import PAGE
 from vmoba_flex.load_pipeline import DEMO, load_pipeline, read_arguments, read_prompts
 from vmoba_flex.models.handle import models_of
 from vmoba_flex.presets import NAMES, SPEEDS, speed_arguments
-from vmoba_flex.user_error import UserError, check_extra, one_line
+from vmoba_flex.user_error import UserError, one_line
 
 NAMED = ("paper", "fast")
 """What configs are compared where none is named."""
@@ -24,7 +24,7 @@ DEMO_PROMPT = "bunny"
 
 def run_compare(arguments: argparse.Namespace) -> str:
     """Denoises under full attention and configs, writes the report, and returns the table."""
-    check_extra("compare", "av", "matplotlib", "numpy", "safetensors", "torchmetrics", "tqdm")
+    check_installed()
     check_movies()
     with mendable(arguments.output):
         prompts, call, pipe = load_requested(arguments)

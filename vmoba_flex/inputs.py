@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from block_masks.attention.coarse_steps import check_coarse_size
-from block_masks.checks import check_shape, check_tensor
+from block_masks.checks import check_device, check_shape, check_tensor
 from block_masks.launching.transforms import can_read
 from vmoba_flex.checks import check_number
 from vmoba_flex.part import Queries
@@ -95,7 +95,7 @@ def check_rule(rule: Any) -> None:
         raise TypeError(f"rule must be a TopK or a Threshold, got {type(rule).__name__}")
 
 
-def check_device(name: str, device: Any) -> None:
+def check_is_device(name: str, device: Any) -> None:
     """Raises ``TypeError`` unless ``device`` is one, or the name of one."""
     if not isinstance(device, torch.device | str):
         raise TypeError(f"{name} must be a torch.device or a str, got {device!r}")
@@ -129,8 +129,7 @@ def check_text_lengths(text_lengths: Any, query: Tensor, partition: BlockPartiti
         return
     check_tensor("text_lengths", text_lengths, "int64", ("B",))
     check_shape("text_lengths", text_lengths, (query.shape[0],), "query")
-    if text_lengths.device != query.device:
-        raise ValueError(f"text_lengths must be on query's device {query.device}, got {text_lengths.device}")
+    check_device("text_lengths", text_lengths, query)
     text = partition.prefix + partition.suffix
     if not text:
         raise ValueError("text_lengths must be None for a partition without prefix and suffix, got a tensor")
@@ -176,7 +175,5 @@ def _check_tensor(name: str, x: Any) -> None:
 def _check_like_query(name: str, x: Tensor, query: Tensor, expected: tuple[int, ...]) -> None:
     if x.dtype != query.dtype:
         raise TypeError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
-    if x.device != query.device:
-        raise ValueError(f"{name} must be on query's device {query.device}, got {x.device}")
-    if tuple(x.shape) != expected:
-        raise ValueError(f"{name} must have shape {expected} to go with query, got {tuple(x.shape)}")
+    check_device(name, x, query)
+    check_shape(name, x, expected, "query")

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 from vmoba_flex.by_steps import BySteps
 from vmoba_flex.checks import check_choice
 from vmoba_flex.paper import blocks_at
-from vmoba_flex.remember import Remember
+from vmoba_flex.remember import CHOOSES_ONCE, Remember
 from vmoba_flex.rules import TopK
 from vmoba_flex.tail import Tail
 
@@ -52,8 +52,7 @@ _IMAGES = (
 NAMES = (*_MODELS, *_VIDEO, *_IMAGES)
 
 # Two transformers share the steps, and the second has no dense step of its own: its first sparse step has to choose.
-# More steps than a run has, so that only this one does.
-_TWO_EXPERTS = {"wan2.2-a14b": Remember(refresh=1000)}
+_TWO_EXPERTS = {"wan2.2-a14b": CHOOSES_ONCE}
 
 
 def preset_arguments(model: str, speed: str, grid: tuple[int, int, int] | None) -> dict[str, Any]:

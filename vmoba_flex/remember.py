@@ -48,6 +48,11 @@ class Remember:
         check_positive("max_bytes", self.max_bytes)
 
 
+CHOOSES_ONCE = Remember(refresh=1000)
+"""For a run, or a second model of one, without a dense step of its own: only the first sparse step chooses, because no
+run has more steps."""
+
+
 @functools.lru_cache(maxsize=4096)  # the same for all layers of a step
 def steps_served(refresh: int | None, dense_steps: DenseSteps, step: int | None, num_steps: int | None) -> range:
     """The steps that attend what ``step`` chooses from exact masses, itself among them if it is sparse.

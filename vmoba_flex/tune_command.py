@@ -5,14 +5,14 @@ import sys
 
 from vmoba_flex.compare_command import load_requested, mendable
 from vmoba_flex.config import VMoBAConfig
+from vmoba_flex.fidelity.compare import check_installed
 from vmoba_flex.tuning import tune
 from vmoba_flex.tuning.report import report, save
-from vmoba_flex.user_error import check_extra
 
 
 def run_tune(arguments: argparse.Namespace) -> str:
     """Finds settings, writes them and what was tried, and returns the report."""
-    check_extra("compare", "av", "matplotlib", "numpy", "safetensors", "torchmetrics", "tqdm")
+    check_installed()
     base = None if arguments.config is None else VMoBAConfig.load(arguments.config)
     with mendable(arguments.output):
         prompts, call, pipe = load_requested(arguments)

@@ -12,10 +12,10 @@ LEVEL, STEPS = 0.7, 4
 """The noise level that the demo starts from, and the number of steps down to zero."""
 
 
-def add_noise(frames: Tensor, level: float, seed: int = 0) -> Tensor:
-    """Frames (F, 3, H, W) in [0, 1] as a noisy video (1, 3, F, H, W) for the model."""
+def add_noise(frames: Tensor, level: float, generator: torch.Generator | None = None) -> Tensor:
+    """Frames (F, 3, H, W) in [0, 1] as a noisy video (1, 3, F, H, W) for the model; noise of seed 0 by default."""
     video = to_model_range(frames).transpose(0, 1)[None]
-    noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(video.shape, generator=generator or torch.Generator().manual_seed(0))
     return video + level * (noise - video)
 
 

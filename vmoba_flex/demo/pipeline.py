@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from vmoba_flex.demo import checkpoint
 from vmoba_flex.demo.clip import BUNNY, read_clip
-from vmoba_flex.demo.denoise import frames_of
-from vmoba_flex.demo.model import Grid, VideoTransformer, to_model_range
+from vmoba_flex.demo.denoise import add_noise, frames_of
+from vmoba_flex.demo.model import Grid, VideoTransformer
 from vmoba_flex.models import Adapter, VMoBAProcessor, register_adapter
 from vmoba_flex.user_error import UserError
 
@@ -76,9 +76,7 @@ class DemoPipeline:
         if not path.is_file():
             raise UserError(f"prompt must be 'bunny' or a video file for the model that ships, got {prompt!r}")
         clip = read_clip(path, first_frame + num_frames, height, width)[first_frame:]
-        clean = to_model_range(clip).transpose(0, 1)[None]
-        noise = torch.randn(clean.shape, generator=generator or torch.Generator().manual_seed(0))
-        video = clean + level * (noise - clean)
+        video = add_noise(clip, level, generator)
         self.scheduler.set_timesteps(num_inference_steps, level)
         for i, now in enumerate(self.scheduler.timesteps):
             video = self.scheduler.step(self.transformer(video, now[None]), video)

@@ -62,7 +62,7 @@ def compare(
         >>> found = compare(pipe, configs, prompts=["a cat that plays the piano"])  # doctest: +SKIP
         >>> print(found.table())  # doctest: +SKIP
     """
-    check_extra("compare", "av", "matplotlib", "numpy", "safetensors", "torchmetrics", "tqdm")
+    check_installed()
     from vmoba_flex.fidelity.report import write_report
 
     named = _named(configs)
@@ -91,6 +91,11 @@ def compare(
         )
         write_report(found, Path(output), fps, bar)
     return found
+
+
+def check_installed() -> None:
+    """Raises ``UserError`` unless all packages of the extra ``compare`` are there."""
+    check_extra("compare", "av", "matplotlib", "numpy", "safetensors", "torchmetrics", "tqdm")
 
 
 def words_of(prompt: Prompt) -> str:

@@ -39,7 +39,7 @@ class RecallProbe:
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
-        """Measures while it lasts. Graphs do not call a recorder, so compiled models are left alone."""
+        """Measures while it lasts. Graphs do not call a recorder, so compiled models have no recall."""
         hooks = []
         for name, model in self._models.items():
             if not any(one._compiled_call_impl is not None for one in model.modules()):

@@ -3,7 +3,7 @@
     video.py        where a call's video lies, and attending it as a config says
     comfyui.py      ComfyUI: nodes that override a model's attention
     vllm_omni.py    vLLM-Omni: an attention backend, found by its entry point
-    fastvideo.py    FastVideo: the attention behind its VMOBA_ATTN
+    fastvideo.py    FastVideo: what its VMOBA_ATTN runs
 
 Each module is imported where its host is; nothing here imports them.
 """

@@ -16,7 +16,7 @@ from torch import Tensor
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.hosts.video import Video, attend_video, layer_of
 from vmoba_flex.models.memory import LayerMemory, RunMemory
-from vmoba_flex.remember import Remember
+from vmoba_flex.remember import CHOOSES_ONCE
 from vmoba_flex.rules import TopK
 from vmoba_flex.tail import Tail
 from vmoba_flex.told import Told
@@ -220,8 +220,7 @@ class VMoBANode:
             rule=TopK(density=density, gate="spread"),
             dense_steps=dense_steps,
             tail=Tail() if tail else None,
-            # Chooses once where no dense step came before: more steps than a run has.
-            remember=Remember(refresh=1000) if remember else None,
+            remember=CHOOSES_ONCE if remember else None,
         )
         return (patch_model(model, config),)
 

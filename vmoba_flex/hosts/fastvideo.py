@@ -1,4 +1,4 @@
-"""FastVideo: VMoBA of this package behind its attention backend VMOBA_ATTN. Written against FastVideo 0.2.1.
+"""FastVideo: its attention backend VMOBA_ATTN runs VMoBA of this package. Written against FastVideo 0.2.1.
 
 B batch, H heads, S tokens, D head dim.
 """

@@ -16,7 +16,7 @@ from vmoba_flex.attention import vmoba_attention
 from vmoba_flex.call import Dispatch
 from vmoba_flex.checks import check_positive, is_int
 from vmoba_flex.config import VMoBAConfig
-from vmoba_flex.inputs import check_device, check_rule
+from vmoba_flex.inputs import check_is_device, check_rule
 from vmoba_flex.rules import Rule
 from vmoba_flex.tail import Tail
 
@@ -82,7 +82,7 @@ def crossover(
     if not isinstance(tokens, list | tuple) or not all(map(is_int, tokens)):
         raise TypeError(f"tokens must be a list of ints, got {tokens!r}")
     check_rule(rule)
-    check_device("device", device)
+    check_is_device("device", device)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
     if not callable(progress):

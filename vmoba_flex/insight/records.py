@@ -13,7 +13,7 @@ from block_masks.checks import check_tensor
 from vmoba_flex.checks import check_choice, check_count, check_ids, check_positive
 from vmoba_flex.config import KINDS
 from vmoba_flex.groups import valid_keys
-from vmoba_flex.inputs import check_device, check_query_key
+from vmoba_flex.inputs import check_is_device, check_query_key
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import TopK
 from vmoba_flex.user_error import UserError, check_extra, checked_path, new_file, one_line
@@ -90,7 +90,7 @@ class Record:
 
     def to(self, device: torch.device | str) -> "Record":
         """The same record on another device; raises ``TypeError`` unless ``device`` is one."""
-        check_device("device", device)
+        check_is_device("device", device)
         return dataclasses.replace(self, query=self.query.to(device), key=self.key.to(device))
 
     def num_bytes(self) -> int:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from block_masks.checks import check_shape, check_tensor
+from block_masks.checks import check_device, check_shape, check_tensor
 from block_masks.plans.rows import TILE
 from vmoba_flex.checks import check_choice
 from vmoba_flex.groups import block_slots, group_sizes
@@ -83,8 +83,7 @@ def check_recall(recall: Any, bits: Tensor) -> None:
         return
     check_tensor("recall", recall, "float", ("B", "H"))
     check_shape("recall", recall, tuple(bits.shape[:2]), "bits")
-    if recall.device != bits.device:
-        raise ValueError(f"recall must be on the bits' device {bits.device}, got {recall.device}")
+    check_device("recall", recall, bits, "the bits'")
 
 
 def _choosers(partition: BlockPartition, choice: Choice) -> int:

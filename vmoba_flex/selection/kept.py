@@ -16,7 +16,7 @@ from block_masks.attention.grouped import MAX_ROW_BYTES
 from block_masks.checks import check_is, check_tensor
 from block_masks.plans.rows import TILE
 from vmoba_flex.checks import check_choice, check_positive
-from vmoba_flex.inputs import check_device, check_rule
+from vmoba_flex.inputs import check_is_device, check_rule
 from vmoba_flex.part import Part
 from vmoba_flex.partition import BlockPartition
 from vmoba_flex.rules import Rule, check_rule_fits
@@ -179,7 +179,7 @@ class Selection:
 
     def to(self, device: torch.device | str) -> Self:
         """The same on another device, without a plan; raises ``TypeError`` unless ``device`` is one."""
-        check_device("device", device)
+        check_is_device("device", device)
         with _kept_mode():
             recall = None if self.recall is None else self.recall.to(device)
             return dataclasses.replace(self, bits=self.bits.to(device), recall=recall, plan=None)

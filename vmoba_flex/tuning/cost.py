@@ -24,7 +24,7 @@ def pairs_of(config: VMoBAConfig, layers: Sequence[LayerSteps]) -> float:
     for layer in layers:
         for step, density in enumerate(layer.density):
             if density is not None:
-                costs.append(density + _besides(config, layer.layer, counts[layer.model], step, len(layer.density)))
+                costs.append(density + _extra(config, layer.layer, counts[layer.model], step, len(layer.density)))
     return fmean(costs)
 
 
@@ -36,12 +36,12 @@ def expected_pairs(config: VMoBAConfig, num_layers: int, num_steps: int) -> floa
             layer = config.layer(i, num_layers, step, num_steps)
             named = layer.rule.density if isinstance(layer.rule, TopK) else layer.rule.max_density
             density = 1.0 if layer.dense or named is None else named
-            costs.append(density + _besides(config, i, num_layers, step, num_steps))
+            costs.append(density + _extra(config, i, num_layers, step, num_steps))
     return fmean(costs)
 
 
-def _besides(config: VMoBAConfig, i: int, num_layers: int, step: int, num_steps: int) -> float:
-    """What a layer's step costs besides what it attends exactly."""
+def _extra(config: VMoBAConfig, i: int, num_layers: int, step: int, num_steps: int) -> float:
+    """What a layer's step costs in addition to what it attends exactly."""
     layer = config.layer(i, num_layers, step, num_steps)
     cost = _EXACT_MASSES * len(layer.records)
     if layer.tail is not None and not layer.dense:

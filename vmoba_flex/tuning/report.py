@@ -9,7 +9,7 @@ from vmoba_flex.user_error import check_extra, new_file
 
 
 def report(tuned: Tuned) -> str:
-    """The settings found, the paper's beside them, and the frontier, a line for each."""
+    """The settings found, the paper's, and the frontier, a line for each."""
     best = tuned.best
     lines = [
         f"{best.setting}: {best.worst:.2f} dB at {best.cost:.3f} of full attention's pairs, wanted {tuned.wanted}",

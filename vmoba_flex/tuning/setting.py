@@ -7,7 +7,7 @@ from typing import Literal
 from vmoba_flex.by_steps import BySteps
 from vmoba_flex.config import VMoBAConfig
 from vmoba_flex.config_fields import LayerRule
-from vmoba_flex.remember import Remember
+from vmoba_flex.remember import CHOOSES_ONCE, Remember
 from vmoba_flex.rules import Rule, Threshold, TopK
 from vmoba_flex.tail import Tail
 
@@ -19,9 +19,6 @@ DENSITIES = (0.5, 0.375, 0.25, 0.1875, 0.125, 0.09, 0.0625, 0.045, 0.031)
 """What is tried, the most faithful first."""
 DENSE = (0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0.0)
 """Shares of dense first steps that are tried."""
-
-# More steps than a run has: without a dense step the first one chooses, and no other.
-_ONCE = Remember(refresh=1000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Setting:
             rule=rules if len(set(rules.values())) > 1 else next(iter(rules.values())),
             dense_steps=self.dense or 0,
             tail=Tail() if self.tail else None,
-            remember=(Remember() if self.dense else _ONCE) if remembers else None,
+            remember=(Remember() if self.dense else CHOOSES_ONCE) if remembers else None,
         )
 
     def dense_steps(self, num_steps: int) -> int:

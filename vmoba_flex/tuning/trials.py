@@ -1,12 +1,13 @@
 """A setting -> its fidelity and cost, by denoises paired with full attention's: each is run once, and kept on disk."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from statistics import fmean
 from typing import Any
 
 from vmoba_flex.config import VMoBAConfig
-from vmoba_flex.fidelity.denoise import Prompt, run_denoise
+from vmoba_flex.fidelity.denoise import Denoise, Prompt, run_denoise
 from vmoba_flex.fidelity.identity import identity_of, key_of
 from vmoba_flex.fidelity.nearness import nearness
 from vmoba_flex.fidelity.store import Store, Stored
@@ -30,17 +31,17 @@ class Trials:
         prompts: Sequence[Prompt],
         seeds: Sequence[int],
         call: Mapping[str, Any],
-        folder: Store,
+        store: Store,
         progress: Callable[[str], object],
     ) -> None:
         self.done: dict[Setting, Trial] = {}
         self.denoises = 0
-        self._pipe, self._base, self._call, self._store = pipe, base, call, folder
+        self._pipe, self._base, self._call, self._store = pipe, base, call, store
         self._pairs = list(product(prompts, seeds))
         self._progress = progress
         self._identity = identity_of(pipe)
 
-    @property
+    @functools.cached_property
     def num_steps(self) -> int:
         """Steps of a denoise.
 
@@ -70,14 +71,19 @@ class Trials:
 
     def expected(self, setting: Setting) -> float:
         """The cost of a setting before it is tried."""
-        paper = self._denoise(PAPER.config(self._base), 0, PAPER)
-        return expected_pairs(setting.config(self._base), len({one.layer for one in paper.layers}), self.num_steps)
+        return expected_pairs(setting.config(self._base), self._num_layers, self.num_steps)
+
+    @functools.cached_property
+    def _num_layers(self) -> int:
+        return len({one.layer for one in self._denoise(PAPER.config(self._base), 0, PAPER).layers})
 
     def _denoise(self, config: VMoBAConfig | None, i: int, setting: Setting | None = None) -> Stored:
         prompt, seed = self._pairs[i]
         key = key_of(self._identity, self._pipe, config, prompt, seed, self._call)
-        if (found := self._store.get(key)) is not None:
-            return found
-        self._progress(f"{'full attention' if setting is None else setting}, prompt and seed {i + 1}")
-        self.denoises += 1
-        return self._store.put(key, run_denoise(self._pipe, config, prompt, seed, self._call))
+
+        def run() -> Denoise:
+            self._progress(f"{'full attention' if setting is None else setting}, prompt and seed {i + 1}")
+            self.denoises += 1
+            return run_denoise(self._pipe, config, prompt, seed, self._call)
+
+        return self._store.get_or_run(key, run)
